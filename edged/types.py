@@ -1,0 +1,360 @@
+"""Values that cross a boundary: between modules, processes, plugins and nodes.
+
+Frozen, without behaviour beyond derived properties. Sizes are bytes, durations seconds unless
+the name says otherwise, ranges half-open, unknown is None. They travel as msgpack maps and are
+read back with `msgspec.convert`, which checks every field.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol, runtime_checkable
+
+Range = tuple[int, int]
+Zone = Literal["own", "guest"]
+Right = Literal["submit", "serve", "train"]
+Severity = Literal["info", "warning", "error"]
+Numerics = Literal["fast", "exact"]
+
+RIGHTS: tuple[Right, ...] = ("submit", "serve", "train")
+
+
+# --- the model ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TensorEntry:
+    """One tensor of a model file. `shape` in the file's order (ggml: the row length first)."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    offset: int
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """What planning needs to know of a model; made once by a child process at `models add`.
+
+    `heads`, `ffn` and `vocab` can be cut at multiples of `head_unit` (query heads), `ffn_unit`
+    (columns) and `vocab_unit` (rows): whole KV-head groups and whole quantisation blocks.
+    """
+
+    architecture: str
+    parameters: int
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    ffn: int
+    vocab: int
+    context_tokens: int
+    weight_type: str
+    head_unit: int
+    ffn_unit: int
+    vocab_unit: int
+    layer_bytes: tuple[int, ...]
+    embedding_bytes: int
+    head_bytes: int
+    tensors: tuple[TensorEntry, ...] = ()
+    chat_template: bool = False
+
+
+# --- the plan -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Role:
+    """One node's part of a plan. Ranks with the same `stage` form a tensor group over its layers."""
+
+    rank: int
+    node_id: str
+    stage: int
+    layers: Range
+    heads: Range  # query heads
+    ffn: Range  # columns of the feed-forward's hidden width
+    vocab: Range  # rows of the output head this rank computes; empty outside the last stage
+    share: float  # this rank's part of its stage
+    memory_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """What a plan should cost; None where nothing was measured yet."""
+
+    ttft_ms: float | None = None
+    tpot_ms: float | None = None
+    joules_per_token: float | None = None
+    bytes_per_token: int | None = None
+    joules_source: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A way to run a job, before it is priced and chosen."""
+
+    strategy: str
+    roles: tuple[Role, ...]
+    predicted: Predicted = Predicted()
+    refused_because: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpeed:
+    """Micro-benchmark of one engine and weight type on one device."""
+
+    name: str
+    weight_type: str
+    decode_bytes_s: float
+    prefill_flops_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class LinkState:
+    """What a node measured of its connection to `node_id`. `dials`: this side can open connections."""
+
+    node_id: str
+    rtt_ms: float | None = None
+    bandwidth_bytes_s: float | None = None
+    dials: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Battery:
+    percent: float | None = None
+    charging: bool | None = None
+    plugged: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceState:
+    """One reading of a device; a sensor that is not there is None, never a guess."""
+
+    memory_total: int | None = None
+    memory_free: int | None = None
+    cpu_count: int | None = None
+    cpu_name: str | None = None
+    load_1m: float | None = None
+    battery: Battery | None = None
+    temperature_celsius: float | None = None
+    power_watts: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class NodeView:
+    """A node as the planner sees it."""
+
+    node_id: str
+    name: str
+    zone: Zone = "own"
+    online: bool = True
+    rights: tuple[Right, ...] = RIGHTS
+    device: DeviceState = DeviceState()
+    memory_budget: int | None = None
+    engines: tuple[str, ...] = ()
+    speeds: tuple[EngineSpeed, ...] = ()
+    links: tuple[LinkState, ...] = ()
+    holds: tuple[str, ...] = ()  # sha256 of complete models
+
+
+@dataclass(frozen=True, slots=True)
+class PlanRequest:
+    """What the user asked of the plan. `nodes` in rank order; None lets the planner choose."""
+
+    strategy: str = "auto"
+    nodes: tuple[str, ...] | None = None
+    shares: tuple[float, ...] | None = None
+    context_tokens: int = 4096
+    prompt_tokens: int = 128
+    numerics: Numerics = "fast"
+    allow_guest: bool = False
+    private: bool = False
+
+
+# --- running ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How the next token is drawn. Temperature 0 is greedy. The random number of a position is a
+    function of (seed, position), so a resumed job draws the same tokens."""
+
+    temperature: float = 0.8
+    top_k: int = 40
+    top_p: float = 0.95
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Tokens of one sequence to run through the model at `position` and on.
+
+    The engine answers with the next token, or None where `sampling` is None (a part of a prompt
+    whose continuation is not wanted yet).
+    """
+
+    sequence: int
+    tokens: Sequence[int]
+    position: int
+    sampling: Sampling | None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSpec:
+    """Everything an engine needs to load its role in a worker."""
+
+    model_path: str
+    model: ModelDescription
+    roles: tuple[Role, ...]
+    rank: int
+    context_tokens: int
+    numerics: Numerics = "fast"
+    threads: int = 1
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def role(self) -> Role:
+        return self.roles[self.rank]
+
+
+class Channel(Protocol):
+    """A worker's encrypted connections to the other ranks of its plan.
+
+    Messages between two ranks arrive whole and in order. A frame is a contiguous buffer of at most
+    `wire.FRAME_BYTES_MAX`; it travels uncopied through msgpack. `receive` raises PeerError, naming
+    the rank, when nothing came within `timeout_s` or the other side is gone, and ProtocolError on a
+    message that is not one of ours.
+    """
+
+    rank: int
+    size: int
+    bytes_sent: int
+
+    def send(self, to: int, header: Mapping[str, Any], frames: Sequence[Any] = ()) -> None: ...
+
+    def receive(self, source: int, timeout_s: float) -> tuple[dict[str, Any], list[memoryview]]: ...
+
+    def poll(self, source: int, timeout_s: float) -> bool:
+        """True when a message of `source` waits."""
+        ...
+
+
+@runtime_checkable
+class Engine(Protocol):
+    """A loaded shard of a model. Lives in a worker; every call comes from one thread.
+
+    Rank 0 calls `encode`, `step`, `release`; it drives the other ranks over the channel. Every
+    other rank calls `follow` in a loop. `decode` gives bytes, since a token may be part of a
+    character.
+    """
+
+    end_tokens: frozenset[int]
+
+    def encode(self, prompt: str | Sequence[Mapping[str, str]], raw: bool) -> list[int]: ...
+
+    def decode(self, tokens: Sequence[int]) -> bytes: ...
+
+    def step(self, steps: Sequence[Step]) -> list[int | None]: ...
+
+    def release(self, sequence: int) -> None: ...
+
+    def follow(self, timeout_s: float) -> None: ...
+
+    def close(self) -> None: ...
+
+
+# --- what plugins register ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class EngineEntry:
+    """An engine by dotted names ("package.module:attribute"), resolved in a worker only.
+
+    load(spec: EngineSpec, channel: Channel) -> Engine
+    describe(path: str) -> ModelDescription as a dict; ModelError's text where it cannot run it
+    measure(settings: dict) -> list of EngineSpeed as dicts
+    check(settings: dict) -> dict {"version": str, "max_error": float}; EngineError when unusable
+    """
+
+    name: str
+    load: str
+    describe: str
+    measure: str
+    check: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Propose(Protocol):
+    """Pure: candidates of one strategy for a model over the given nodes, the first being the
+    submitter unless the request names nodes. Raises PolicyViolation, ConfigError or PeerError with
+    the reason where the request cannot be met."""
+
+    def __call__(
+        self, model: ModelDescription, nodes: Sequence[NodeView], request: PlanRequest
+    ) -> Sequence[Candidate]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Strategy:
+    name: str
+    propose: Propose
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """All that discovery ever says of a node."""
+
+    fingerprint: str
+    port: int
+    protocol: int
+    interfaces: tuple[str, ...] = ()  # names or addresses to bind; empty: every interface
+
+
+@dataclass(frozen=True, slots=True)
+class Sighting:
+    """A node that discovery heard of: a hint, never trust."""
+
+    fingerprint: str
+    addresses: tuple[str, ...]
+    port: int
+    protocol: int
+
+
+class Discoverer(Protocol):
+    """A running discovery service; `seen` and `lost` are called on the daemon's loop."""
+
+    async def start(
+        self, announcement: Announcement, seen: Callable[[Sighting], None], lost: Callable[[str], None]
+    ) -> None: ...
+
+    async def stop(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class DiscovererEntry:
+    name: str
+    discoverer: Discoverer
+
+
+@dataclass(frozen=True, slots=True)
+class SensorEntry:
+    """A device reader. `read` answers within a few milliseconds; None fields are filled by others."""
+
+    name: str
+    read: Callable[[], DeviceState]
+
+
+# --- health -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Condition:
+    """Something a person should know, declared by code, cleared when it is over."""
+
+    code: str
+    severity: Severity
+    text: str
+    remedy: str

@@ -1,0 +1,1 @@
+"""First-party plugins, loaded by name through the entry-point group "edged"."""

@@ -1,0 +1,1 @@
+"""Profiles of real device classes, one commented TOML file each."""
