@@ -35,7 +35,6 @@ from .types import (
     Strategy,
     TensorEntry,
 )
-
 from .version import VERSION as __version__
 
 __all__ = [
@@ -69,5 +68,6 @@ __all__ = [
     "Step",
     "Strategy",
     "TensorEntry",
+    "__version__",
     "hookimpl",
 ]

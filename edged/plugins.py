@@ -1,0 +1,183 @@
+"""The plugin host: loads plugins by name and calls their hooks by the rules of each kind.
+
+What plain pluggy leaves to its user: one raising implementation aborts the whole call, a misspelt
+hook registers silently, an `async def` hook returns a coroutine nobody awaits, a class is accepted
+as a plugin, one missing library stops every entry point. Here a plugin fails alone, by name.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import os
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from types import ModuleType
+from typing import Any
+
+import pluggy
+
+from . import hookspecs
+from .errors import PluginError
+
+GROUP = "edged"
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Loaded:
+    """One plugin with its hooks and counters."""
+
+    name: str
+    version: str
+    module: ModuleType
+    hooks: tuple[str, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    calls: int = 0
+    failures: int = 0
+    seconds: float = 0.0
+
+
+class Host:
+    """Loaded plugins. Hooks are called with keyword arguments only."""
+
+    def __init__(self) -> None:
+        self._manager = pluggy.PluginManager(hookspecs.PROJECT)
+        self._manager.add_hookspecs(hookspecs)
+        self.loaded: dict[str, Loaded] = {}
+        self._trace = os.environ.get("EDGED_TRACE_HOOKS") == "1"
+
+    # --- loading ---
+
+    def load(self, names: Sequence[str], settings: Mapping[str, Mapping[str, Any]]) -> None:
+        """Import and register the named plugins, in order. PluginError names the one that fails."""
+        entries = {entry.name: entry for entry in metadata.entry_points(group=GROUP)}
+        for name in settings:
+            if name not in names:
+                log.warning("settings of a plugin that is not loaded", extra={"plugin": name})
+        for name in names:
+            if name not in entries:
+                raise PluginError(
+                    f"no plugin {name!r}; installed: {', '.join(sorted(entries))}",
+                    remedy="mend `plugins` in the profile, or install it",
+                )
+            try:
+                module = entries[name].load()
+            except Exception as error:  # a stranger's import may raise anything; it must fail by name
+                raise PluginError(
+                    f"plugin {name!r} cannot be imported: {error}",
+                    remedy="install what it needs, or remove it from `plugins` in the profile",
+                ) from error
+            self.register(name, module, settings.get(name, {}), _version(entries[name]))
+
+    def register(
+        self, name: str, module: ModuleType, settings: Mapping[str, Any] | None = None, version: str = ""
+    ) -> None:
+        """Add one module as a plugin after checking its hooks."""
+        if not isinstance(module, ModuleType):
+            raise PluginError(f"plugin {name!r} is a {type(module).__name__}; expected a module")
+        hooks = tuple(sorted(_implementations(name, module)))
+        self._manager.register(module, name)
+        try:
+            self._manager.check_pending()
+        except pluggy.PluginValidationError as error:
+            self._manager.unregister(module)
+            known = ", ".join(sorted(hookspecs.KINDS))
+            raise PluginError(f"plugin {name!r}: {error}; hooks: {known}") from error
+        self.loaded[name] = Loaded(name, version, module, hooks, settings or {})
+
+    # --- calling ---
+
+    def registrations(self, hook: str) -> dict[str, Any]:
+        """All entries of a register hook by name; PluginError on a clash or an exception."""
+        found: dict[str, Any] = {}
+        owners: dict[str, str] = {}
+        for plugin, implementation in self._implementations(hook, "register"):
+            try:
+                entries = self._call(plugin, implementation, {"settings": plugin.settings})
+            except PluginError:
+                raise
+            except Exception as error:  # register: startup stops, whatever it was
+                raise PluginError(f"plugin {plugin.name!r} failed in {hook}: {error}") from error
+            for entry in entries or ():
+                if entry.name in found:
+                    raise PluginError(
+                        f"{hook}: plugins {owners[entry.name]!r} and {plugin.name!r} both bring "
+                        f"{entry.name!r}",
+                        remedy="load one of them",
+                    )
+                found[entry.name], owners[entry.name] = entry, plugin.name
+        return found
+
+    def decide(self, hook: str, **values: Any) -> Any:
+        """The first answer that is not None, or None."""
+        for plugin, implementation in self._implementations(hook, "decide"):
+            try:
+                answer = self._call(plugin, implementation, values)
+            except Exception:  # decide: edged's own answer is used
+                log.exception("decide hook failed", extra={"plugin": plugin.name, "hook": hook})
+                continue
+            if answer is not None:
+                return answer
+        return None
+
+    def guard(self, hook: str, **values: Any) -> str | None:
+        """Why the thing is refused, or None when every plugin allows it."""
+        for plugin, implementation in self._implementations(hook, "guard"):
+            try:
+                answer = self._call(plugin, implementation, values)
+            except Exception as error:  # guard: what cannot be checked is refused
+                log.exception("guard hook failed", extra={"plugin": plugin.name, "hook": hook})
+                return f"plugin {plugin.name} failed while checking: {type(error).__name__}"
+            if answer is not None:
+                return str(answer)
+        return None
+
+    def observe(self, hook: str, **values: Any) -> None:
+        """Tell every plugin; answers are ignored."""
+        for plugin, implementation in self._implementations(hook, "observe"):
+            try:
+                self._call(plugin, implementation, values)
+            except Exception:  # observe: the others still run
+                log.exception("observe hook failed", extra={"plugin": plugin.name, "hook": hook})
+
+    def _implementations(self, hook: str, kind: hookspecs.Kind) -> Iterator[tuple[Loaded, Any]]:
+        assert hookspecs.KINDS[hook] == kind, f"{hook} is a {hookspecs.KINDS[hook]} hook"
+        for implementation in reversed(getattr(self._manager.hook, hook).get_hookimpls()):
+            yield self.loaded[implementation.plugin_name], implementation
+
+    def _call(self, plugin: Loaded, implementation: Any, values: Mapping[str, Any]) -> Any:
+        plugin.calls += 1
+        started = time.perf_counter()
+        try:
+            answer = implementation.function(**{name: values[name] for name in implementation.argnames})
+        except Exception:  # counted here, judged by the kind's caller
+            plugin.failures += 1
+            raise
+        finally:
+            plugin.seconds += time.perf_counter() - started
+        if self._trace:
+            log.info("hook", extra={"plugin": plugin.name, "hook": implementation.function.__name__})
+        return answer
+
+
+def installed() -> dict[str, str]:
+    """Every installed plugin and its version, imported or not."""
+    return {entry.name: _version(entry) for entry in metadata.entry_points(group=GROUP)}
+
+
+def _version(entry: metadata.EntryPoint) -> str:
+    return entry.dist.version if entry.dist else ""
+
+
+def _implementations(name: str, module: ModuleType) -> Iterator[str]:
+    for attribute, value in vars(module).items():
+        if not getattr(value, f"{hookspecs.PROJECT}_impl", None):
+            if attribute.startswith("edged_") and callable(value):
+                raise PluginError(f"plugin {name!r}: {attribute} lacks the @hookimpl decorator")
+            continue
+        if inspect.iscoroutinefunction(value):
+            raise PluginError(f"plugin {name!r}: {attribute} is async; hooks are synchronous")
+        yield attribute

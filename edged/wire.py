@@ -1,0 +1,386 @@
+"""The messages edged speaks, and their limits. This docstring is the specification (protocol 1).
+
+Between daemons (ZeroMQ, CURVE): one message is a ZeroMQ multipart of exactly one frame, the header.
+Between the workers of a plan: a header and at most FRAMES_MAX raw tensor frames.
+On the control socket and between a daemon and its workers (UNIX streams): a 4-byte big-endian
+length and one header.
+
+A header is a msgpack map of at most HEADER_BYTES_MAX bytes and DEPTH_MAX levels:
+
+    k  kind, text                     always
+    i  request number, 1 to 2**53     on a request that wants an answer
+    r  the request number answered    on an answer, whose kind is "ok" or "error"
+    b  body, a map                    as the kind says; absent means empty
+
+Between daemons every kind has one body type, listed in BODIES; a body is checked field by field and
+an unknown kind, a missing field or a wrong type is a ProtocolError. Fields may be added with a
+default; a reader ignores fields that it does not know. The first message on a new connection is
+`hello`; a node whose `protocol` differs is refused with both numbers in the text. With a one-time
+key `pair` is the only kind that is read.
+
+    pair        newcomer -> inviter     names the newcomer's own key      answer: paired
+    hello       either way              who I am, what I speak            answer: hello
+    ping        either way              alive? (every PING_S)             answer: {}
+    introduce   inviter -> member       a new member, rights no wider than the introducer's
+    forget      member -> member        a node is revoked
+    leave       member -> member        I go offline on purpose
+    describe    coordinator -> member   device, speeds, links, models     answer: described
+    offer       coordinator -> member   take this role?                   answer: offered, or error
+    start       coordinator -> member   connect and load                  answer: started, or error
+    stop        coordinator -> member   end the role
+    lost        member -> coordinator   a worker of this group ended
+    generate    coordinator -> rank 0   begin a job on a loaded group
+    cancel      coordinator -> rank 0   end a job
+    tokens      rank 0 -> coordinator   new tokens of a job
+    finished    rank 0 -> coordinator   a job ended
+    manifest    member -> holder        the chunk hashes of a model       answer: manifest_of
+    serve       member -> holder        open a transfer of a model        answer: serving
+
+Nothing here is ever unpickled, evaluated or handed to a shell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgpack
+import msgspec
+
+from .errors import EdgedError, ProtocolError, by_code
+from .types import (
+    DeviceState,
+    EngineSpeed,
+    LinkState,
+    ModelDescription,
+    Numerics,
+    Right,
+    Role,
+    Sampling,
+    Zone,
+)
+
+HEADER_BYTES_MAX = 4 << 20  # a manifest of a 400 GB model fits, a flood does not
+FRAME_BYTES_MAX = 256 << 20  # one prompt batch of F32 logits of a 128k vocabulary
+FRAMES_MAX = 8
+DEPTH_MAX = 16
+NAME_CHARS_MAX = 64
+PING_S = 1.0
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One header, unpacked. `request` and `answers` are request numbers or 0."""
+
+    kind: str
+    body: dict[str, Any]
+    request: int = 0
+    answers: int = 0
+
+
+# --- bodies between daemons -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Empty:
+    pass
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    protocol: int
+    version: str
+    name: str
+    port: int
+    addresses: tuple[str, ...] = ()
+    zone: Zone = "own"
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    node_id: str
+    name: str
+    port: int
+    protocol: int
+    addresses: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    node_id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Introduce:
+    node_id: str
+    name: str
+    addresses: tuple[str, ...]
+    port: int
+    rights: tuple[Right, ...]
+    zone: Zone
+
+
+@dataclass(frozen=True, slots=True)
+class Forget:
+    node_id: str
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    device: DeviceState
+    memory_budget: int | None
+    engines: tuple[str, ...]
+    speeds: tuple[EngineSpeed, ...]
+    links: tuple[LinkState, ...]
+    holds: tuple[str, ...]
+    profile: str
+
+
+@dataclass(frozen=True, slots=True)
+class Describe:
+    measure: bool = False  # run the micro-benchmark first where it was never run
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """A role of `group`. `listens_for`: ranks that will dial this one."""
+
+    group: str
+    rank: int
+    roles: tuple[Role, ...]
+    model_sha256: str
+    model_name: str
+    manifest_sha256: str
+    model: ModelDescription
+    engine: str
+    context_tokens: int
+    numerics: Numerics
+    listens_for: tuple[int, ...]
+    holder: str  # a node that has the model
+
+
+@dataclass(frozen=True, slots=True)
+class Offered:
+    """The worker stands. `ports`: rank -> port it listens on for that rank."""
+
+    public_key: bytes
+    ports: dict[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class PeerEnd:
+    """Where and as whom a rank is reached; port 0 where that rank dials us."""
+
+    rank: int
+    node_id: str
+    public_key: bytes
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    group: str
+    ends: tuple[PeerEnd, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    load_ms: float
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    group: str
+
+
+@dataclass(frozen=True, slots=True)
+class Lost:
+    group: str
+    rank: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class Generate:
+    group: str
+    job: str
+    epoch: int
+    messages: tuple[dict[str, str], ...]
+    raw: str | None
+    tokens_max: int
+    sampling: Sampling
+    ignore_eos: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Cancel:
+    job: str
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    job: str
+    epoch: int
+    index: int  # of the first token here, from 0
+    tokens: tuple[int, ...]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """`reason`: length, stop, cancelled or error; then `error` says why."""
+
+    job: str
+    epoch: int
+    reason: str
+    error: str = ""
+    bytes_sent: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class ManifestRequest:
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """SHA-256 of each CHUNK_BYTES of a model file. Its own hash travels in the plan."""
+
+    sha256: str
+    size: int
+    chunk_bytes: int
+    chunks: tuple[bytes, ...]
+    model: ModelDescription
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Serve:
+    sha256: str
+    public_key: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    public_key: bytes
+    port: int
+
+
+BODIES: dict[str, type[Any]] = {
+    "pair": Pair,
+    "hello": Hello,
+    "ping": Empty,
+    "introduce": Introduce,
+    "forget": Forget,
+    "leave": Empty,
+    "describe": Describe,
+    "offer": Offer,
+    "start": Start,
+    "stop": Stop,
+    "lost": Lost,
+    "generate": Generate,
+    "cancel": Cancel,
+    "tokens": Tokens,
+    "finished": Finished,
+    "manifest": ManifestRequest,
+    "serve": Serve,
+}
+
+
+# --- packing --------------------------------------------------------------------------------------
+
+
+def to_map(value: Any) -> dict[str, Any]:
+    """A dataclass as plain maps and lists."""
+    plain = msgspec.to_builtins(value, builtin_types=(bytes,))
+    if not isinstance(plain, dict):
+        raise TypeError(f"a body is a map, not {type(value).__name__}")
+    return plain
+
+
+def read_body(kind: type[T], body: Any) -> T:
+    """`body` checked against the dataclass `kind`, or a ProtocolError that names the field."""
+    try:
+        return msgspec.convert(body, kind, str_keys=False, builtin_types=(bytes,))
+    except (msgspec.ValidationError, TypeError) as error:
+        raise ProtocolError(f"expected a {kind.__name__} body; {error}") from error
+
+
+def pack(kind: str, body: Any = None, *, request: int = 0, answers: int = 0) -> bytes:
+    """One header. `body`: a dataclass, a map or None."""
+    header: dict[str, Any] = {"k": kind}
+    if request:
+        header["i"] = request
+    if answers:
+        header["r"] = answers
+    if body is not None:
+        header["b"] = dict(body) if isinstance(body, Mapping) else to_map(body)
+    packed: bytes = msgpack.packb(header)
+    if len(packed) > HEADER_BYTES_MAX:
+        raise ProtocolError(f"expected a header of at most {HEADER_BYTES_MAX} bytes; {len(packed)} to send")
+    return packed
+
+
+def pack_error(error: EdgedError, *, answers: int) -> bytes:
+    body = {
+        "code": error.code,
+        "message": str(error)[:2000],
+        "remedy": error.remedy[:500],
+        "exit_code": error.exit_code,
+    }
+    return pack("error", body, answers=answers)
+
+
+def unpack(packed: bytes | memoryview) -> Message:
+    """A header read from the network; ProtocolError on anything that is not one."""
+    if len(packed) > HEADER_BYTES_MAX:
+        raise ProtocolError(f"expected a header of at most {HEADER_BYTES_MAX} bytes; {len(packed)} came")
+    header = unpack_map(packed)
+    kind, body = header.get("k"), header.get("b", {})
+    request, answers = header.get("i", 0), header.get("r", 0)
+    if not isinstance(kind, str) or not 0 < len(kind) <= NAME_CHARS_MAX or not isinstance(body, dict):
+        raise ProtocolError("expected a header with a kind and a body that is a map")
+    for number in (request, answers):
+        if type(number) is not int or not 0 <= number <= 2**53:
+            raise ProtocolError("expected request numbers from 0 to 2**53")
+    return Message(kind, body, request, answers)
+
+
+def unpack_map(packed: bytes | memoryview) -> dict[str, Any]:
+    """A bounded msgpack map with text keys at its top."""
+    try:
+        value = msgpack.unpackb(packed, strict_map_key=False, max_buffer_size=HEADER_BYTES_MAX)
+    except (ValueError, msgpack.UnpackException, RecursionError, TypeError) as error:
+        raise ProtocolError(f"expected msgpack; {type(error).__name__}") from error
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ProtocolError(f"expected a map with text keys; a {type(value).__name__} came")
+    if _depth(value) > DEPTH_MAX:
+        raise ProtocolError(f"expected at most {DEPTH_MAX} levels")
+    return value
+
+
+def raise_error(body: Mapping[str, Any]) -> None:
+    """Raise the error that an "error" answer describes."""
+    text = {key: str(body.get(key, ""))[:2000] for key in ("code", "message", "remedy")}
+    exit_code = body.get("exit_code")
+    raise by_code(
+        text["code"], text["message"], text["remedy"], exit_code if isinstance(exit_code, int) else 1
+    )
+
+
+def _depth(value: Any) -> int:
+    deepest, level = 0, [value]
+    while level:
+        deepest += 1
+        if deepest > DEPTH_MAX:
+            break
+        children: list[Any] = []
+        for item in level:
+            children += item.values() if isinstance(item, dict) else item
+        level = [child for child in children if isinstance(child, dict | list)]
+    return deepest

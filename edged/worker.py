@@ -1,0 +1,271 @@
+"""The process that executes one role: `python -m edged.worker --fd N`, started by the daemon.
+
+It talks to its daemon over the inherited socket N, to the other workers of its plan over a channel.
+The main thread owns engine and channel; a second thread reads the daemon's requests and ends the
+process when the daemon is gone. A request is one of
+
+    task      {function, params}     call a dotted function, answer with its result, end
+    prepare   {rank, size, listens_for, interfaces, ports}   answer {public_key, ports}
+    load      {group, load, spec, ends}   connect, load the engine; answer {load_ms, memory_bytes}
+    generate  {wire.Generate}        rank 0 only: begin a sequence; events tokens, finished follow
+    cancel    {job}
+    stop      {}
+"""
+
+from __future__ import annotations
+
+import argparse
+import codecs
+import ctypes
+import importlib
+import logging
+import os
+import queue
+import resource
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+from . import framing, wire
+from .channel import ZmqChannel
+from .errors import ConfigError, EdgedError, EngineError, PeerError, ProtocolError
+from .types import Engine, EngineSpec, Step
+
+log = logging.getLogger(__name__)
+OOM_SCORE_ABOVE_DAEMON = 300  # of 1000: the kernel ends a worker before anything of the device's own
+PR_SET_PDEATHSIG = 1
+SEQUENCES_MAX = 8  # at once in one worker, each with a KV cache of its own; more jobs wait
+FOLLOW_S = 0.1  # how long a follower listens to its peers before it looks at its daemon's requests
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """One job on rank 0."""
+
+    request: wire.Generate
+    number: int
+    pending: list[int]  # tokens the model has not seen yet
+    position: int = 0
+    made: int = 0
+    text: codecs.IncrementalDecoder = field(
+        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
+    )
+
+
+class Worker:
+    """Requests in, events out; `run` returns when the daemon says stop."""
+
+    def __init__(self, pipe: socket.socket) -> None:
+        self._pipe = pipe
+        self._sending = threading.Lock()
+        self._inbox: queue.SimpleQueue[wire.Message] = queue.SimpleQueue()
+        self._channel: ZmqChannel | None = None
+        self._engine: Engine | None = None
+        self._rank = 0
+        self._running: dict[str, _Sequence] = {}
+        self._waiting: list[wire.Generate] = []
+        self._numbers = 0
+        self._stopped = False
+
+    def run(self) -> None:
+        threading.Thread(target=self._read, name="daemon-pipe", daemon=True).start()
+        while not self._stopped:
+            self._handle_requests()
+            if self._engine is None:
+                continue
+            try:
+                self._advance(self._engine)
+            except EdgedError as error:
+                self._fail(error)
+        if self._engine is not None:
+            self._engine.close()
+        if self._channel is not None:
+            self._channel.close()
+
+    # --- requests ---
+
+    def _read(self) -> None:
+        while True:
+            try:
+                message = framing.receive(self._pipe)
+            except (EdgedError, OSError):
+                message = None
+            if message is None:
+                os._exit(0)  # the daemon is gone: nobody waits for this process any more
+            self._inbox.put(message)
+
+    def _handle_requests(self) -> None:
+        """Everything that waits; blocks while there is nothing else to do."""
+        idle = self._engine is None or (self._rank == 0 and not self._running and not self._waiting)
+        while not self._stopped:
+            try:
+                message = self._inbox.get(block=idle)
+            except queue.Empty:
+                return
+            idle = False
+            try:
+                answer = self._handle(message)
+            except EdgedError as error:
+                self._send(wire.pack_error(error, answers=message.request))
+            except MemoryError:
+                error = EngineError("expected enough memory; the worker ran out", code="memory")
+                self._send(wire.pack_error(error, answers=message.request))
+            else:
+                if message.request:
+                    self._send(wire.pack("ok", answer, answers=message.request))
+
+    def _handle(self, message: wire.Message) -> Any:
+        body = message.body
+        match message.kind:
+            case "task":
+                self._stopped = True
+                return _resolve(body["function"])(
+                    body["params"], lambda event: self._event("progress", event)
+                )
+            case "prepare":
+                return self._prepare(body)
+            case "load":
+                return self._load(body)
+            case "generate":
+                self._waiting.append(wire.read_body(wire.Generate, body))
+                return None
+            case "cancel":
+                return self._cancel(body["job"])
+            case "stop":
+                self._stopped = True
+                return None
+        raise ProtocolError(f"a worker has no request {message.kind!r}")
+
+    def _prepare(self, body: dict[str, Any]) -> dict[str, Any]:
+        ports = range(*body["ports"])
+        self._rank = body["rank"]
+        self._channel = ZmqChannel(body["rank"], body["size"], body["interfaces"], ports)
+        return {"ports": self._channel.listen(body["listens_for"]), "public_key": self._channel.public_key}
+
+    def _load(self, body: dict[str, Any]) -> dict[str, Any]:
+        if self._channel is None:
+            raise ProtocolError("expected prepare before load")
+        started = time.monotonic()
+        spec = wire.read_body(EngineSpec, body["spec"])
+        self._channel.open(body["group"], {rank: tuple(end) for rank, end in body["ends"].items()})
+        self._engine = cast(Engine, _resolve(body["load"])(spec, self._channel))
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {"load_ms": (time.monotonic() - started) * 1000, "memory_bytes": memory}
+
+    def _cancel(self, job: str) -> None:
+        self._waiting = [request for request in self._waiting if request.job != job]
+        if sequence := self._running.get(job):
+            self._finish(sequence, "cancelled")
+
+    # --- work ---
+
+    def _advance(self, engine: Engine) -> None:
+        """One step of every running sequence on rank 0; one message of the others elsewhere."""
+        if self._rank:
+            engine.follow(FOLLOW_S)
+            return
+        while self._waiting and len(self._running) < SEQUENCES_MAX:
+            self._begin(engine, self._waiting.pop(0))
+        sequences = list(self._running.values())
+        if not sequences:
+            return
+        steps = [Step(s.number, tuple(s.pending), s.position, s.request.sampling) for s in sequences]
+        for sequence, token in zip(sequences, engine.step(steps), strict=True):
+            assert token is not None
+            self._take(engine, sequence, token)
+
+    def _begin(self, engine: Engine, request: wire.Generate) -> None:
+        self._numbers += 1
+        try:
+            prompt = request.raw if request.raw is not None else request.messages
+            tokens = engine.encode(prompt, raw=request.raw is not None)
+            if not tokens:
+                raise ConfigError("expected a prompt of at least one token; it is empty")
+        except EdgedError as error:
+            self._event("finished", wire.Finished(request.job, request.epoch, "error", str(error)))
+            return
+        self._running[request.job] = _Sequence(request, self._numbers, tokens)
+
+    def _take(self, engine: Engine, sequence: _Sequence, token: int) -> None:
+        """A new token of a sequence: tell the daemon, or end."""
+        sequence.position += len(sequence.pending)
+        sequence.pending = [token]
+        request = sequence.request
+        if token in engine.end_tokens and not request.ignore_eos:
+            self._finish(sequence, "stop")
+            return
+        index, sequence.made = sequence.made, sequence.made + 1
+        text = sequence.text.decode(engine.decode([token]), final=sequence.made == request.tokens_max)
+        self._event("tokens", wire.Tokens(request.job, request.epoch, index, (token,), text))
+        if sequence.made == request.tokens_max:
+            self._finish(sequence, "length")
+
+    def _finish(self, sequence: _Sequence, reason: str, error: str = "") -> None:
+        request = sequence.request
+        del self._running[request.job]
+        if self._engine is not None and not error:
+            self._engine.release(sequence.number)
+        sent = self._channel.bytes_sent if self._channel is not None else 0
+        self._event("finished", wire.Finished(request.job, request.epoch, reason, error, sent))
+
+    def _fail(self, error: EdgedError) -> None:
+        """A step went wrong: EngineError ends its sequences, anything else ends the worker."""
+        for sequence in list(self._running.values()):
+            self._finish(sequence, "error", str(error))
+        self._event("failed", {"message": str(error), "is_peer": isinstance(error, PeerError)})
+        self._stopped = True
+
+    # --- to the daemon ---
+
+    def _event(self, kind: str, body: Any) -> None:
+        self._send(wire.pack(kind, body))
+
+    def _send(self, packed: bytes) -> None:
+        with self._sending:
+            self._pipe.sendall(framing.frame(packed))
+
+
+def _resolve(dotted: str) -> Callable[..., Any]:
+    """ "package.module:attribute", imported here and nowhere else."""
+    module, _, attribute = dotted.partition(":")
+    try:
+        return cast("Callable[..., Any]", getattr(importlib.import_module(module), attribute))
+    except (ImportError, AttributeError) as error:
+        raise EngineError(
+            f"expected {dotted} in this installation; {error}", remedy="install the extra it needs"
+        ) from error
+
+
+def _bind_to_daemon(parent: int) -> None:
+    """Die with the daemon, before it under memory pressure, and not of its terminal's Ctrl-C."""
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:
+        os._exit(0)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # the daemon drains first; it ends us by the pipe
+    try:
+        with open("/proc/self/oom_score_adj", "r+") as file:
+            score = min(1000, int(file.read()) + OOM_SCORE_ABOVE_DAEMON)
+            file.seek(0)
+            file.write(str(score))
+    except OSError as error:
+        log.info("oom score unchanged", extra={"reason": str(error)})
+
+
+def main(arguments: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="edged.worker")
+    parser.add_argument("--fd", type=int, required=True)
+    parser.add_argument("--parent", type=int, required=True)
+    chosen = parser.parse_args(arguments)
+    _bind_to_daemon(chosen.parent)
+    logging.basicConfig(stream=sys.stderr, format="worker %(process)d %(levelname)s %(message)s")
+    Worker(socket.socket(fileno=chosen.fd)).run()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
