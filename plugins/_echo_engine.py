@@ -118,4 +118,5 @@ class EchoEngine:
         whole = tokens.index(END) if END in tokens else len(tokens)
         prompt = self._prompts.setdefault(step.sequence, whole)
         said = len(tokens) - prompt - (tokens[prompt : prompt + 1] == bytes([END]))
-        return [*tokens[:prompt], END][said % (prompt + 1)]
+        answer: list[int] = [*tokens[:prompt], END]
+        return answer[said % (prompt + 1)]
