@@ -29,6 +29,7 @@ key `pair` is the only kind that is read.
     start       coordinator -> member   connect and load                  answer: started, or error
     stop        coordinator -> member   end the role
     lost        member -> coordinator   a worker of this group ended
+    usage       coordinator -> member   what its worker sent and holds    answer: used
     generate    coordinator -> rank 0   begin a job on a loaded group
     cancel      coordinator -> rank 0   end a job
     tokens      rank 0 -> coordinator   new tokens of a job
@@ -199,6 +200,17 @@ class Stop:
 
 
 @dataclass(frozen=True, slots=True)
+class Usage:
+    group: str
+
+
+@dataclass(frozen=True, slots=True)
+class Used:
+    bytes_sent: int
+    memory_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Lost:
     group: str
     rank: int
@@ -219,6 +231,7 @@ class Generate:
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
+    group: str
     job: str
 
 
@@ -239,7 +252,6 @@ class Finished:
     epoch: int
     reason: str
     error: str = ""
-    bytes_sent: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,6 +294,7 @@ BODIES: dict[str, type[Any]] = {
     "offer": Offer,
     "start": Start,
     "stop": Stop,
+    "usage": Usage,
     "lost": Lost,
     "generate": Generate,
     "cancel": Cancel,

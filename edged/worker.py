@@ -9,6 +9,7 @@ process when the daemon is gone. A request is one of
     load      {group, load, spec, ends}   connect, load the engine; answer {load_ms, memory_bytes}
     generate  {wire.Generate}        rank 0 only: begin a sequence; events tokens, finished follow
     cancel    {job}
+    usage     {}                     answer {bytes_sent, memory_bytes}, also during a computation
     stop      {}
 """
 
@@ -97,7 +98,14 @@ class Worker:
                 message = None
             if message is None:
                 os._exit(0)  # the daemon is gone: nobody waits for this process any more
-            self._inbox.put(message)
+            if message.kind == "usage":  # answered here, also while the main thread computes
+                self._send(wire.pack("ok", self._usage(), answers=message.request))
+            else:
+                self._inbox.put(message)
+
+    def _usage(self) -> wire.Used:
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return wire.Used(self._channel.bytes_sent if self._channel is not None else 0, memory)
 
     def _handle_requests(self) -> None:
         """Everything that waits; blocks while there is nothing else to do."""
@@ -113,8 +121,8 @@ class Worker:
             except EdgedError as error:
                 self._send(wire.pack_error(error, answers=message.request))
             except MemoryError:
-                error = EngineError("expected enough memory; the worker ran out", code="memory")
-                self._send(wire.pack_error(error, answers=message.request))
+                out_of_memory = EngineError("expected enough memory; the worker ran out", code="memory")
+                self._send(wire.pack_error(out_of_memory, answers=message.request))
             else:
                 if message.request:
                     self._send(wire.pack("ok", answer, answers=message.request))
@@ -147,15 +155,14 @@ class Worker:
         self._channel = ZmqChannel(body["rank"], body["size"], body["interfaces"], ports)
         return {"ports": self._channel.listen(body["listens_for"]), "public_key": self._channel.public_key}
 
-    def _load(self, body: dict[str, Any]) -> dict[str, Any]:
+    def _load(self, body: dict[str, Any]) -> wire.Started:
         if self._channel is None:
             raise ProtocolError("expected prepare before load")
         started = time.monotonic()
         spec = wire.read_body(EngineSpec, body["spec"])
         self._channel.open(body["group"], {rank: tuple(end) for rank, end in body["ends"].items()})
         self._engine = cast(Engine, _resolve(body["load"])(spec, self._channel))
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return {"load_ms": (time.monotonic() - started) * 1000, "memory_bytes": memory}
+        return wire.Started((time.monotonic() - started) * 1000, self._usage().memory_bytes)
 
     def _cancel(self, job: str) -> None:
         self._waiting = [request for request in self._waiting if request.job != job]
@@ -210,8 +217,7 @@ class Worker:
         del self._running[request.job]
         if self._engine is not None and not error:
             self._engine.release(sequence.number)
-        sent = self._channel.bytes_sent if self._channel is not None else 0
-        self._event("finished", wire.Finished(request.job, request.epoch, reason, error, sent))
+        self._event("finished", wire.Finished(request.job, request.epoch, reason, error))
 
     def _fail(self, error: EdgedError) -> None:
         """A step went wrong: EngineError ends its sequences, anything else ends the worker."""

@@ -1,0 +1,380 @@
+"""What to do: candidates, their price, the rules every plan must keep, the choice. Pure.
+
+The price is a first simple model. A rank's time per token is the bytes of weights it reads divided by
+the measured bytes/s of that weight type; ranks of a stage work at once (the slowest counts), stages one
+after the other. Each of the two all-reduces a layer costs one round trip of the slowest link in the
+group, each hop between stages half of one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Mapping, Sequence
+
+from .errors import ConfigError, EdgedError, PeerError, PolicyViolation
+from .types import (
+    Candidate,
+    EngineSpeed,
+    ModelDescription,
+    NodeView,
+    PlanRequest,
+    Predicted,
+    Range,
+    Role,
+    Strategy,
+)
+
+WORKER_BYTES = 96 << 20  # interpreter, libraries and graph buffers of one worker (measured: 50 to 90 MiB)
+KV_BYTES = {"fast": 2, "exact": 4}  # per element: F16, F32
+F32_BYTES = 4
+GAIN_MIN = 0.9  # more nodes must predict at most this share of the time of fewer (hysteresis)
+
+
+# --- candidates -----------------------------------------------------------------------------------
+
+
+def whole(node: NodeView, model: ModelDescription, strategy: str) -> Candidate:
+    """The whole model on one node."""
+    full = ((0, model.layers), (0, model.heads), (0, model.ffn), (0, model.vocab))
+    return Candidate(strategy, (Role(0, node.node_id, 0, *full, share=1.0),))
+
+
+def propose_local(
+    model: ModelDescription, nodes: Sequence[NodeView], request: PlanRequest
+) -> list[Candidate]:
+    if request.nodes and request.nodes != (nodes[0].node_id,):
+        raise ConfigError("strategy local runs on the submitting node; drop --nodes, or use remote")
+    return [whole(nodes[0], model, "local")]
+
+
+def propose_remote(
+    model: ModelDescription, nodes: Sequence[NodeView], request: PlanRequest
+) -> list[Candidate]:
+    others = nodes if request.nodes else nodes[1:]
+    if request.nodes and len(request.nodes) != 1:
+        raise ConfigError(f"strategy remote takes one of --nodes; {len(request.nodes)} came")
+    if not others:
+        raise PeerError("strategy remote needs another online node; there is none", code="no-peers")
+    return [whole(node, model, "remote") for node in others]
+
+
+CORE_STRATEGIES = (Strategy("local", propose_local), Strategy("remote", propose_remote))
+NEEDS_SEVERAL = ("layers", "tensor", "hybrid")
+
+
+def consider(
+    strategies: Mapping[str, Strategy],
+    model: ModelDescription,
+    nodes: Sequence[NodeView],
+    request: PlanRequest,
+) -> list[Candidate]:
+    """Every candidate, priced and checked; `nodes` has the submitter first.
+
+    With a strategy named by hand its errors pass through; with `auto` they become refused candidates.
+    """
+    by_id = {node.node_id: node for node in nodes}
+    ordered = [by_id[node_id] for node_id in request.nodes] if request.nodes else list(nodes)
+    if request.strategy == "auto":
+        names: Sequence[str] = _fitting(strategies, request, nodes[0].node_id)
+    elif request.strategy in strategies:
+        names = (request.strategy,)
+    else:
+        raise ConfigError(
+            f"no strategy {request.strategy!r}; loaded: auto, {', '.join(sorted(strategies))}",
+            remedy="load the plugin that brings it, or use another",
+        )
+    found: list[Candidate] = []
+    for name in names:
+        try:
+            proposed = strategies[name].propose(model, ordered, request)
+        except EdgedError as error:
+            if request.strategy != "auto":
+                raise
+            proposed = [Candidate(name, (), refused_because=str(error))]
+        found += [finish(candidate, model, by_id, request) for candidate in proposed]
+    return found
+
+
+def _fitting(strategies: Mapping[str, Strategy], request: PlanRequest, submitter: str) -> list[str]:
+    """The strategies that `auto` may ask, given the nodes named by hand."""
+    if not request.nodes:
+        return list(strategies)
+    if len(request.nodes) > 1 or request.shares:
+        return [name for name in strategies if name in NEEDS_SEVERAL]
+    return ["local"] if request.nodes == (submitter,) else ["remote"]
+
+
+def finish(
+    candidate: Candidate, model: ModelDescription, nodes: Mapping[str, NodeView], request: PlanRequest
+) -> Candidate:
+    """With memory and price filled in, or with the reason why it is refused."""
+    if candidate.refused_because:
+        return candidate
+    roles = tuple(
+        dataclasses.replace(role, memory_bytes=memory_of(role, model, request)) for role in candidate.roles
+    )
+    sized = dataclasses.replace(candidate, roles=roles)
+    reason = validate(sized, model, nodes, request)
+    return dataclasses.replace(sized, predicted=price(sized, model, nodes, request), refused_because=reason)
+
+
+# --- the price ------------------------------------------------------------------------------------
+
+
+def weight_bytes_of(role: Role, model: ModelDescription) -> int:
+    """Bytes of weights a rank reads for each token, in the file's types (the embedding is one row)."""
+    heads = (role.heads[1] - role.heads[0]) / model.heads
+    ffn = (role.ffn[1] - role.ffn[0]) / model.ffn
+    attention = 2 * model.hidden * model.head_dim * (model.heads + model.kv_heads)
+    feed_forward = 3 * model.hidden * model.ffn
+    fraction = (attention * heads + feed_forward * ffn) / (attention + feed_forward)
+    layers = sum(model.layer_bytes[role.layers[0] : role.layers[1]]) * fraction
+    return round(layers + model.head_bytes * (role.vocab[1] - role.vocab[0]) / model.vocab)
+
+
+def memory_of(role: Role, model: ModelDescription, request: PlanRequest) -> int:
+    """Weights, one sequence's KV cache and the worker itself, in bytes."""
+    weights = weight_bytes_of(role, model)
+    if request.numerics == "exact":
+        stored = (
+            sum(model.layer_bytes)
+            + model.embedding_bytes
+            + (model.head_bytes if model.head_bytes != model.embedding_bytes else 0)
+        )
+        weights = round(weights * F32_BYTES * model.parameters / stored)
+    kv_heads = model.kv_heads * (role.heads[1] - role.heads[0]) / model.heads
+    cache = 2 * (role.layers[1] - role.layers[0]) * request.context_tokens * kv_heads * model.head_dim
+    return round(weights + cache * KV_BYTES[request.numerics] + WORKER_BYTES)
+
+
+def price(
+    candidate: Candidate, model: ModelDescription, nodes: Mapping[str, NodeView], request: PlanRequest
+) -> Predicted:
+    """Time, joules and bytes per token; None where a device or link was never measured."""
+    stages = _stages(candidate.roles)
+    traffic = _bytes_per_token(stages, model)
+    submitter = next(iter(nodes))
+    decode = prefill = 0.0
+    for roles in stages:
+        times = [_rank_times(role, model, nodes[role.node_id], request.prompt_tokens) for role in roles]
+        if any(time is None for time in times):
+            return Predicted(bytes_per_token=traffic)
+        decode += max(time[0] for time in times if time)
+        prefill += max(time[1] for time in times if time)
+    latency = _latency(stages, nodes, submitter)
+    if latency is None:
+        return Predicted(bytes_per_token=traffic)
+    tpot_ms = 1000 * decode + latency
+    return Predicted(ttft_ms=1000 * prefill + latency, tpot_ms=tpot_ms, bytes_per_token=traffic)
+
+
+def _rank_times(
+    role: Role, model: ModelDescription, node: NodeView, prompt_tokens: int
+) -> tuple[float, float] | None:
+    """Seconds for one token and for the prompt on one rank."""
+    speed = speed_of(node, model.weight_type)
+    if speed is None:
+        return None
+    weights = weight_bytes_of(role, model)
+    of_model = weights / max(1, sum(model.layer_bytes) + model.head_bytes)
+    operations = 2 * model.parameters * of_model * prompt_tokens
+    return weights / speed.decode_bytes_s, operations / speed.prefill_flops_s
+
+
+def speed_of(node: NodeView, weight_type: str) -> EngineSpeed | None:
+    """The measured speed of a weight type; mixed types ("Q4_K_M") count as their main one ("Q4_K")."""
+    exact = next((s for s in node.speeds if s.weight_type == weight_type), None)
+    if exact is not None:
+        return exact
+    return next((s for s in node.speeds if weight_type.startswith(s.weight_type)), None)
+
+
+def _latency(stages: Sequence[Sequence[Role]], nodes: Mapping[str, NodeView], submitter: str) -> float | None:
+    """Milliseconds of waiting for links in one token."""
+    total = 0.0
+    for roles in stages:
+        if len(roles) > 1:
+            pairs = itertools.combinations([role.node_id for role in roles], 2)
+            times = [rtt_ms(nodes, a, b) for a, b in pairs]
+            if None in times:
+                return None
+            layers = roles[0].layers[1] - roles[0].layers[0]
+            total += 2 * layers * max(time for time in times if time is not None)
+    hops = [(a[0].node_id, b[0].node_id) for a, b in itertools.pairwise(stages)]
+    if len(stages) > 1:
+        hops.append((stages[-1][0].node_id, stages[0][0].node_id))
+    hops.append((stages[0][0].node_id, submitter))
+    for a, b in hops:
+        time = rtt_ms(nodes, a, b)
+        if time is None:
+            return None
+        total += time / 2
+    return total
+
+
+def rtt_ms(nodes: Mapping[str, NodeView], a: str, b: str) -> float | None:
+    """Round-trip time between two nodes as either of them measured it."""
+    if a == b:
+        return 0.0
+    seen = [link.rtt_ms for link in nodes[a].links if link.node_id == b]
+    seen += [link.rtt_ms for link in nodes[b].links if link.node_id == a]
+    return next((time for time in seen if time is not None), None)
+
+
+def _bytes_per_token(stages: Sequence[Sequence[Role]], model: ModelDescription) -> int:
+    """Bytes of hidden states on data-plane sockets for one token, F32."""
+    row = model.hidden * F32_BYTES
+    total = 0
+    for roles in stages:
+        layers = roles[0].layers[1] - roles[0].layers[0]
+        total += 2 * layers * len(roles) * (len(roles) - 1) * row
+    for _, later in itertools.pairwise(stages):
+        total += len(later) * row
+    return total
+
+
+# --- the rules ------------------------------------------------------------------------------------
+
+
+def validate(
+    candidate: Candidate, model: ModelDescription, nodes: Mapping[str, NodeView], request: PlanRequest
+) -> str | None:
+    """Why this plan may not run, or None. Applied to every plan, whoever made it."""
+    roles = candidate.roles
+    if [role.rank for role in roles] != list(range(len(roles))) or not roles:
+        return "its ranks are not 0, 1, 2, ..."
+    if len({role.node_id for role in roles}) != len(roles):
+        return "a node has more than one role"
+    reason = _coverage(_stages(roles), model)
+    if reason:
+        return reason
+    for role in roles:
+        node = nodes.get(role.node_id)
+        if node is None:
+            return f"node {role.node_id[:8]} is not known"
+        if reason := _refusal(node, role, request, is_submitter=node is next(iter(nodes.values()))):
+            return f"{node.name}: {reason}"
+    for a, b in itertools.combinations(roles, 2):
+        if not _are_linked(nodes[a.node_id], nodes[b.node_id]):
+            return f"{nodes[a.node_id].name} and {nodes[b.node_id].name} have no connection to each other"
+    return None
+
+
+def _refusal(node: NodeView, role: Role, request: PlanRequest, *, is_submitter: bool) -> str | None:
+    if not node.online:
+        return "it is offline"
+    if node.zone == "guest" and not request.allow_guest:
+        return "it is a guest, and this job uses own nodes only"
+    if not is_submitter and "serve" not in node.rights:
+        return "it has no right to serve"
+    if not is_submitter and request.private:
+        return "this job is private, and its prompt would leave the node"
+    if node.memory_budget is not None and role.memory_bytes > node.memory_budget:
+        needed, given = role.memory_bytes / 2**20, node.memory_budget / 2**20
+        return f"its part needs {needed:.0f} MiB and the budget is {given:.0f} MiB"
+    return None
+
+
+def _are_linked(a: NodeView, b: NodeView) -> bool:
+    return any(link.node_id == b.node_id for link in a.links) or any(
+        link.node_id == a.node_id for link in b.links
+    )
+
+
+def _coverage(stages: Sequence[Sequence[Role]], model: ModelDescription) -> str | None:
+    """Each layer in one stage, in order; within a stage every head, column and row in one rank."""
+    if [roles[0].stage for roles in stages] != list(range(len(stages))):
+        return "its stages are not 0, 1, 2, ..."
+    if not _tiles([roles[0].layers for roles in stages], model.layers, 1):
+        return f"its stages do not cover the layers 0 to {model.layers} in order"
+    for roles in stages:
+        if len({role.layers for role in roles}) != 1:
+            return "ranks of one stage have different layers"
+        for what, ranges, size, unit in (
+            ("heads", [role.heads for role in roles], model.heads, model.head_unit),
+            ("feed-forward columns", [role.ffn for role in roles], model.ffn, model.ffn_unit),
+        ):
+            if not _tiles(ranges, size, unit):
+                return f"a stage does not cut its {size} {what} into whole units of {unit}"
+    last = [role.vocab for role in stages[-1]]
+    if not _tiles(last, model.vocab, model.vocab_unit):
+        return f"the last stage does not cut the vocabulary into whole units of {model.vocab_unit}"
+    if any(role.vocab != (0, 0) for roles in stages[:-1] for role in roles):
+        return "a stage before the last has a part of the output head"
+    return None
+
+
+def _tiles(ranges: Sequence[Range], size: int, unit: int) -> bool:
+    """Do the ranges, none empty, cover 0 to size in order, cut at multiples of unit?"""
+    edges = [0, *(end for _, end in ranges)]
+    return (
+        edges[-1] == size
+        and all(range_[0] == edge for range_, edge in zip(ranges, edges[:-1], strict=True))
+        and all(a < b for a, b in itertools.pairwise(edges))
+        and all(edge % unit == 0 for edge in edges[:-1])
+    )
+
+
+def _stages(roles: Sequence[Role]) -> list[list[Role]]:
+    """Roles by stage, stages in order, ranks in order within."""
+    ordered = sorted(roles, key=lambda role: (role.stage, role.rank))
+    return [list(group) for _, group in itertools.groupby(ordered, key=lambda role: role.stage)]
+
+
+# --- the choice -----------------------------------------------------------------------------------
+
+
+def choose(candidates: Sequence[Candidate]) -> int | None:
+    """Policy `latency`: the least time per token; fewer nodes unless more gain over a tenth.
+
+    An unmeasured candidate loses to a measured one; among unmeasured ones the fewest nodes win.
+    """
+    allowed = [index for index, c in enumerate(candidates) if c.refused_because is None]
+    if not allowed:
+        return None
+    best = min(allowed, key=lambda i: (len(candidates[i].roles), _time(candidates[i]), i))
+    for index in sorted(allowed, key=lambda i: (_time(candidates[i]), i)):
+        gain = GAIN_MIN if len(candidates[index].roles) > len(candidates[best].roles) else 1.0
+        if _time(candidates[index]) < gain * _time(candidates[best]):
+            best = index
+    return best
+
+
+def _time(candidate: Candidate) -> float:
+    predicted = candidate.predicted.tpot_ms
+    return float("inf") if predicted is None else predicted
+
+
+def refusal(candidates: Sequence[Candidate]) -> PolicyViolation:
+    """The error of a request that no candidate meets."""
+    reasons = dict.fromkeys(f"{c.strategy}: {c.refused_because}" for c in candidates if c.refused_because)
+    return PolicyViolation(
+        f"no plan can run; {'; '.join(reasons) or 'nothing was proposed'}",
+        remedy="free memory, add nodes, or choose another --strategy",
+        code="no-plan",
+    )
+
+
+def explain(candidates: Sequence[Candidate], chosen: int | None, nodes: Mapping[str, NodeView]) -> list[str]:
+    """Sentences for a person: what each candidate costs, why it is refused, what was chosen."""
+    said = []
+    for index, candidate in enumerate(candidates):
+        names = ", ".join(nodes[role.node_id].name for role in candidate.roles if role.node_id in nodes)
+        head = f"{candidate.strategy}{f' on {names}' if names else ''}"
+        if candidate.refused_because:
+            said.append(f"{head}: refused, {candidate.refused_because}.")
+            continue
+        time = candidate.predicted.tpot_ms
+        cost = f"{time:.1f} ms per token" if time is not None else "speed unknown, a device is unmeasured"
+        said.append(f"{head}: {cost}{' (chosen)' if index == chosen else ''}.")
+    if chosen is not None and (alone := _fastest_alone(candidates)) is not None:
+        mine = _time(candidates[chosen])
+        if len(candidates[chosen].roles) > 1 and _time(alone) < mine:
+            said.append(f"Warning: one node alone should take {_time(alone):.1f} ms per token.")
+    return said
+
+
+def _fastest_alone(candidates: Sequence[Candidate]) -> Candidate | None:
+    alone = [c for c in candidates if len(c.roles) == 1 and c.refused_because is None]
+    return min(alone, key=_time, default=None)
