@@ -1,0 +1,58 @@
+"""The shard engine: ggml, driven from Python, running a Llama GGUF or any part of it.
+
+Provides one engine, `shard`: the whole model, a range of its layers, or a tensor slice of those (a
+share of the heads, the feed-forward's columns and the vocabulary), at llama.cpp's speed. It does
+not know: other architectures than `llama`, other devices than the CPU, adapters, how plans are
+made, or what carries its messages (it is handed a `Channel`).
+
+This module is light; ggml and numpy are loaded by the underscore modules, in a worker only.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from edged import ConfigError, EngineEntry, hookimpl
+
+Wire = Literal["f32", "f16"]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """`[plugins.shard]` of a profile."""
+
+    wire: Wire = "f32"  # type of the partial sums between tensor-parallel ranks; rank 0's setting rules
+    sequences_max: int = 32  # bound of the KV caches one worker holds
+    timeout_s: float = 30.0  # base of every receive; work and bytes waited for come on top
+    threads: int = 0  # threads of the micro-benchmark; 0: every core this process may use
+
+    def __post_init__(self) -> None:
+        if self.wire not in get_args(Wire):
+            raise ConfigError(f"shard: wire is one of {', '.join(get_args(Wire))}, not {self.wire!r}")
+        if self.sequences_max < 1 or self.timeout_s <= 0 or self.threads < 0:
+            raise ConfigError("shard: sequences_max and timeout_s are above 0, threads is 0 or more")
+
+    @classmethod
+    def read(cls, settings: Mapping[str, Any]) -> Settings:
+        known = [f.name for f in dataclasses.fields(cls)]
+        for name in settings:
+            if name not in known:
+                raise ConfigError(f"shard: unknown setting {name!r}; known: {', '.join(known)}")
+        return cls(**settings)
+
+
+@hookimpl
+def edged_engines(settings: Mapping[str, Any]) -> Sequence[EngineEntry]:
+    return [
+        EngineEntry(
+            name="shard",
+            load="edged_plugins.shard._engine:load",
+            describe="edged_plugins.shard._describe:describe",
+            measure="edged_plugins.shard._measure:measure",
+            check="edged_plugins.shard._check:check",
+            settings=dataclasses.asdict(Settings.read(settings)),
+        )
+    ]

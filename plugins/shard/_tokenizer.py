@@ -1,0 +1,101 @@
+"""Text to tokens and back, with llama.cpp's own vocabulary and the model's chat template.
+
+Loaded on first use and on rank 0 only: llama_cpp reads the vocabulary and no weights.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+
+import llama_cpp
+from llama_cpp.llama_chat_format import Jinja2ChatFormatter
+
+from edged import EngineError
+
+from . import _ggml
+
+PIECE_BYTES = 256
+
+
+@llama_cpp.llama_log_callback
+def _silent(level: int, text: bytes, user: ctypes.c_void_p) -> None:
+    """llama.cpp's log; errors reach us as return values."""
+
+
+class Tokenizer:
+    """The vocabulary of the GGUF at `path`. `end_tokens`: all that end a generation."""
+
+    def __init__(self, path: str) -> None:
+        llama_cpp.llama_log_set(_silent, ctypes.c_void_p())
+        _ggml.load().silence()
+        parameters = llama_cpp.llama_model_default_params()
+        parameters.vocab_only = True
+        self._model = llama_cpp.llama_model_load_from_file(path.encode(), parameters)
+        if not self._model:
+            raise EngineError(f"llama.cpp cannot read the vocabulary of {path}")
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        count = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        self._count = count
+        self.end_tokens = frozenset(t for t in range(count) if llama_cpp.llama_vocab_is_eog(self._vocab, t))
+        self._formatter = self._make_formatter()
+
+    def close(self) -> None:
+        if self._model:
+            llama_cpp.llama_model_free(self._model)
+        self._model = self._vocab = None
+
+    def encode(self, prompt: str | Sequence[Mapping[str, str]], raw: bool) -> list[int]:
+        """`raw` prompts are tokenised as they stand, special tokens parsed, BOS as the model wants;
+        others go through the chat template, a string being one message of the user."""
+        if raw and not isinstance(prompt, str):
+            raise EngineError("a raw prompt is a string, not messages")
+        if isinstance(prompt, str):
+            if raw or self._formatter is None:
+                return self._tokenize(prompt, add_special=True)
+            prompt = [{"role": "user", "content": prompt}]
+        if self._formatter is None:
+            return self._tokenize("\n".join(m.get("content", "") for m in prompt), add_special=True)
+        try:
+            formatted = self._formatter(messages=[dict(m) for m in prompt])
+        except Exception as exc:  # a template is a program of the model's author
+            raise EngineError(f"the model's chat template refuses these messages: {exc}") from exc
+        return self._tokenize(formatted.prompt, add_special=not formatted.added_special)
+
+    def decode(self, tokens: Sequence[int]) -> bytes:
+        return b"".join(self._piece(token) for token in tokens)
+
+    def _tokenize(self, text: str, add_special: bool) -> list[int]:
+        encoded = text.encode()
+        room = len(encoded) + 8
+        for _ in range(2):
+            found = (llama_cpp.llama_token * room)()
+            count = llama_cpp.llama_tokenize(
+                self._vocab, encoded, len(encoded), found, room, add_special, True
+            )
+            if count >= 0:
+                return list(found[:count])
+            room = -count
+        raise EngineError("llama.cpp could not tokenise the prompt")
+
+    def _piece(self, token: int, special: bool = False) -> bytes:
+        if not 0 <= token < self._count:
+            raise EngineError(f"expected token ids below {self._count}")
+        room = PIECE_BYTES
+        for _ in range(2):
+            piece = ctypes.create_string_buffer(room)
+            size = llama_cpp.llama_token_to_piece(self._vocab, token, piece, room, 0, special)
+            if size >= 0:
+                return piece.raw[:size]
+            room = -size
+        raise EngineError("llama.cpp could not spell a token")
+
+    def _make_formatter(self) -> Jinja2ChatFormatter | None:
+        template = llama_cpp.llama_model_chat_template(self._model, None)
+        if not template:
+            return None
+        ends = [
+            self._piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
+            for token in (llama_cpp.llama_vocab_eos(self._vocab), llama_cpp.llama_vocab_bos(self._vocab))
+        ]
+        return Jinja2ChatFormatter(template.decode(), eos_token=ends[0], bos_token=ends[1])

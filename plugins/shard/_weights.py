@@ -1,0 +1,240 @@
+"""One rank's weights in ggml buffers.
+
+Slices are copied, never used as strided views of the mapped file (4 times slower). Where the CPU
+has faster kernels for a rearranged layout, matrices go into that buffer type, by the question
+llama.cpp asks: does the device support a mul_mat with a weight of this shape in that buffer? The
+embedding is read by single rows and stays mapped. Pages of the file are dropped once copied.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from dataclasses import dataclass
+
+import numpy as np
+
+from edged import EngineError
+
+from . import _ggml
+from ._gguf import Tensor
+from ._model import Model
+from ._place import Place, Range
+
+SLAB_ROWS = 256  # rows converted to F32 at a time
+PROBE_COLUMNS = 512  # batch of the mul_mat asked about, as in llama.cpp
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A slice of one tensor: a range of rows and one of columns, in elements."""
+
+    key: str
+    tensor: Tensor
+    rows: Range
+    columns: Range
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Row length, row count."""
+        return self.columns[1] - self.columns[0], self.rows[1] - self.rows[0]
+
+    @property
+    def is_vector(self) -> bool:
+        return len(self.tensor.shape) == 1
+
+
+def parts_of(model: Model, place: Place) -> list[Part]:
+    """Everything `place` computes with, but for the embedding."""
+    parts = [part for i in range(*place.layers) for part in _layer_parts(model, place, i)]
+    if "rope_freqs.weight" in model.head.tensors:
+        parts.append(_part("rope_freqs", model.tensor("rope_freqs")))
+    if place.is_last:
+        parts.append(_part("output_norm", model.tensor("output_norm")))
+        parts.append(_part("output", model.output(), rows=place.vocab))
+    return parts
+
+
+def _layer_parts(model: Model, place: Place, layer: int) -> list[Part]:
+    prefix, size = f"blk.{layer}.", model.head_dim
+    q = (place.heads[0] * size, place.heads[1] * size)
+    # KV heads: every slice holds whole groups of query heads
+    kv = (place.heads[0] // model.group * size, -(-place.heads[1] // model.group) * size)
+    cuts: dict[str, dict[str, Range]] = {
+        "attn_norm": {},
+        "attn_q": {"rows": q},
+        "attn_k": {"rows": kv},
+        "attn_v": {"rows": kv},
+        "attn_output": {"columns": q},
+        "ffn_norm": {},
+        "ffn_gate": {"rows": place.ffn},
+        "ffn_up": {"rows": place.ffn},
+        "ffn_down": {"columns": place.ffn},
+    }
+    return [_part(prefix + name, model.tensor(prefix + name), **cut) for name, cut in cuts.items()]
+
+
+def _part(key: str, tensor: Tensor, rows: Range | None = None, columns: Range | None = None) -> Part:
+    height = tensor.shape[1] if len(tensor.shape) > 1 else 1
+    part = Part(key, tensor, rows or (0, height), columns or (0, tensor.shape[0]))
+    if part.columns[0] % tensor.block or part.columns[1] % tensor.block:
+        raise EngineError(
+            f"columns {part.columns[0]} to {part.columns[1]} of {tensor.name} cut through its "
+            f"{tensor.type_name} blocks of {tensor.block}"
+        )
+    return part
+
+
+class Weights:
+    """Tensors by name (`blk.0.attn_q`, `output`, ...), and `embedding` where this rank embeds."""
+
+    def __init__(self, lib: _ggml.Ggml, model: Model, place: Place, exact: bool) -> None:
+        self._lib, self._exact = lib, exact
+        self._buffers: list[int] = []
+        self._mapped: list[int] = []
+        self._contexts: list[int] = []
+        self.tensors: dict[str, int] = {}
+        self.embedding: int | None = None
+        self.repacked_bytes = 0
+        with open(model.head.path, "rb") as file:
+            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._file = np.frombuffer(self._map, dtype=np.uint8)
+        try:
+            self._load(parts_of(model, place))
+            if place.is_first:
+                self.embedding = self._map_tensor(model.tensor("token_embd"))
+        except BaseException:
+            self.close()
+            raise
+
+    def __getitem__(self, name: str) -> int:
+        return self.tensors[name]
+
+    @property
+    def bytes(self) -> int:
+        """Memory of the copied weights; the mapped embedding is the page cache's."""
+        return sum(self._lib.backend_buffer_get_size(b) for b in self._buffers)
+
+    def close(self) -> None:
+        for buffer in self._buffers + self._mapped:
+            self._lib.backend_buffer_free(buffer)
+        for context in self._contexts:
+            self._lib.free(context)
+        self._buffers, self._mapped, self._contexts = [], [], []
+        self.tensors, self.embedding = {}, None
+        if self._map is not None:
+            del self._file
+            self._map.close()
+            self._map = None
+
+    # --- placing ---------------------------------------------------------------------------------
+
+    def _load(self, parts: list[Part]) -> None:
+        plain = self._lib.backend_cpu_buffer_type()
+        by_type: dict[int, list[Part]] = {}
+        for part in parts:
+            by_type.setdefault(self._buffer_type(part) or plain, []).append(part)
+        for kind, members in by_type.items():
+            self._allocate(kind, members)
+        for kind, members in by_type.items():
+            for part in members:
+                self._fill(part, is_plain=kind == plain)
+                self._drop_pages(part.tensor)
+
+    def _buffer_type(self, part: Part) -> int | None:
+        """The first rearranging buffer type that takes this matrix; None: a plain one."""
+        if self._exact or part.is_vector:
+            return None
+        for kind in _ggml.extra_buffer_types(self._lib):
+            if takes_weight(self._lib, kind, part.tensor.type, part.shape):
+                return kind
+        return None
+
+    def _type(self, part: Part) -> int:
+        return _ggml.F32 if self._exact else part.tensor.type
+
+    def _allocate(self, kind: int, parts: list[Part]) -> None:
+        context = _ggml.new_context(self._lib, len(parts))
+        self._contexts.append(context)
+        for part in parts:
+            width, height = part.shape
+            if part.is_vector:
+                tensor = self._lib.new_tensor_1d(context, self._type(part), width)
+            else:
+                tensor = self._lib.new_tensor_2d(context, self._type(part), width, height)
+            self.tensors[part.key] = tensor
+        buffer = self._lib.backend_alloc_ctx_tensors_from_buft(context, kind)
+        if not buffer:
+            raise EngineError("out of memory for the model's weights", remedy="give this node a smaller share")
+        self._lib.backend_buffer_set_usage(buffer, _ggml.USAGE_WEIGHTS)
+        self._buffers.append(buffer)
+        if kind != self._lib.backend_cpu_buffer_type():
+            self.repacked_bytes += self._lib.backend_buffer_get_size(buffer)
+
+    # --- filling ---------------------------------------------------------------------------------
+
+    def _fill(self, part: Part, is_plain: bool) -> None:
+        source = self._slice(part)
+        tensor = self.tensors[part.key]
+        if self._exact and part.tensor.type != _ggml.F32:
+            self._fill_converted(part, source, tensor)
+        elif is_plain:
+            _ggml.array(self._lib, tensor, np.uint8, source.shape)[...] = source
+        else:
+            whole = np.ascontiguousarray(source)
+            self._lib.backend_tensor_set(tensor, whole.ctypes.data, 0, whole.nbytes)
+
+    def _slice(self, part: Part) -> np.ndarray:
+        """The part's bytes, (rows, bytes of a row), uncopied."""
+        tensor = part.tensor
+        row_bytes = tensor.bytes // (tensor.shape[1] if len(tensor.shape) > 1 else 1)
+        block_bytes = row_bytes * tensor.block // tensor.shape[0]
+        first, last = (c // tensor.block * block_bytes for c in part.columns)
+        whole = self._file[tensor.offset : tensor.offset + tensor.bytes].reshape(-1, row_bytes)
+        return whole[part.rows[0] : part.rows[1], first:last]
+
+    def _fill_converted(self, part: Part, source: np.ndarray, tensor: int) -> None:
+        convert = self._lib.get_type_traits(part.tensor.type).contents.to_float
+        if not convert:
+            raise EngineError(f"{part.tensor.name}: {part.tensor.type_name} cannot be converted to F32")
+        width, height = part.shape
+        target = _ggml.array(self._lib, tensor, np.float32, (height, width))
+        for at in range(0, height, SLAB_ROWS):
+            slab, out = np.ascontiguousarray(source[at : at + SLAB_ROWS]), target[at : at + SLAB_ROWS]
+            convert(slab.ctypes.data, out.ctypes.data, out.size)
+
+    def _map_tensor(self, tensor: Tensor) -> int:
+        """A tensor whose data is the mapped file itself."""
+        context = _ggml.new_context(self._lib, 1)
+        self._contexts.append(context)
+        mapped: int = self._lib.new_tensor_2d(context, tensor.type, *tensor.shape)
+        buffer = self._lib.backend_cpu_buffer_from_ptr(self._file.ctypes.data, self._file.nbytes)
+        self._mapped.append(buffer)
+        self._lib.backend_tensor_alloc(buffer, mapped, self._file.ctypes.data + tensor.offset)
+        return mapped
+
+    def _drop_pages(self, tensor: Tensor) -> None:
+        page = mmap.PAGESIZE
+        start = -(-tensor.offset // page) * page
+        length = (tensor.offset + tensor.bytes) // page * page - start
+        if length > 0 and self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            self._map.madvise(mmap.MADV_DONTNEED, start, length)
+
+
+def takes_weight(lib: _ggml.Ggml, buffer_type: int, weight_type: int, shape: tuple[int, int]) -> bool:
+    """Whether the CPU multiplies by a weight of `shape` (row length, rows) held in `buffer_type`."""
+    held, asked = _ggml.new_context(lib, 1), _ggml.new_context(lib, 2)
+    buffer = None
+    try:
+        weight = lib.new_tensor_2d(held, weight_type, *shape)
+        buffer = lib.backend_alloc_ctx_tensors_from_buft(held, buffer_type)  # untouched pages: costs nothing
+        if not buffer:
+            return False
+        batch = lib.new_tensor_2d(asked, _ggml.F32, shape[0], PROBE_COLUMNS)
+        product = lib.mul_mat(asked, weight, batch)
+        return bool(lib.backend_dev_supports_op(_ggml.cpu_device(lib), ctypes.c_void_p(product)))
+    finally:
+        if buffer:
+            lib.backend_buffer_free(buffer)
+        lib.free(held)
+        lib.free(asked)
