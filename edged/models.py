@@ -189,13 +189,13 @@ def _read_entry(folder: Path, stamp: tuple[tuple[int, int, int] | None, ...]) ->
     if manifest.sha256 != folder.name:
         return Entry(stamp, None, f"its manifest is of {manifest.sha256[:12]}")
     whole = stamp[2]
-    complete = whole is not None and whole[1] == manifest.bytes and whole[1:] == promised
+    complete = whole is not None and whole[1] == manifest.size and whole[1:] == promised
     model = Model(
         name=name,
         sha256=manifest.sha256,
         architecture=manifest.model.architecture,
         parameters=manifest.model.parameters,
-        bytes=manifest.bytes,
+        bytes=manifest.size,
         layers=manifest.model.layers,
         weight_type=manifest.model.weight_type,
         complete=complete,
@@ -260,7 +260,7 @@ def is_sha256(text: str) -> bool:
 def check_model_name(name: str) -> str:
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+\-]{0,63}", name, re.ASCII):
         raise ConfigError(
-            f"expected a model name of 1 to 64 letters, digits, dots, dashes or underscores; {name!r:.80} came",
+            f"expected a model name of 1 to 64 letters, digits, dots, dashes; {name!r:.80} came",
             remedy="choose another name",
         )
     return name
@@ -286,9 +286,9 @@ def unpack_manifest(packed: bytes) -> wire.Manifest:
         raise ProtocolError(str(error)) from error
     if not is_sha256(manifest.sha256):
         raise ProtocolError("expected a manifest with a SHA-256 in lower-case hex")
-    if not 0 < manifest.bytes <= MODEL_BYTES_MAX or not 0 < manifest.chunk_bytes <= CHUNK_BYTES:
+    if not 0 < manifest.size <= MODEL_BYTES_MAX or not 0 < manifest.chunk_bytes <= CHUNK_BYTES:
         raise ProtocolError(f"expected a manifest of chunks of at most {CHUNK_BYTES} bytes")
-    count = -(-manifest.bytes // manifest.chunk_bytes)
+    count = -(-manifest.size // manifest.chunk_bytes)
     if len(manifest.chunks) != count or any(len(chunk) != 32 for chunk in manifest.chunks):
         raise ProtocolError(f"expected {count} chunk hashes of 32 bytes; {len(manifest.chunks)} came")
     return manifest
@@ -310,9 +310,9 @@ def chunks_of(manifest: wire.Manifest, ranges: Sequence[Range] | None) -> list[i
         return list(range(len(manifest.chunks)))
     wanted: set[int] = set()
     for start, stop in ranges:
-        if not 0 <= start <= stop <= manifest.bytes:
+        if not 0 <= start <= stop <= manifest.size:
             raise ConfigError(
-                f"expected byte ranges within 0-{manifest.bytes} of {manifest.name!r}; {start}-{stop} came"
+                f"expected byte ranges within 0-{manifest.size} of {manifest.name!r}; {start}-{stop} came"
             )
         if start < stop:
             wanted.update(range(start // manifest.chunk_bytes, -(-stop // manifest.chunk_bytes)))

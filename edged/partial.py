@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -134,14 +133,14 @@ class Partial:
 
     def length(self, index: int) -> int:
         chunk_bytes = self._manifest.chunk_bytes
-        return min(chunk_bytes, self._manifest.bytes - index * chunk_bytes)
+        return min(chunk_bytes, self._manifest.size - index * chunk_bytes)
 
     def open_for_writing(self, tick: Tick) -> None:
         """Say on disk that the bits are no longer backed by a flush; hash again what was not flushed."""
         if not self.is_settled:
             self._recheck(tick)
         self.is_settled = False
-        os.ftruncate(self._part, self._manifest.bytes)
+        os.ftruncate(self._part, self._manifest.size)
         os.ftruncate(self._have, HAVE_HEADER_BYTES + len(self._bits))
         os.pwrite(self._have, HAVE_MAGIC + bytes(8) + self._bits, 0)
         os.fsync(self._have)
@@ -169,7 +168,7 @@ class Partial:
 
         EngineError when every chunk is right and the file is not: then the manifest itself is wrong.
         """
-        found = digest(self._part, self._manifest.bytes, self._manifest.chunk_bytes, tick)
+        found = digest(self._part, self._manifest.size, self._manifest.chunk_bytes, tick)
         pairs = enumerate(zip(found.chunks, self._manifest.chunks, strict=True))
         wrong = [index for index, (here, expected) in pairs if here != expected]
         for index in wrong:
@@ -200,7 +199,7 @@ class Partial:
         return packed[HAVE_HEADER_BYTES:]
 
     def _recheck(self, tick: Tick) -> None:
-        buffer = memoryview(bytearray(min(self._manifest.chunk_bytes, self._manifest.bytes)))
+        buffer = memoryview(bytearray(min(self._manifest.chunk_bytes, self._manifest.size)))
         size, done = os.fstat(self._part).st_size, 0
         for index, expected in enumerate(self._manifest.chunks):
             if not has_bit(self._bits, index):
@@ -219,7 +218,3 @@ class Partial:
 
 def _sha256(fd: int, buffer: memoryview, offset: int) -> bytes:
     return hashlib.sha256(read_exactly(fd, buffer, offset)).digest()
-
-
-def is_regular(found: os.stat_result) -> bool:
-    return stat.S_ISREG(found.st_mode)
