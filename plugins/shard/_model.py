@@ -110,7 +110,9 @@ class _Keys:
         return value
 
     def _misfit(self, name: str, value: Any) -> EngineError:
-        return EngineError(f"{self.head.path}: {self.prefix + name} is {value!r}, which this engine cannot use")
+        return EngineError(
+            f"{self.head.path}: {self.prefix + name} is {value!r}, which this engine cannot use"
+        )
 
 
 def read_model(path: str) -> Model:
@@ -167,7 +169,9 @@ def _rope(keys: _Keys, head_dim: int) -> Rope:
         attention *= (magnitude if 1.0 / scale > 1.0 else 1.0) / magnitude
     dimensions = keys.whole("rope.dimension_count", head_dim)
     if dimensions > head_dim or dimensions % 2:
-        raise EngineError(f"{keys.head.path}: rope over {dimensions} of {head_dim} dimensions is not supported")
+        raise EngineError(
+            f"{keys.head.path}: rope over {dimensions} of {head_dim} dimensions is not supported"
+        )
     return Rope(
         dimensions=dimensions,
         base=keys.real("rope.freq_base", 10000.0),

@@ -23,21 +23,26 @@ def _silent(level: int, text: bytes, user: ctypes.c_void_p) -> None:
     """llama.cpp's log; errors reach us as return values."""
 
 
+def silence() -> None:
+    """Drop llama.cpp's log and ggml's, which importing llama_cpp had turned on."""
+    llama_cpp.llama_log_set(_silent, ctypes.c_void_p())
+    _ggml.load().silence()
+
+
 class Tokenizer:
     """The vocabulary of the GGUF at `path`. `end_tokens`: all that end a generation."""
 
     def __init__(self, path: str) -> None:
-        llama_cpp.llama_log_set(_silent, ctypes.c_void_p())
-        _ggml.load().silence()
+        silence()
         parameters = llama_cpp.llama_model_default_params()
         parameters.vocab_only = True
         self._model = llama_cpp.llama_model_load_from_file(path.encode(), parameters)
         if not self._model:
             raise EngineError(f"llama.cpp cannot read the vocabulary of {path}")
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
-        count = llama_cpp.llama_vocab_n_tokens(self._vocab)
-        self._count = count
-        self.end_tokens = frozenset(t for t in range(count) if llama_cpp.llama_vocab_is_eog(self._vocab, t))
+        self._count = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        is_end = llama_cpp.llama_vocab_is_eog
+        self.end_tokens = frozenset(t for t in range(self._count) if is_end(self._vocab, t))
         self._formatter = self._make_formatter()
 
     def close(self) -> None:

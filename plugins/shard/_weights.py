@@ -165,7 +165,9 @@ class Weights:
             self.tensors[part.key] = tensor
         buffer = self._lib.backend_alloc_ctx_tensors_from_buft(context, kind)
         if not buffer:
-            raise EngineError("out of memory for the model's weights", remedy="give this node a smaller share")
+            raise EngineError(
+                "out of memory for the model's weights", remedy="give this node a smaller share"
+            )
         self._lib.backend_buffer_set_usage(buffer, _ggml.USAGE_WEIGHTS)
         self._buffers.append(buffer)
         if kind != self._lib.backend_cpu_buffer_type():

@@ -1,0 +1,132 @@
+"""The self-test: does this engine compute what libllama computes, on this machine, with this build?
+
+The binding trusts signatures that ctypes cannot check, so at first start one small random model
+runs through both, prompt and single tokens. On the CPU the logits must be bit-equal: the same
+kernels run on the same numbers. The caller keeps the result under `check_key`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import tempfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import llama_cpp
+import msgspec
+import numpy as np
+
+from edged import Channel, EngineError, EngineSpec, ModelDescription, Role, Step
+
+from . import _ggml
+from ._describe import describe
+from ._engine import load
+from ._random import Shape, write_model
+from ._tokenizer import silence
+
+TOLERANCE = 0.0  # on the CPU: the same kernels, bit for bit
+CONTEXT_TOKENS = 512
+PROMPT_TOKENS, TOKENS = 33, 8
+SHAPES = (Shape(), Shape(is_tied=True, rope_factors=True))
+
+
+def check(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """{"version", "max_error"}; EngineError when this engine and libllama disagree."""
+    _ggml.load()
+    error = 0.0
+    with tempfile.TemporaryDirectory(prefix="edged-check-") as folder:
+        for i, shape in enumerate(SHAPES):
+            path = os.path.join(folder, f"{i}.gguf")
+            write_model(path, shape, "Q4_0", seed=i)
+            error = max(error, compare(path, settings))
+    if not error <= TOLERANCE:  # so that NaN fails too
+        raise EngineError(
+            f"the shard engine's logits differ from libllama's by {error:.3g} on this machine, "
+            f"expected at most {TOLERANCE}",
+            remedy="use the engine llama_cpp here, and report this machine's processor",
+        )
+    return {"version": _ggml.GGML_VERSION, "max_error": error}
+
+
+def check_key(settings: Mapping[str, Any]) -> str:
+    """Under what a result of `check` stays true: library files and processor."""
+    sizes = [(f.name, f.stat().st_size) for f in sorted(_ggml.library_folder().iterdir())]
+    facts = (_ggml.GGML_VERSION, sizes, platform.machine(), _processor(), sorted(settings.items()))
+    return hashlib.sha256(repr(facts).encode()).hexdigest()
+
+
+def compare(path: str, settings: Mapping[str, Any]) -> float:
+    """The largest difference between the two engines' logits over a prompt and single tokens."""
+    random = np.random.default_rng(1)
+    description = msgspec.convert(describe(path), ModelDescription)
+    ids = random.integers(0, description.vocab, PROMPT_TOKENS + TOKENS).tolist()
+    batches = [ids[:PROMPT_TOKENS], *([t] for t in ids[PROMPT_TOKENS:])]
+    ours = _our_logits(path, description, settings, batches)
+    theirs = llama_logits(path, batches)
+    return float(max(np.abs(a - b).max() for a, b in zip(ours, theirs, strict=True)))
+
+
+def _our_logits(
+    path: str, model: ModelDescription, settings: Mapping[str, Any], batches: Sequence[Sequence[int]]
+) -> list[np.ndarray]:
+    whole = ((0, model.layers), (0, model.heads), (0, model.ffn), (0, model.vocab))
+    role = Role(0, "self", 0, *whole, share=1.0)
+    spec = EngineSpec(path, model, (role,), 0, CONTEXT_TOKENS, settings=settings)
+    engine = load(spec, Alone())
+    try:
+        found, at = [], 0
+        for batch in batches:
+            found.append(engine.logits(Step(0, batch, at, None)).copy())
+            at += len(batch)
+        return found
+    finally:
+        engine.close()
+
+
+def llama_logits(path: str, batches: Sequence[Sequence[int]], threads: int = 1) -> list[np.ndarray]:
+    """libllama's logits of each batch's last token, with flash attention."""
+    silence()
+    model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
+    if not model:
+        raise EngineError("libllama cannot load the model of the self-test")
+    parameters = llama_cpp.llama_context_default_params()
+    parameters.n_ctx = CONTEXT_TOKENS
+    parameters.n_threads = parameters.n_threads_batch = threads
+    parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+    context = llama_cpp.llama_init_from_model(model, parameters)
+    try:
+        vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+        return [_decode(context, batch, vocab) for batch in batches]
+    finally:
+        if context:
+            llama_cpp.llama_free(context)
+        llama_cpp.llama_model_free(model)
+
+
+def _decode(context: Any, batch: Sequence[int], vocab: int) -> np.ndarray:
+    ids = (llama_cpp.llama_token * len(batch))(*batch)
+    if not context or llama_cpp.llama_decode(context, llama_cpp.llama_batch_get_one(ids, len(batch))):
+        raise EngineError("libllama cannot run the model of the self-test")
+    logits = llama_cpp.llama_get_logits_ith(context, -1)
+    return np.ctypeslib.as_array(ctypes.cast(logits, ctypes.POINTER(ctypes.c_float)), (vocab,)).copy()
+
+
+class Alone(Channel):
+    """The channel of a rank that has no other."""
+
+    def __init__(self) -> None:
+        self.rank, self.size, self.bytes_sent = 0, 1, 0
+
+
+def _processor() -> str:
+    """Model and flags of the processor, which decide the kernels."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
+            lines = file.read().split("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor()
+    kept = ("model name", "flags", "Features", "CPU part", "CPU implementer")
+    return "\n".join(line for line in lines if line.startswith(kept))
