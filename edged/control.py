@@ -167,19 +167,13 @@ class _Connection:
         return taken
 
     async def _some(self) -> bytes:
-        loop = asyncio.get_running_loop()
         while True:
             try:
                 part, ancillary, _, _ = self._sock.recvmsg(
                     65536, socket.CMSG_SPACE(FILES_MAX * 4), socket.MSG_CMSG_CLOEXEC
                 )
             except BlockingIOError:
-                readable = loop.create_future()
-                loop.add_reader(self._sock, lambda: readable.done() or readable.set_result(None))
-                try:
-                    await readable
-                finally:
-                    loop.remove_reader(self._sock)
+                await self._readable()
                 continue
             except ConnectionError:
                 return b""
@@ -187,6 +181,15 @@ class _Connection:
                 if (level, kind) == (socket.SOL_SOCKET, socket.SCM_RIGHTS):
                     self._keep(content)
             return part
+
+    async def _readable(self) -> None:
+        loop = asyncio.get_running_loop()
+        event = asyncio.Event()
+        loop.add_reader(self._sock, event.set)
+        try:
+            await event.wait()
+        finally:
+            loop.remove_reader(self._sock)
 
     def _keep(self, content: bytes) -> None:
         files = array.array("i")

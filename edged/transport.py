@@ -47,9 +47,14 @@ def new_keys() -> tuple[bytes, bytes]:
     return z85.decode(public), z85.decode(secret)
 
 
+def public_of(secret_key: bytes) -> bytes:
+    """The public half of a CURVE secret key."""
+    return z85.decode(zmq.curve_public(z85.encode(secret_key)))
+
+
 def check_keys(identity: Identity) -> None:
     """TrustError unless the public key belongs to the secret one."""
-    if z85.decode(zmq.curve_public(z85.encode(identity.secret_key))) != identity.public_key:
+    if public_of(identity.secret_key) != identity.public_key:
         raise TrustError("expected a public key that belongs to the secret key; node.key was altered")
 
 
@@ -91,7 +96,8 @@ def bind(sock: zmq.Socket[Any], interfaces: Sequence[str], ports: range) -> int:
     for port in ports:
         try:
             for interface in interfaces or ("*",):
-                sock.bind(endpoint(interface, port))
+                # a name is resolved here: libzmq would take its IPv6 address alone
+                sock.bind(endpoint(_ipv4(interface) or interface, port))
                 last = bytes(sock.getsockopt(zmq.LAST_ENDPOINT)).rstrip(b"\0")
                 port = port or int(last.rsplit(b":", 1)[1])
             return port
@@ -353,7 +359,9 @@ class Transport:
                     peer = self._peer(user)
                     peer.inbound, peer.inbound_seen = routing_id, time.monotonic()
                     with contextlib.suppress(zmq.ZMQError):
-                        self.addresses_seen[user] = str(frames[-1].get("Peer-Address"))
+                        self.addresses_seen[user] = str(frames[-1].get("Peer-Address")).removeprefix(
+                            "::ffff:"
+                        )
                 self._dispatch(user, frames[1].bytes, reply)
         finally:
             router.close(200)

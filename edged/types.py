@@ -158,6 +158,7 @@ class NodeView:
     speeds: tuple[EngineSpeed, ...] = ()
     links: tuple[LinkState, ...] = ()
     holds: tuple[str, ...] = ()  # sha256 of complete models
+    profile: str | None = None  # its device class
 
 
 @dataclass(frozen=True, slots=True)

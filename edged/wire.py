@@ -137,7 +137,7 @@ class Described:
     engines: tuple[str, ...]
     speeds: tuple[EngineSpeed, ...]
     links: tuple[LinkState, ...]
-    holds: tuple[str, ...]
+    models: dict[str, str]  # sha256 -> name, whole ones only
     profile: str
 
 
@@ -351,8 +351,6 @@ def pack_error(error: EdgedError, *, answers: int) -> bytes:
 
 def unpack(packed: bytes | memoryview) -> Message:
     """A header read from the network; ProtocolError on anything that is not one."""
-    if len(packed) > HEADER_BYTES_MAX:
-        raise ProtocolError(f"expected a header of at most {HEADER_BYTES_MAX} bytes; {len(packed)} came")
     header = unpack_map(packed)
     kind, body = header.get("k"), header.get("b", {})
     request, answers = header.get("i", 0), header.get("r", 0)
@@ -366,8 +364,10 @@ def unpack(packed: bytes | memoryview) -> Message:
 
 def unpack_map(packed: bytes | memoryview) -> dict[str, Any]:
     """A bounded msgpack map with text keys at its top."""
+    if len(packed) > HEADER_BYTES_MAX:
+        raise ProtocolError(f"expected a header of at most {HEADER_BYTES_MAX} bytes; {len(packed)} came")
     try:
-        value = msgpack.unpackb(packed, strict_map_key=False, max_buffer_size=HEADER_BYTES_MAX)
+        value = msgpack.unpackb(packed, strict_map_key=False)
     except (ValueError, msgpack.UnpackException, RecursionError, TypeError) as error:
         raise ProtocolError(f"expected msgpack; {type(error).__name__}") from error
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):

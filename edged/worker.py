@@ -236,6 +236,11 @@ class Worker:
             self._pipe.sendall(framing.frame(packed))
 
 
+def call(params: dict[str, Any], report: object) -> dict[str, Any]:
+    """A task: {function, settings} -> {answer}, for an engine's `measure` and `check`."""
+    return {"answer": _resolve(params["function"])(params["settings"])}
+
+
 def _resolve(dotted: str) -> Callable[..., Any]:
     """ "package.module:attribute", imported here and nowhere else."""
     module, _, attribute = dotted.partition(":")

@@ -1,0 +1,547 @@
+"""Jobs submitted to this node: from acceptance over a plan and a group of workers to the last token."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from . import models, planning, wire
+from .config import Profile
+from .control import Emit
+from .device import Device
+from .errors import ConfigError, EdgedError, EngineError, JobError, PeerError, PolicyViolation
+from .groups import Group, Groups, Load
+from .jobs import ENDED, Job, JobStore, State
+from .models import ModelStore
+from .peers import Peers
+from .plugins import Host
+from .requests import GenerateRequest
+from .types import Candidate, EngineEntry, NodeView, PlanRequest, Predicted, Sampling, Strategy
+
+log = logging.getLogger(__name__)
+DESCRIBE_S = 3.0
+MEASURE_S = 130.0
+RUNNING_MAX = 8  # jobs at once; each holds a KV cache on every node of its plan
+STALL_S = 120.0  # without a token for so long (and ten times the predicted prefill) a job has failed
+CANCEL_S = 5.0
+SETTLE_S = 1.0  # for ended workers to give their memory back
+
+
+@dataclass(slots=True)
+class _Run:
+    """A job that is not over."""
+
+    job_id: str
+    request: GenerateRequest
+    accepted_at: float  # monotonic
+    times: list[float] = field(default_factory=list)  # arrival of each token
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    epoch: int = 0
+    group: Group | None = None
+    candidate: Candidate | None = None
+    load_ms: float = 0.0
+    bytes_before: int = 0
+    is_cancelled: bool = False
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    finished: asyncio.Future[wire.Finished] = field(default_factory=asyncio.Future)
+    watchers: int = 0
+    is_detached: bool = False
+    orphan: asyncio.TimerHandle | None = None
+    task: asyncio.Task[dict[str, Any]] | None = None
+
+
+class Coordinator:
+    def __init__(
+        self,
+        profile: Profile,
+        store: JobStore,
+        peers: Peers,
+        host: Host,
+        device: Device,
+        stored_models: ModelStore,
+        strategies: Mapping[str, Strategy],
+        engines: Mapping[str, EngineEntry],
+    ) -> None:
+        self._profile, self._store, self._peers, self._host = profile, store, peers, host
+        self._device, self._models = device, stored_models
+        self._strategies, self._engines = strategies, engines
+        self._groups = Groups(peers, profile.jobs.worker_idle)
+        self._groups.when_lost = self._group_lost
+        self._runs: dict[str, _Run] = {}
+        self._slots = asyncio.Semaphore(RUNNING_MAX)
+        self.is_draining = False
+        self.memory_taken: Callable[[], int] = int
+        peers.takes("tokens", self._tokens)
+        peers.takes("finished", self._finished)
+        for job in store.unfinished():  # the daemon ended while they ran
+            interrupted = JobError(
+                "the daemon ended while this job ran", remedy="run it again", code="interrupted"
+            )
+            store.end(job.job_id, "failed", time.time(), error=interrupted)
+
+    @property
+    def running(self) -> int:
+        return len(self._runs)
+
+    async def close(self) -> None:
+        for run in self._runs.values():
+            if run.task is not None:
+                run.task.cancel()
+        tasks = [run.task for run in self._runs.values() if run.task is not None]
+        await asyncio.gather(*tasks, return_exceptions=True)
+        self._groups.close()
+
+    async def drained(self, timeout_s: float) -> None:
+        """Wait until no job runs, at most so long."""
+        tasks = [run.task for run in self._runs.values() if run.task is not None]
+        if tasks:
+            await asyncio.wait(tasks, timeout=timeout_s)
+
+    def tidy(self) -> None:
+        """End idle groups, delete old jobs; called now and then."""
+        self._groups.end_idle()
+        self._store.expire(time.time() - self._profile.jobs.keep)
+
+    # --- planning ---
+
+    def view(self) -> NodeView:
+        """This node."""
+        mine = self._peers.identity
+        return NodeView(
+            mine.node_id,
+            mine.name,
+            device=self._device.read(),
+            memory_budget=self._device.memory_budget(self.memory_taken()),
+            engines=tuple(self._engines),
+            speeds=self._device.speeds(),
+            links=self._peers.link_states(),
+            holds=tuple(model.sha256 for model in self._models.list() if model.complete),
+        )
+
+    async def views(self, *, measure: bool) -> list[NodeView]:
+        """This node first, then every online member that answers."""
+        online = [m for m in self._peers.membership.members.values() if self._peers.is_online(m.node_id)]
+        timeout_s = MEASURE_S if measure else DESCRIBE_S
+        asked = [
+            self._peers.ask(member.node_id, "describe", wire.Describe(measure), timeout_s)
+            for member in online
+        ]
+        if measure:
+            await self._try_measure()
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        found = [self.view()]
+        for member, answer in zip(online, answers, strict=True):
+            if isinstance(answer, BaseException):
+                log.warning("node not described", extra={"peer": member.node_id[:8], "reason": str(answer)})
+                continue
+            said = wire.read_body(wire.Described, answer)
+            found.append(
+                NodeView(
+                    member.node_id,
+                    member.name,
+                    member.zone,
+                    True,
+                    member.rights,
+                    said.device,
+                    said.memory_budget,
+                    said.engines,
+                    said.speeds,
+                    said.links,
+                    tuple(said.models),
+                    said.profile,
+                )
+            )
+        return found
+
+    async def _try_measure(self) -> None:
+        try:
+            await self._device.ensure_measured()
+        except EdgedError as error:
+            log.warning("device not measured", extra={"reason": str(error)})
+
+    async def plan(self, request: GenerateRequest) -> dict[str, Any]:
+        """Every candidate with its price, and the choice, without running it."""
+        model = self._models.find(request.model)
+        nodes = await self.views(measure=True)
+        wanted = self._plan_request(request, model.sha256, nodes)
+        candidates, chosen = self._choose(model.sha256, nodes, wanted)
+        by_id = {node.node_id: node for node in nodes}
+        return {
+            "chosen": chosen,
+            "candidates": [self._candidate_row(candidate) for candidate in candidates],
+            "explanation": planning.explain(candidates, chosen, by_id),
+        }
+
+    def _plan_request(self, request: GenerateRequest, sha256: str, nodes: Sequence[NodeView]) -> PlanRequest:
+        known = {node.node_id for node in nodes}
+        chosen = tuple(self._peers.find(name) for name in request.nodes) if request.nodes else None
+        for node_id in chosen or ():
+            if node_id not in known:
+                raise PeerError(
+                    f"node {self._peers.name_of(node_id)} is offline", remedy="start it, or leave it out"
+                )
+        if chosen and len(set(chosen)) != len(chosen):
+            raise ConfigError("expected each of --nodes once", remedy="name different nodes")
+        description = self._models.manifest(sha256).model
+        return PlanRequest(
+            request.strategy,
+            chosen,
+            tuple(request.shares) if request.shares else None,
+            self._context(request, description.context_tokens),
+            max(1, request.prompt_bytes // 4),
+            request.numerics,
+            self._profile.jobs.allow_guest or request.allow_guest,
+            request.private,
+        )
+
+    def _context(self, request: GenerateRequest, most: int) -> int:
+        """KV cache tokens: the profile's, or more for a long prompt (a token is at least a byte)."""
+        needed = -(-(request.prompt_bytes + request.n + 128) // 256) * 256
+        return min(most, max(self._profile.jobs.context, needed))
+
+    def _choose(
+        self, sha256: str, nodes: Sequence[NodeView], request: PlanRequest
+    ) -> tuple[list[Candidate], int | None]:
+        description = self._models.manifest(sha256).model
+        candidates = planning.consider(self._strategies, description, nodes, request)
+        answer = self._host.decide("edged_select_plan", candidates=candidates, request=request)
+        if (
+            isinstance(answer, int)
+            and 0 <= answer < len(candidates)
+            and not candidates[answer].refused_because
+        ):
+            return candidates, answer
+        return candidates, planning.choose(candidates)
+
+    # --- jobs ---
+
+    async def generate(self, request: GenerateRequest, emit: Emit) -> dict[str, Any]:
+        """Accept a job, then stream it to its client until it ends; the document of the contract."""
+        run = self.accept(request)
+        await emit({"event": "accepted", "job_id": run.job_id})
+        if request.detach:
+            return {"job_id": run.job_id}
+        return await self._watch(run, emit)
+
+    def accept(self, request: GenerateRequest) -> _Run:
+        if self.is_draining:
+            raise PolicyViolation("this node is leaving and takes no new jobs")
+        if len(self._runs) >= self._profile.jobs.queue:
+            raise PolicyViolation(
+                f"{len(self._runs)} jobs wait, as many as the profile allows", remedy="try again later"
+            )
+        self._models.find(request.model)
+        run = _Run(secrets.token_hex(8), request, time.monotonic(), is_detached=request.detach)
+        self._store.accept(run.job_id, "generate", msgspec.to_builtins(request), time.time())
+        self._runs[run.job_id] = run
+        run.task = asyncio.get_running_loop().create_task(self._run(run))
+        run.task.add_done_callback(lambda task: _settled(run, task))
+        return run
+
+    async def _watch(self, run: _Run, emit: Emit) -> dict[str, Any]:
+        """Stream a running job; a client that goes away starts the orphan timer."""
+        assert run.task is not None
+        run.watchers += 1
+        if run.orphan is not None:
+            run.orphan.cancel()
+        try:
+            seen = (0, 0)
+            while not run.task.done():
+                await run.news.wait()
+                seen = await _emit_news(run, seen, emit)
+            await _emit_news(run, seen, emit)
+            return run.task.result()
+        finally:
+            run.watchers -= 1
+            if not run.task.done() and not run.watchers and not run.is_detached:
+                delay = float(self._profile.jobs.orphan_after)
+                run.orphan = asyncio.get_running_loop().call_later(delay, self._cancel_run, run)
+
+    async def _run(self, run: _Run) -> dict[str, Any]:
+        """The life of one job. Whatever happens, the store says how it ended."""
+        try:
+            async with self._slots:
+                finished = await self._run_epoch(run)
+        except BaseException as error:
+            failure = error if isinstance(error, EdgedError) else _as_failure(error)
+            state: State = "cancelled" if run.is_cancelled or failure.code == "cancelled" else "failed"
+            self._store.end(run.job_id, state, time.time(), error=failure)
+            self._host.observe("edged_job_finished", job_id=run.job_id, state=state, measured={})
+            if not isinstance(error, EdgedError):
+                log.error("job failed", extra={"job_id": run.job_id}, exc_info=error)
+                raise failure from error
+            raise
+        else:
+            document = await self._document(run, finished)
+            state = "cancelled" if finished.reason == "cancelled" else "done"
+            self._store.end(run.job_id, state, time.time(), result=document)
+            self._host.observe(
+                "edged_job_finished", job_id=run.job_id, state=state, measured=document["measured"]
+            )
+            return document
+        finally:
+            if run.group is not None:
+                self._groups.release(run.group, run.job_id)
+            if run.orphan is not None:
+                run.orphan.cancel()
+            self._runs.pop(run.job_id, None)
+
+    async def _run_epoch(self, run: _Run) -> wire.Finished:
+        """Plan, load and generate once."""
+        request = run.request
+        model = self._models.find(request.model)
+        manifest = self._models.manifest(model.sha256)
+        nodes = await self.views(measure=request.strategy == "auto")
+        wanted = self._plan_request(request, model.sha256, nodes)
+        candidates, chosen = self._choose(model.sha256, nodes, wanted)
+        if chosen is None and self._groups.end_unused():  # it may fit into the memory that they held
+            await asyncio.sleep(SETTLE_S)
+            nodes = await self.views(measure=False)
+            candidates, chosen = self._choose(model.sha256, nodes, wanted)
+        if chosen is None:
+            raise planning.refusal(candidates)
+        if run.is_cancelled:
+            raise JobError("the job was cancelled", code="cancelled")
+        run.candidate = candidates[chosen]
+        run.epoch += 1
+        self._store.begin_epoch(run.job_id, run.epoch, self._plan_row(run))
+        engine = self._engine_for(model.engine, manifest.model.architecture)
+        load = Load(
+            run.candidate.roles,
+            manifest,
+            models.manifest_hash(manifest),
+            engine,
+            wanted.context_tokens,
+            request.numerics,
+        )
+        run.group, run.load_ms = await self._groups.get(load, {node.node_id: node for node in nodes})
+        run.group.jobs.add(run.job_id)
+        if run.group.lost is not None:
+            raise run.group.lost
+        run.bytes_before = await self._groups.bytes_sent(run.group)
+        if run.is_cancelled:
+            raise JobError("the job was cancelled", code="cancelled")
+        await self._peers.ask(run.candidate.roles[0].node_id, "generate", self._order(run), 10.0)
+        return await self._until_finished(run)
+
+    def _order(self, run: _Run) -> wire.Generate:
+        request = run.request
+        assert run.group is not None
+        messages = tuple(request.messages or ())
+        if request.prompt is not None and not request.raw:
+            messages = ({"role": "user", "content": request.prompt},)
+        seed = request.seed if request.seed is not None else secrets.randbits(32)
+        return wire.Generate(
+            run.group.group_id,
+            run.job_id,
+            run.epoch,
+            messages,
+            request.prompt if request.raw else None,
+            request.n,
+            Sampling(request.temperature, request.top_k, request.top_p, seed),
+            request.ignore_eos,
+        )
+
+    async def _until_finished(self, run: _Run) -> wire.Finished:
+        """Wait for the end, as long as tokens keep coming."""
+        assert run.candidate is not None
+        patience = STALL_S + (run.candidate.predicted.ttft_ms or 0) / 100
+        while True:
+            before = len(run.tokens)
+            await asyncio.wait([run.finished], timeout=patience)
+            if run.finished.done():
+                break
+            if len(run.tokens) == before:
+                raise PeerError(f"expected a token within {patience:.0f} s; none came", code="stalled")
+        finished = run.finished.result()
+        if finished.reason == "error":
+            raise JobError(finished.error or "the worker failed", code="engine")
+        return finished
+
+    def _engine_for(self, engine: str | None, architecture: str) -> str:
+        if engine in self._engines:
+            assert engine is not None
+            return engine
+        known = ", ".join(sorted(self._engines)) or "none"
+        raise EngineError(
+            f"expected an engine for architecture {architecture!r} ({engine}); loaded: {known}",
+            remedy="load the plugin that brings it",
+        )
+
+    # --- what comes back ---
+
+    def _tokens(self, node_id: str, body: wire.Tokens) -> None:
+        run = self._current(node_id, body.job, body.epoch)
+        if run is None or body.index != len(run.tokens):
+            return
+        self._store.add_tokens(run.job_id, body.index, body.tokens, body.text)
+        run.tokens += body.tokens
+        run.text += body.text
+        run.times += [time.monotonic()] * len(body.tokens)
+        run.news.set()
+
+    def _finished(self, node_id: str, body: wire.Finished) -> None:
+        run = self._current(node_id, body.job, body.epoch)
+        if run is not None and not run.finished.done():
+            run.finished.set_result(body)
+
+    def _current(self, node_id: str, job: str, epoch: int) -> _Run | None:
+        """The run that rank 0 of the current epoch speaks of; a late message of another is ignored."""
+        run = self._runs.get(job)
+        if run is None or run.candidate is None or run.epoch != epoch:
+            return None
+        return run if run.candidate.roles[0].node_id == node_id else None
+
+    def _group_lost(self, group: Group) -> None:
+        for run in self._runs.values():
+            if run.group is group and not run.finished.done() and group.lost is not None:
+                run.finished.set_exception(group.lost)
+
+    # --- asking about jobs ---
+
+    async def show(self, text: str, follow: bool, emit: Emit) -> dict[str, Any]:
+        """One job; with `follow` its stream from the first token, ending in its document."""
+        job = self._store.get(text)
+        run = self._runs.get(job.job_id)
+        if follow and run is not None:
+            return await self._watch(run, emit)
+        tokens, said = self._store.tokens(job.job_id)
+        if follow and tokens:
+            await emit({"event": "token", "index": 0, "tokens": tokens, "text": said})
+        if follow and job.result is not None:
+            return job.result
+        if follow and job.error is not None:
+            raise JobError(job.error["message"], remedy=job.error["remedy"], code=job.error["code"])
+        return {"jobs": [{**self._row(job), "result": job.result, "text": said, "tokens": tokens}]}
+
+    def rows(self) -> list[dict[str, Any]]:
+        return [self._row(job) for job in self._store.all()]
+
+    def _row(self, job: Job) -> dict[str, Any]:
+        run = self._runs.get(job.job_id)
+        progress = 1.0 if job.state == "done" else None
+        if run is not None:
+            progress = len(run.tokens) / run.request.n
+        return job.row(progress)
+
+    async def cancel(self, text: str) -> dict[str, Any]:
+        job = self._store.get(text)
+        if job.state in ENDED:
+            raise JobError(f"job {job.job_id} is {job.state} already", code="ended")
+        run = self._runs[job.job_id]
+        self._cancel_run(run)
+        assert run.task is not None
+        await asyncio.wait([run.task], timeout=CANCEL_S)
+        if not run.task.done():
+            run.task.cancel()
+        return {"job_id": job.job_id, "state": self._store.get(job.job_id).state}
+
+    def _cancel_run(self, run: _Run) -> None:
+        run.is_cancelled = True
+        if run.group is not None and run.candidate is not None and run.group.lost is None:
+            body = wire.Cancel(run.group.group_id, run.job_id)
+            self._peers.tell_if_online(run.candidate.roles[0].node_id, "cancel", body)
+        elif run.task is not None:
+            run.task.cancel()
+
+    def remove(self, text: str) -> dict[str, Any]:
+        job = self._store.get(text)
+        if job.job_id in self._runs:
+            raise JobError(f"job {job.job_id} runs", remedy="cancel it first", code="running")
+        self._store.remove(job.job_id)
+        return {"job_id": job.job_id}
+
+    # --- documents ---
+
+    async def _document(self, run: _Run, finished: wire.Finished) -> dict[str, Any]:
+        assert run.group is not None
+        sent = await self._groups.bytes_sent(run.group) - run.bytes_before
+        gaps = [b - a for a, b in zip(run.times, run.times[1:], strict=False)]
+        span = run.times[-1] - run.times[0] if len(run.times) > 1 else 0.0
+        measured: dict[str, Any] = {
+            "ttft_ms": (run.times[0] - run.accepted_at) * 1000 if run.times else None,
+            "load_ms": run.load_ms,
+            "tpot_ms": statistics.median(gaps) * 1000 if gaps else None,
+            "tokens_per_s": len(gaps) / span if span else None,
+            "joules": None,
+            "joules_source": None,
+            "bytes_sent": max(0, sent),
+            "recoveries": [],
+        }
+        return {
+            "job_id": run.job_id,
+            "text": run.text,
+            "tokens": run.tokens,
+            "finish_reason": finished.reason,
+            "plan": self._plan_row(run),
+            "measured": measured,
+        }
+
+    def _plan_row(self, run: _Run) -> dict[str, Any]:
+        assert run.candidate is not None
+        row = self._candidate_row(run.candidate)
+        return {key: row[key] for key in ("strategy", "roles", "predicted")} | {"epoch": run.epoch}
+
+    def _candidate_row(self, candidate: Candidate) -> dict[str, Any]:
+        return {
+            "strategy": candidate.strategy,
+            "roles": [
+                {
+                    "node": role.node_id,
+                    "name": self._peers.name_of(role.node_id),
+                    "rank": role.rank,
+                    "stage": role.stage,
+                    "layers": list(role.layers),
+                    "share": round(role.share, 3),
+                    "heads": list(role.heads),
+                    "memory_bytes": role.memory_bytes,
+                }
+                for role in candidate.roles
+            ],
+            "predicted": _predicted_row(candidate.predicted),
+            "memory_bytes": {role.node_id: role.memory_bytes for role in candidate.roles},
+            "refused_because": candidate.refused_because,
+        }
+
+
+async def _emit_news(run: _Run, seen: tuple[int, int], emit: Emit) -> tuple[int, int]:
+    """Send what came after `seen` (tokens, characters); the new `seen`."""
+    run.news = asyncio.Event() if run.news.is_set() else run.news
+    now = (len(run.tokens), len(run.text))
+    if now != seen:
+        await emit(
+            {
+                "event": "token",
+                "index": seen[0],
+                "tokens": run.tokens[seen[0] : now[0]],
+                "text": run.text[seen[1] : now[1]],
+            }
+        )
+    return now
+
+
+def _predicted_row(predicted: Predicted) -> dict[str, Any]:
+    row: dict[str, Any] = msgspec.to_builtins(predicted)
+    return row
+
+
+def _settled(run: _Run, task: asyncio.Task[dict[str, Any]]) -> None:
+    """Wake the watchers; look at the exception, since a detached job has none."""
+    run.news.set()
+    if not task.cancelled():
+        task.exception()
+
+
+def _as_failure(error: BaseException) -> JobError:
+    if isinstance(error, asyncio.CancelledError):
+        return JobError("the job was cancelled", code="cancelled")
+    return JobError(f"internal error: {type(error).__name__}: {error}", code="internal")

@@ -1,0 +1,154 @@
+"""What this device is and can do now: sensors of plugins, and the cached micro-benchmark of engines."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from . import identity as ids
+from .config import Profile
+from .errors import EdgedError, EngineError
+from .supervisor import Supervisor
+from .types import DeviceState, EngineEntry, EngineSpeed, SensorEntry
+
+log = logging.getLogger(__name__)
+MEASURE_S = 120.0  # the benchmark takes 3 s; a busy Raspberry Pi and a cold disk take longer
+CHECK_S = 300.0
+
+
+class Device:
+    """Readings when asked; speeds measured once per processor and library version."""
+
+    def __init__(
+        self,
+        profile: Profile,
+        cache: Path,
+        sensors: Mapping[str, SensorEntry],
+        engines: Mapping[str, EngineEntry],
+        supervisor: Supervisor,
+    ) -> None:
+        self._profile, self._cache = profile, cache
+        self._sensors, self._engines, self._supervisor = sensors, engines, supervisor
+        self._lock = asyncio.Lock()  # two benchmarks at once would measure each other
+
+    def read(self) -> DeviceState:
+        """One reading; a sensor that fails leaves its fields None."""
+        merged: dict[str, Any] = {}
+        for name, sensor in self._sensors.items():
+            try:
+                state = sensor.read()
+            except Exception:  # a plugin's sensor: a missing sensor is null, never a crash
+                log.exception("sensor failed", extra={"sensor": name})
+                continue
+            for item in dataclasses.fields(state):
+                value = getattr(state, item.name)
+                if value is not None:
+                    merged.setdefault(item.name, value)
+        merged.setdefault("cpu_count", os.cpu_count())
+        return DeviceState(**merged)
+
+    def memory_budget(self, taken: int) -> int | None:
+        """Bytes a new worker may take when workers already hold `taken`; None where unknown."""
+        budget, free = self._profile.budget, self.read().memory_free
+        if free is None:
+            return None if budget.memory is None else max(0, budget.memory - taken)
+        allowed = int(free * budget.memory_share)
+        return allowed if budget.memory is None else max(0, min(allowed, budget.memory - taken))
+
+    @property
+    def threads(self) -> int:
+        """Per worker."""
+        return self._profile.budget.threads or physical_cores() or os.cpu_count() or 1
+
+    def speeds(self) -> tuple[EngineSpeed, ...]:
+        """What was measured before on this processor with these libraries; empty when never."""
+        found: list[EngineSpeed] = []
+        for engine in self._engines.values():
+            try:
+                stored = json.loads(self._file("speed", engine).read_text())
+                found += msgspec.convert(stored, list[EngineSpeed])
+            except (OSError, ValueError, msgspec.ValidationError):
+                continue
+        return tuple(found)
+
+    async def measure(self) -> tuple[EngineSpeed, ...]:
+        """Run the benchmark of every engine now, each in a process of its own."""
+        async with self._lock:
+            for engine in self._engines.values():
+                params = {"function": engine.measure, "settings": self._settings(engine)}
+                result = await self._supervisor.run_task("edged.worker:call", params, timeout_s=MEASURE_S)
+                speeds = msgspec.convert(result["answer"], list[EngineSpeed])
+                self._write("speed", engine, msgspec.to_builtins(speeds))
+        return self.speeds()
+
+    async def ensure_measured(self) -> tuple[EngineSpeed, ...]:
+        return self.speeds() or await self.measure()
+
+    async def check(self, engine: EngineEntry) -> None:
+        """Once per processor and library version: does the engine agree with its reference here?"""
+        async with self._lock:
+            if self._file("check", engine).exists():
+                return
+            params = {"function": engine.check, "settings": self._settings(engine)}
+            result = await self._supervisor.run_task("edged.worker:call", params, timeout_s=CHECK_S)
+            if not isinstance(result["answer"], dict):
+                raise EngineError(f"expected the self-check of {engine.name} to answer with a map")
+            self._write("check", engine, result["answer"])
+            log.info("engine checked", extra={"engine": engine.name, **result["answer"]})
+
+    def _settings(self, engine: EngineEntry) -> dict[str, Any]:
+        return {"threads": self.threads, **engine.settings}
+
+    def _write(self, what: str, engine: EngineEntry, value: Any) -> None:
+        try:
+            ids.write_atomically(self._file(what, engine), json.dumps(value).encode())
+        except OSError as error:
+            raise EdgedError(f"expected to write below {self._cache}; {error}") from error
+
+    def _file(self, what: str, engine: EngineEntry) -> Path:
+        """Named by everything the figure depends on."""
+        key = f"{processor()}|{self.threads}|{_library_versions()}|{sorted(engine.settings.items())}"
+        digest = hashlib.sha256(key.encode()).hexdigest()[:12]
+        return self._cache / f"{what}-{engine.name}-{digest}.json"
+
+
+def processor() -> str:
+    """The processor's name and features, as far as Linux says."""
+    wanted = ("model name", "flags", "Features", "CPU part", "CPU implementer", "Model")
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return os.uname().machine
+    return os.uname().machine + "".join(sorted({line for line in lines if line.startswith(wanted)}))
+
+
+def physical_cores() -> int | None:
+    """Distinct (package, core) pairs of sysfs; None where it does not say."""
+    found = set()
+    for topology in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology"):
+        try:
+            package = (topology / "physical_package_id").read_text()
+            found.add((package, (topology / "core_id").read_text()))
+        except OSError:
+            return None
+    return len(found) or None
+
+
+def _library_versions() -> str:
+    found = []
+    for name in ("llama-cpp-python", "edged"):
+        try:
+            found.append(f"{name}={metadata.version(name)}")
+        except metadata.PackageNotFoundError:
+            found.append(f"{name}=none")
+    return ",".join(found)

@@ -1,0 +1,235 @@
+"""Loaded plans: workers on one or more nodes that together hold a model, reused while they stand.
+
+A group is prepared by offering each rank its role, then telling every rank where the others are.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import secrets
+import time
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from . import wire
+from .errors import EdgedError, PeerError
+from .peers import Peers
+from .types import NodeView, Numerics, Role
+
+log = logging.getLogger(__name__)
+OFFER_S = 330.0  # an engine's first self-check may take that long
+FETCH_BYTES_S = 0.5e6  # a model travels at least this fast, or its transfer ends by itself first
+START_S = 90.0
+GROUPS_MAX = 8
+Listeners = Mapping[tuple[int, int], int]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a group holds; equal loads share a group."""
+
+    roles: tuple[Role, ...]
+    manifest: wire.Manifest
+    manifest_sha256: str
+    engine: str
+    context_tokens: int
+    numerics: Numerics
+
+    @property
+    def key(self) -> tuple[object, ...]:
+        return (self.roles, self.manifest.sha256, self.engine, self.context_tokens, self.numerics)
+
+
+@dataclass(slots=True)
+class Group:
+    group_id: str
+    load: Load
+    jobs: set[str] = field(default_factory=set)
+    idle_since: float = 0.0
+    load_ms: float = 0.0
+    lost: PeerError | None = None
+
+
+class Groups:
+    """The groups that this node coordinates."""
+
+    def __init__(self, peers: Peers, idle_s: float) -> None:
+        self._peers, self._idle_s = peers, idle_s
+        self._groups: dict[str, Group] = {}
+        self._by_key: dict[tuple[object, ...], asyncio.Task[Group]] = {}
+        self.when_lost: Callable[[Group], None] = lambda group: None
+        peers.takes("lost", self._told_lost)
+        peers.when_gone(self._peer_gone)
+
+    async def get(self, load: Load, nodes: Mapping[str, NodeView]) -> tuple[Group, float]:
+        """A standing group for this load, else a new one; with the ms spent waiting for it."""
+        started = time.monotonic()
+        task = self._by_key.get(load.key)
+        if task is None:
+            self._end_oldest()
+            task = asyncio.get_running_loop().create_task(self._make(load, nodes))
+            self._by_key[load.key] = task
+        elif task.done():
+            return task.result(), 0.0
+        group = await asyncio.shield(task)
+        return group, (time.monotonic() - started) * 1000
+
+    def release(self, group: Group, job: str) -> None:
+        group.jobs.discard(job)
+        group.idle_since = time.monotonic()
+
+    def end_idle(self) -> None:
+        """End groups that nobody used for the profile's time."""
+        for group in list(self._groups.values()):
+            if not group.jobs and group.load_ms and time.monotonic() - group.idle_since > self._idle_s:
+                self.end(group)
+
+    def end(self, group: Group) -> None:
+        if self._groups.pop(group.group_id, None) is None:
+            return
+        self._by_key.pop(group.load.key, None)
+        self._stop(group.group_id, group.load.roles)
+
+    def close(self) -> None:
+        for group in list(self._groups.values()):
+            self.end(group)
+
+    async def bytes_sent(self, group: Group) -> int:
+        """What the workers of a group have handed to data-plane sockets so far."""
+        asked = [
+            self._peers.ask(role.node_id, "usage", wire.Usage(group.group_id), 2.0)
+            for role in group.load.roles
+        ]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        return sum(answer["bytes_sent"] for answer in answers if isinstance(answer, dict))
+
+    # --- making one ---
+
+    def end_unused(self) -> bool:
+        """End every group without a job, for the memory it holds; True when there was one."""
+        unused = [group for group in self._groups.values() if not group.jobs and group.load_ms]
+        for group in unused:
+            self.end(group)
+        return bool(unused)
+
+    def _end_oldest(self) -> None:
+        unused = sorted((g for g in self._groups.values() if not g.jobs), key=lambda g: g.idle_since)
+        for group in unused[: max(0, len(self._groups) + 1 - GROUPS_MAX)]:
+            self.end(group)
+
+    async def _make(self, load: Load, nodes: Mapping[str, NodeView]) -> Group:
+        started = time.monotonic()
+        group = Group(secrets.token_hex(8), load, idle_since=started)
+        listeners = _listeners(load.roles, nodes)
+        self._groups[group.group_id] = group
+        try:
+            offered = await self._each(load.roles, lambda role: self._offer(group, role, listeners))
+            await self._each(load.roles, lambda role: self._start(group, role, offered, listeners))
+            if group.lost is not None:
+                raise group.lost
+        except BaseException:
+            self._by_key.pop(load.key, None)
+            self.end(group)
+            raise
+        group.idle_since = time.monotonic()
+        group.load_ms = (group.idle_since - started) * 1000
+        return group
+
+    async def _each(self, roles: Sequence[Role], work: Callable[[Role], Coroutine[Any, Any, T]]) -> list[T]:
+        """`work` for every role at once; the first error ends the others."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                running = [tasks.create_task(work(role)) for role in roles]
+        except BaseExceptionGroup as errors:
+            first = errors.exceptions[0]
+            raise first from None
+        return [task.result() for task in running]
+
+    async def _offer(self, group: Group, role: Role, listeners: Listeners) -> wire.Offered:
+        load = group.load
+        offer = wire.Offer(
+            group.group_id,
+            role.rank,
+            load.roles,
+            load.manifest.sha256,
+            load.manifest.name,
+            load.manifest_sha256,
+            load.manifest.model,
+            load.engine,
+            load.context_tokens,
+            load.numerics,
+            tuple(_other(pair, role.rank) for pair, rank in listeners.items() if rank == role.rank),
+            self._peers.identity.node_id,
+        )
+        timeout_s = OFFER_S + load.manifest.size / FETCH_BYTES_S
+        return wire.read_body(wire.Offered, await self._peers.ask(role.node_id, "offer", offer, timeout_s))
+
+    async def _start(
+        self,
+        group: Group,
+        role: Role,
+        offered: Sequence[wire.Offered],
+        listeners: Listeners,
+    ) -> wire.Started:
+        ends = []
+        for other in group.load.roles:
+            if other.rank == role.rank:
+                continue
+            their = offered[other.rank]
+            listens = listeners[_pair(role.rank, other.rank)] == other.rank
+            port = their.ports[role.rank] if listens else 0
+            ends.append(wire.PeerEnd(other.rank, other.node_id, their.public_key, port))
+        timeout_s = START_S + role.memory_bytes / 10e6
+        answer = await self._peers.ask(
+            role.node_id, "start", wire.Start(group.group_id, tuple(ends)), timeout_s
+        )
+        return wire.read_body(wire.Started, answer)
+
+    # --- losing one ---
+
+    def _told_lost(self, node_id: str, body: wire.Lost) -> None:
+        group = self._groups.get(body.group)
+        if group is not None and any(role.node_id == node_id for role in group.load.roles):
+            self._lose(group, node_id, body.reason)
+
+    def _peer_gone(self, node_id: str, reason: str) -> None:
+        for group in list(self._groups.values()):
+            if any(role.node_id == node_id for role in group.load.roles):
+                self._lose(group, node_id, reason)
+
+    def _lose(self, group: Group, node_id: str, reason: str) -> None:
+        name = self._peers.name_of(node_id)
+        group.lost = PeerError(
+            f"node {name} was lost while it worked: {reason}",
+            remedy="run it again; see that node's log",
+        )
+        self.end(group)
+        self.when_lost(group)
+
+    def _stop(self, group_id: str, roles: Sequence[Role]) -> None:
+        for role in roles:
+            try:
+                self._peers.tell(role.node_id, "stop", wire.Stop(group_id))
+            except EdgedError as error:
+                log.info("stop not delivered", extra={"peer": role.node_id[:8], "reason": str(error)})
+
+
+def _listeners(roles: Sequence[Role], nodes: Mapping[str, NodeView]) -> dict[tuple[int, int], int]:
+    """For each pair of ranks the one that listens: the side that did not open the control connection."""
+    found = {}
+    for a, b in itertools.combinations(roles, 2):
+        dials = any(link.node_id == b.node_id and link.dials for link in nodes[a.node_id].links)
+        found[_pair(a.rank, b.rank)] = b.rank if dials else a.rank
+    return found
+
+
+def _pair(a: int, b: int) -> tuple[int, int]:
+    return (min(a, b), max(a, b))
+
+
+def _other(pair: tuple[int, int], rank: int) -> int:
+    return pair[1] if pair[0] == rank else pair[0]

@@ -1,0 +1,238 @@
+"""This node's part in other nodes' plans, and in its own: a worker for each role it admitted.
+
+The coordinator offers a role; guards, rights, memory and the model decide; a worker is prepared, told
+where its peers are, loaded, used, stopped. A worker that ends otherwise is reported to its coordinator.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from . import wire
+from .config import Profile, data_ports
+from .device import Device
+from .errors import EdgedError, EngineError, PeerError, PolicyViolation, ProtocolError
+from .peers import Peers
+from .plugins import Host
+from .supervisor import Supervisor, WorkerHandle
+from .transfers import Transfers
+from .types import EngineEntry, EngineSpec
+
+log = logging.getLogger(__name__)
+PREPARE_S = 30.0
+LOAD_S = 60.0  # plus the time to read the weights
+LOAD_BYTES_S = 20e6  # a slow SD card
+USAGE_S = 5.0
+
+
+@dataclass(slots=True)
+class _Held:
+    """One admitted role."""
+
+    offer: wire.Offer
+    coordinator: str
+    worker: WorkerHandle
+
+
+class Roles:
+    def __init__(
+        self,
+        profile: Profile,
+        peers: Peers,
+        host: Host,
+        device: Device,
+        supervisor: Supervisor,
+        transfers: Transfers,
+        engines: Mapping[str, EngineEntry],
+    ) -> None:
+        self._profile, self._peers, self._host = profile, peers, host
+        self._device, self._supervisor, self._transfers = device, supervisor, transfers
+        self._engines = engines
+        self._held: dict[str, _Held] = {}
+        self._stopping: set[asyncio.Task[None]] = set()
+        self._admitting = 0
+        self.is_draining = False
+        for kind, answer in (
+            ("offer", self._offer),
+            ("start", self._start),
+            ("generate", self._generate),
+            ("usage", self._usage),
+        ):
+            peers.answers(kind, answer)
+        peers.takes("stop", lambda node_id, body: self._stop(node_id, body.group))
+        peers.takes("cancel", self._cancel)
+        peers.when_gone(self._peer_gone)
+
+    @property
+    def count(self) -> int:
+        return len(self._held)
+
+    @property
+    def memory_taken(self) -> int:
+        """Bytes that the admitted roles were planned with."""
+        return sum(held.offer.roles[held.offer.rank].memory_bytes for held in self._held.values())
+
+    async def close(self) -> None:
+        for group in list(self._held):
+            self._end(group, "the node stops")
+        await asyncio.gather(*self._stopping, return_exceptions=True)
+
+    # --- from the coordinator ---
+
+    async def _offer(self, coordinator: str, offer: wire.Offer) -> wire.Offered:
+        entry = self._check_offer(coordinator, offer)
+        self._admitting += 1
+        try:
+            await self._device.check(entry)
+            await self._transfers.ensure(offer)
+            return await self._prepare(coordinator, offer)
+        finally:
+            self._admitting -= 1
+
+    def _check_offer(self, coordinator: str, offer: wire.Offer) -> EngineEntry:
+        """Every reason to refuse, before anything is started."""
+        mine = self._peers.identity
+        if not 0 <= offer.rank < len(offer.roles) or offer.roles[offer.rank].node_id != mine.node_id:
+            raise ProtocolError("expected an offer of a role for this node")
+        if offer.group in self._held:
+            raise ProtocolError("expected a new group")
+        role = offer.roles[offer.rank]
+        member = self._peers.membership.member(coordinator)
+        if member is not None and "submit" not in member.rights:
+            raise PolicyViolation(f"{mine.name}: {member.name} has no right to submit jobs here")
+        if self.is_draining:
+            raise PolicyViolation(f"{mine.name} is leaving and takes no new roles")
+        if len(self._held) + self._admitting >= self._profile.budget.workers:
+            raise PolicyViolation(
+                f"{mine.name} holds {len(self._held)} workers, as many as its profile allows",
+                remedy="raise budget.workers there, or wait",
+            )
+        if offer.engine not in self._engines:
+            known = ", ".join(sorted(self._engines)) or "none"
+            raise EngineError(f"{mine.name} has no engine {offer.engine!r}; loaded: {known}")
+        budget = self._device.memory_budget(self.memory_taken)
+        if budget is not None and role.memory_bytes > budget:
+            raise PolicyViolation(
+                f"{mine.name}: its part needs {role.memory_bytes >> 20} MiB, "
+                f"and the budget is {budget >> 20} MiB",
+                remedy="free memory there, or give it a smaller share",
+            )
+        reason = self._host.guard(
+            "edged_admit_role", role=role, model_sha256=offer.model_sha256, coordinator=coordinator
+        )
+        if reason is not None:
+            raise PolicyViolation(f"{mine.name} refuses the role: {reason}")
+        return self._engines[offer.engine]
+
+    async def _prepare(self, coordinator: str, offer: wire.Offer) -> wire.Offered:
+        group = offer.group
+        worker = await self._supervisor.spawn(lambda message: self._from_worker(group, message))
+        self._held[group] = _Held(offer, coordinator, worker)
+        worker.on_exit = lambda reason: self._worker_ended(group, reason)
+        ports = data_ports(self._profile.network.data_ports)
+        try:
+            answer = await worker.call(
+                "prepare",
+                {
+                    "rank": offer.rank,
+                    "size": len(offer.roles),
+                    "listens_for": list(offer.listens_for),
+                    "interfaces": list(self._profile.network.interfaces),
+                    "ports": [ports.start, ports.stop],
+                },
+                PREPARE_S,
+            )
+        except BaseException:
+            self._end(group, "it could not be prepared")
+            raise
+        return wire.read_body(wire.Offered, answer)
+
+    async def _start(self, coordinator: str, start: wire.Start) -> wire.Started:
+        held = self._of(coordinator, start.group)
+        offer = held.offer
+        ends = {
+            end.rank: [end.public_key, self._peers.address_of(end.node_id) if end.port else "", end.port]
+            for end in start.ends
+        }
+        spec = EngineSpec(
+            str(self._transfers.path_of(offer.model_sha256)),
+            offer.model,
+            offer.roles,
+            offer.rank,
+            offer.context_tokens,
+            offer.numerics,
+            self._device.threads,
+            self._engines[offer.engine].settings,
+        )
+        body = {
+            "group": offer.group,
+            "load": self._engines[offer.engine].load,
+            "spec": wire.to_map(spec),
+            "ends": ends,
+        }
+        timeout_s = LOAD_S + offer.roles[offer.rank].memory_bytes / LOAD_BYTES_S
+        try:
+            return wire.read_body(wire.Started, await held.worker.call("load", body, timeout_s))
+        except EdgedError as error:
+            self._end(offer.group, "it could not be loaded")
+            raise type(error)(
+                f"{self._peers.identity.name}: {error}", remedy=error.remedy, code=error.code
+            ) from error
+
+    async def _generate(self, coordinator: str, body: wire.Generate) -> None:
+        await self._of(coordinator, body.group).worker.call("generate", body, USAGE_S)
+
+    async def _usage(self, coordinator: str, body: wire.Usage) -> wire.Used:
+        answer = await self._of(coordinator, body.group).worker.call("usage", {}, USAGE_S)
+        return wire.read_body(wire.Used, answer)
+
+    def _cancel(self, coordinator: str, body: wire.Cancel) -> None:
+        self._of(coordinator, body.group).worker.send("cancel", {"job": body.job})
+
+    def _stop(self, coordinator: str, group: str) -> None:
+        if group in self._held and self._held[group].coordinator == coordinator:
+            self._end(group, "its coordinator is done with it")
+
+    def _of(self, coordinator: str, group: str) -> _Held:
+        """A role is its coordinator's alone."""
+        held = self._held.get(group)
+        if held is None or held.coordinator != coordinator:
+            raise PeerError(f"{self._peers.identity.name} holds no such role; its worker has ended")
+        return held
+
+    # --- from the worker ---
+
+    def _from_worker(self, group: str, message: wire.Message) -> None:
+        held = self._held.get(group)
+        if held is None:
+            return
+        if message.kind == "failed":
+            log.warning("worker failed", extra={"group": group, "reason": message.body.get("message")})
+        elif message.kind in ("tokens", "finished"):
+            body = wire.read_body(wire.BODIES[message.kind], message.body)
+            self._peers.tell_if_online(held.coordinator, message.kind, body)
+
+    def _worker_ended(self, group: str, reason: str) -> None:
+        held = self._held.pop(group, None)
+        if held is None:
+            return
+        log.warning("worker ended", extra={"group": group, "reason": reason})
+        self._peers.tell_if_online(held.coordinator, "lost", wire.Lost(group, held.offer.rank, reason))
+
+    def _peer_gone(self, node_id: str, reason: str) -> None:
+        """Its own groups have no coordinator any more; groups that it was a part of cannot go on."""
+        for group, held in list(self._held.items()):
+            if held.coordinator == node_id:
+                self._end(group, f"its coordinator is gone: {reason}")
+
+    def _end(self, group: str, reason: str) -> None:
+        held = self._held.pop(group, None)
+        if held is None:
+            return
+        log.info("role ended", extra={"group": group, "reason": reason})
+        task = asyncio.get_running_loop().create_task(held.worker.stop())
+        self._stopping.add(task)
+        task.add_done_callback(self._stopping.discard)

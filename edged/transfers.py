@@ -1,0 +1,184 @@
+"""Models on their way: adding a file to the store, fetching one from a member, serving it.
+
+The bytes never pass through the daemon: a process of its own hashes, serves or fetches, over a data
+plane with fresh keys.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from . import models, wire
+from .config import Profile, data_ports
+from .errors import EngineError, PeerError, PolicyViolation
+from .identity import Home
+from .models import Model, ModelStore
+from .peers import Peers
+from .supervisor import Supervisor
+from .transport import new_keys
+from .types import EngineEntry
+
+log = logging.getLogger(__name__)
+ASK_S = 10.0
+SERVING_MAX = 4  # transfers out at once
+Progress = Callable[[dict[str, Any]], None]
+
+
+class Transfers:
+    def __init__(
+        self,
+        home: Home,
+        profile: Profile,
+        store: ModelStore,
+        peers: Peers,
+        supervisor: Supervisor,
+        engines: Mapping[str, EngineEntry],
+    ) -> None:
+        self._home, self._profile, self._store = home, profile, store
+        self._peers, self._supervisor, self._engines = peers, supervisor, engines
+        self._fetching: dict[str, asyncio.Task[Model]] = {}
+        self._serving: set[asyncio.Task[Any]] = set()
+        peers.answers("manifest", self._manifest)
+        peers.answers("serve", self._serve)
+
+    async def close(self) -> None:
+        tasks = [*self._fetching.values(), *self._serving]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def path_of(self, sha256: str) -> Path:
+        model = next((model for model in self._store.list() if model.sha256 == sha256), None)
+        if model is None or not model.complete:
+            raise EngineError(f"expected model {sha256[:12]} whole in the store; it is not")
+        return Path(model.path)
+
+    async def add(self, name: str, file: int, on_progress: Progress) -> dict[str, Any]:
+        """Store an open file; answers with its row and how it was stored."""
+        params = {
+            "source_fd": file,
+            "name": models.check_model_name(name),
+            "models": str(self._home.models),
+            "describe": [[entry.name, entry.describe] for entry in self._engines.values()],
+        }
+        return await self._supervisor.run_task(
+            "edged.transfer:ingest", params, timeout_s=None, on_progress=on_progress, inherit=(file,)
+        )
+
+    # --- fetching ---
+
+    async def ensure(self, offer: wire.Offer) -> None:
+        """Have the model of an offer, from its holder where it is not here yet."""
+        if not self._store.has(offer.model_sha256):
+            await self.fetch(offer.model_sha256, offer.holder, offer.manifest_sha256)
+
+    async def fetch(
+        self,
+        sha256: str,
+        holder: str,
+        manifest_sha256: str | None,
+        on_progress: Progress = lambda event: None,
+    ) -> Model:
+        """One transfer of a model at a time, whoever asks; a second asker waits for the first."""
+        task = self._fetching.get(sha256)
+        if task is None:
+            work = self._fetch(sha256, holder, manifest_sha256, on_progress)
+            task = self._fetching[sha256] = asyncio.get_running_loop().create_task(work)
+            task.add_done_callback(lambda _: self._fetching.pop(sha256, None))
+        return await asyncio.shield(task)
+
+    async def _fetch(
+        self, sha256: str, holder: str, manifest_sha256: str | None, on_progress: Progress
+    ) -> Model:
+        if holder == self._peers.identity.node_id:
+            raise EngineError(f"expected model {sha256[:12]} in this node's store; it is gone")
+        name = self._peers.name_of(holder)
+        answer = await self._peers.ask(holder, "manifest", wire.ManifestRequest(sha256), ASK_S)
+        manifest = wire.read_body(wire.Manifest, answer)
+        if manifest.sha256 != sha256 or manifest_sha256 not in (None, models.manifest_hash(manifest)):
+            raise PeerError(f"expected the manifest that the plan names; {name} sent another")
+        keys = new_keys()
+        serving = wire.read_body(
+            wire.Serving, await self._peers.ask(holder, "serve", wire.Serve(sha256, keys[0]), ASK_S)
+        )
+        log.info("fetching a model", extra={"model": sha256[:12], "peer": holder[:8]})
+        params = {
+            "manifest": models.pack_manifest(manifest),
+            "models": str(self._home.models),
+            "keys": list(keys),
+            "node": name,
+            "dial": {
+                "address": self._peers.address_of(holder),
+                "port": serving.port,
+                "public_key": serving.public_key,
+            },
+            "ranges": None,
+            "bytes_s": self._profile.budget.transfer_bytes_s,
+            "engine": self._engine_of(manifest),
+        }
+        await self._supervisor.run_task(
+            "edged.transfer:fetch", params, timeout_s=None, on_progress=on_progress
+        )
+        return self._store.adopt(manifest)
+
+    def _engine_of(self, manifest: wire.Manifest) -> str | None:
+        """The engine that knows this architecture is the holder's; here the only one that is loaded."""
+        return next(iter(self._engines), None)
+
+    # --- serving ---
+
+    async def _manifest(self, node_id: str, body: wire.ManifestRequest) -> wire.Manifest:
+        self._check_right(node_id)
+        return self._store.manifest(body.sha256)
+
+    async def _serve(self, node_id: str, body: wire.Serve) -> wire.Serving:
+        self._check_right(node_id)
+        path = self.path_of(body.sha256)
+        if len(self._serving) >= SERVING_MAX:
+            raise PolicyViolation(
+                f"{self._peers.identity.name} serves {SERVING_MAX} transfers; try again later"
+            )
+        ports = data_ports(self._profile.network.data_ports)
+        keys = new_keys()
+        listening: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        params = {
+            "path": str(path),
+            "manifest": models.pack_manifest(self._store.manifest(body.sha256)),
+            "keys": list(keys),
+            "peer_key": body.public_key,
+            "listen": {
+                "interfaces": list(self._profile.network.interfaces),
+                "ports": [ports.start, ports.stop],
+            },
+            "bytes_s": self._profile.budget.transfer_bytes_s,
+        }
+
+        def on_progress(event: dict[str, Any]) -> None:
+            if "port" in event and not listening.done():
+                listening.set_result(event)
+
+        task = asyncio.get_running_loop().create_task(
+            self._supervisor.run_task("edged.transfer:serve", params, timeout_s=None, on_progress=on_progress)
+        )
+        self._serving.add(task)
+        task.add_done_callback(self._served)
+        await asyncio.wait([listening, task], timeout=ASK_S, return_when=asyncio.FIRST_COMPLETED)
+        if not listening.done():
+            task.cancel()
+            raise EngineError("expected the transfer to listen; it did not")
+        return wire.Serving(keys[0], listening.result()["port"])
+
+    def _served(self, task: asyncio.Task[Any]) -> None:
+        self._serving.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.warning("transfer ended", extra={"reason": str(error)})
+
+    def _check_right(self, node_id: str) -> None:
+        """Models go to members that may serve this node's jobs, or whose jobs may use this node."""
+        member = self._peers.membership.member(node_id)
+        if member is None or not {"serve", "submit"} & set(member.rights):
+            raise PolicyViolation(f"{self._peers.identity.name} gives no models to this node")
