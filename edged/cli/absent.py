@@ -1,0 +1,66 @@
+"""Commands of the contract that this version does not have yet: their options, and an honest answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+
+from ..errors import ConfigError
+from .options import HomeOption, JsonOption, PolicyOption
+
+Action = Annotated[str | None, typer.Argument(metavar="[ACTION]")]
+Words = Annotated[list[str] | None, typer.Argument(metavar="[NAME] [FILE]")]
+
+
+def recommend(
+    model: Annotated[str | None, typer.Option("--model", "-m", metavar="M")] = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Model size, quantisation and tuning method for this device. Not part of this version."""
+    _refuse("recommend")
+
+
+def simulate(
+    scenario: Annotated[Path | None, typer.Argument(metavar="SCENARIO.toml")] = None,
+    policy: PolicyOption = None,
+    seed: Annotated[int, typer.Option(metavar="S")] = 0,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE")] = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Scheduling over simulated devices and time. Not part of this version."""
+    _refuse("simulate")
+
+
+def finetune(
+    kind: Annotated[str | None, typer.Argument(metavar="split|federated|local")] = None,
+    settings: Annotated[Path | None, typer.Argument(metavar="CONFIG.toml")] = None,
+    resume: Annotated[str | None, typer.Option(metavar="JOB")] = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Training jobs. Not part of this version."""
+    _refuse("finetune")
+
+
+def adapters(
+    action: Action = None, names: Words = None, home: HomeOption = None, as_json: JsonOption = False
+) -> None:
+    """LoRA adapters: ls, export NAME DIR, rm NAME. Not part of this version."""
+    _refuse("adapters")
+
+
+def data(
+    action: Action = None, names: Words = None, home: HomeOption = None, as_json: JsonOption = False
+) -> None:
+    """Data sets offered to training jobs: ls, add NAME FILE, rm NAME. Not part of this version."""
+    _refuse("data")
+
+
+def _refuse(name: str) -> NoReturn:
+    raise ConfigError(
+        f"edged {name} is not part of this version", remedy="see `edged --help`", code="not-there"
+    )

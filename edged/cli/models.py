@@ -1,0 +1,97 @@
+"""`edged models`: the store. Files are opened here and handed over, since the daemon may not see them."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import ConfigError
+from ..models import check_model_name, name_of
+from .asking import ask
+from .options import HomeOption, JsonOption
+from .output import Document, show
+from .tables import sized, table
+
+models = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="The model store, by content hash.",
+    short_help="The model store: ls, add, rm, pull.",
+)
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="A model's name or hash.")]
+
+
+@models.command("ls")
+def ls(home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """The models this node holds."""
+    show(ask(home, "models.ls"), as_json, _show_models)
+
+
+@models.command("add")
+def add(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file.")],
+    name: Annotated[str | None, typer.Option(metavar="NAME", help="Instead of the file's own.")] = None,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Store a model file; its name comes from the file's."""
+    chosen = check_model_name(name) if name is not None else name_of(file.name)
+    descriptor = _open(file)
+    try:
+        document = ask(home, "models.add", {"name": chosen}, [descriptor], silence_s=None)
+    finally:
+        os.close(descriptor)
+    show(document, as_json, _show_models)
+
+
+@models.command("rm")
+def rm(name: NameArgument, home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Delete a model from this node."""
+    show(ask(home, "models.rm", {"name": name}, silence_s=None), as_json, _show_models)
+
+
+@models.command("pull")
+def pull(name: NameArgument, home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Fetch a model from a member that has it."""
+    show(ask(home, "models.pull", {"name": name}, silence_s=None), as_json, _show_models)
+
+
+def _open(file: Path) -> int:
+    try:  # without O_NONBLOCK a pipe without a writer would hang here
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise ConfigError(
+            f"expected a readable model file at {file}; {error.strerror}", remedy="check the path"
+        ) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ConfigError(f"expected a model file at {file}; it is no regular file", remedy="name a file")
+    return descriptor
+
+
+def _show_models(document: Document) -> None:
+    rows = [
+        (
+            model.get("name"),
+            str(model.get("sha256"))[:12],
+            model.get("architecture"),
+            _count(model.get("parameters")),
+            sized(model.get("bytes")),
+            model.get("layers"),
+            model.get("weight_type"),
+            model.get("complete"),
+        )
+        for model in document.get("models", ())
+    ]
+    headings = ("name", "sha256", "architecture", "parameters", "size", "layers", "weights", "complete")
+    table(headings, rows, empty="no models; add one with `edged models add FILE`")
+
+
+def _count(parameters: int | None) -> str | None:
+    if not isinstance(parameters, int):
+        return None
+    return f"{parameters / 1e9:.3g} B" if parameters >= 10**9 else f"{parameters / 1e6:.4g} M"

@@ -1,0 +1,145 @@
+"""`edged status, peers, drain, plugins, profile`: what this node is and whom it knows."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from .asking import ask
+from .options import HomeOption, JsonOption
+from .output import Document, show
+from .tables import facts, lasting, short, sized, table
+
+DRAIN_S = 600.0  # roles finish first; the daemon has its own, shorter bound
+
+
+def status(home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """This node, and its health conditions with what to do about each."""
+    show(ask(home, "status"), as_json, _show_status)
+
+
+def peers(home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Peers with their state and links; nodes that are only seen on the network are not trusted."""
+    show(ask(home, "peers"), as_json, _show_peers)
+
+
+def drain(home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Finish or hand over all roles, then leave."""
+    show(ask(home, "drain", silence_s=DRAIN_S), as_json, _show_drained)
+
+
+def plugins(home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Loaded and installed plugins, their hooks, and how often each was called and failed."""
+    show(ask(home, "plugins"), as_json, _show_plugins)
+
+
+def profile(
+    measure: Annotated[bool, typer.Option("--measure", help="Run the micro-benchmarks first.")] = False,
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """What this device is and can do: processor, memory, sensors, engines, links."""
+    show(ask(home, "profile", {"measure": measure}, silence_s=None), as_json, _show_profile)
+
+
+# --- for a person -----------------------------------------------------------------------------------
+
+
+def _show_status(status: Document) -> None:
+    memory = status.get("memory") or {}
+    facts(
+        {
+            "node": f"{status.get('name')} ({short(status.get('node_id'))})",
+            "edged": f"{status.get('version')}, protocol {status.get('protocol')}",
+            "state": status.get("state"),
+            "up for": lasting(status.get("uptime_s")),
+            "plugins": [_name(plugin) for plugin in status.get("plugins", ())],
+            "memory": _of(memory.get("free"), memory.get("total")),
+            "battery": status.get("battery"),
+            "daemon": sized(status.get("rss_bytes")),
+        }
+    )
+    conditions = status.get("conditions") or ()
+    if conditions:
+        print()
+        table(
+            ("severity", "condition", "what to do"),
+            [(c.get("severity"), c.get("text"), c.get("remedy")) for c in conditions],
+        )
+
+
+def _show_peers(document: Document) -> None:
+    rows = [
+        (
+            peer.get("name"),
+            short(peer.get("node_id")) or short(peer.get("fingerprint")),
+            peer.get("state"),
+            peer.get("trusted"),
+            peer.get("zone"),
+            peer.get("rights"),
+            peer.get("address"),
+            _with_unit(peer.get("rtt_ms"), "ms"),
+            _with_unit(sized(peer.get("bandwidth_bytes_s")), "/s", ""),
+        )
+        for peer in document.get("peers", ())
+    ]
+    headings = ("name", "id", "state", "trusted", "zone", "rights", "address", "rtt", "bandwidth")
+    table(headings, rows, empty="no peers; pair one with `edged invite` and `edged join`")
+
+
+def _show_drained(document: Document) -> None:
+    handed_over = document.get("handed_over") or ()
+    print(f"drained; {len(handed_over)} roles handed over")
+
+
+def _show_plugins(document: Document) -> None:
+    keys = ("name", "version", "state", "calls", "failures", "hooks")
+    table(keys, [[plugin.get(key) for key in keys] for plugin in document.get("plugins", ())])
+
+
+def _show_profile(profile: Document) -> None:
+    facts({key: profile.get(key) for key in ("name", "cpu", "memory", "battery", "power", "thermal")})
+    print()
+    engines = profile.get("engines") or ()
+    table(
+        ("engine", "weights", "decode", "prefill"),
+        [
+            (
+                engine.get("name"),
+                engine.get("weight_type"),
+                _with_unit(sized(engine.get("decode_bytes_s")), "/s", ""),
+                _with_unit(engine.get("prefill_flops_s"), "FLOP/s"),
+            )
+            for engine in engines
+        ],
+        empty="nothing measured yet; run `edged profile --measure`",
+    )
+    links = profile.get("links") or ()
+    if links:
+        print()
+        table(
+            ("link to", "rtt", "bandwidth"),
+            [
+                (
+                    link.get("name") or short(link.get("node_id")),
+                    _with_unit(link.get("rtt_ms"), "ms"),
+                    _with_unit(sized(link.get("bandwidth_bytes_s")), "/s", ""),
+                )
+                for link in links
+            ],
+        )
+
+
+def _name(plugin: Any) -> Any:
+    return plugin.get("name") if isinstance(plugin, dict) else plugin
+
+
+def _of(free: Any, total: Any) -> str | None:
+    return f"{sized(free)} free of {sized(total)}" if free is not None and total is not None else None
+
+
+def _with_unit(value: Any, unit: str, space: str = " ") -> str | None:
+    if value is None:
+        return None
+    return f"{value:.4g}{space}{unit}" if isinstance(value, int | float) else f"{value}{space}{unit}"
