@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import sys
 from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from ..client import Client
 from ..errors import EdgedError, JobError
@@ -44,9 +45,16 @@ class Stream:
     """Shows the events of one request while they come; Ctrl-C cancels its job when `cancels`."""
 
     def __init__(
-        self, client: Client, *, as_json: bool = False, as_lines: bool = False, cancels: bool = False
+        self,
+        client: Client,
+        *,
+        as_json: bool = False,
+        as_lines: bool = False,
+        cancels: bool = False,
+        text_to: TextIO | None = None,
     ) -> None:
-        self._client = client
+        """`text_to`: where the text goes for a person; standard output by default."""
+        self._client, self._text_to = client, text_to or sys.stdout
         self.as_json, self.as_lines, self._cancels = as_json, as_lines, cancels
         self._progress = ProgressLine()
         self._job: str | None = None
@@ -97,12 +105,12 @@ class Stream:
         end = event.get("index", self._shown) + len(tokens)
         text = output.printable(str(event.get("text", "")))
         if end > self._shown or not tokens:
-            print(text, end="", flush=True)
+            print(text, end="", file=self._text_to, flush=True)
             self._shown, self._last = max(end, self._shown), text or self._last
 
     def _end_line(self) -> None:
         if self._last and not self._last.endswith("\n"):
-            print(flush=True)
+            print(file=self._text_to, flush=True)
         self._last = ""
 
     # --- Ctrl-C ---

@@ -18,7 +18,7 @@ from ..transport import new_keys
 from .detecting import device_class, first_party_plugins
 from .options import HomeOption, JsonOption
 from .output import Document, note, show
-from .toml_text import with_list
+from .toml_text import with_value
 
 ROOT = Path("/")
 
@@ -37,28 +37,28 @@ def init(
     as_json: JsonOption = False,
 ) -> None:
     """Make the home, keys and profile. An existing home stays as it is."""
-    made = Home(home.absolute() if home is not None else default_home().path.absolute())
+    made = Home((home if home is not None else default_home().path).absolute())
     if os.access(made.key_file, os.F_OK):
         note(f"edged: {made.path} is a node already; nothing was changed")
-    document = make(made, name, profile, interface or ())
-    show(document, as_json, _show)
+    has_profile = os.access(made.profile, os.F_OK)  # by an earlier init, or written by hand
+    text = None if has_profile else with_interfaces(profile_text(profile), interface or ())
+    show(make(made, name, text), as_json, _show)
 
 
-def make(home: Home, name: str | None, profile: str | None, interfaces: Sequence[str]) -> Document:
-    """The node of `home`, made where there is none; nothing is written unless all of it is valid."""
-    if os.access(home.profile, os.F_OK):  # written by hand or by an earlier init
-        text, parsed = "", config.read(home.profile)
-    else:
-        text = with_interfaces(profile_text(profile), interfaces)
-        parsed = config.parse(text, str(home.profile))
-    made = identity.create(home, name, text, new_keys())
-    if not home.profile.exists():  # lost since
+def make(home: Home, name: str | None, text: str | None) -> Document:
+    """The node of `home`, made where there is none, with the profile's text unless it has one.
+
+    Nothing is written unless all of it is valid.
+    """
+    profile = config.read(home.profile) if text is None else config.parse(text, str(home.profile))
+    made = identity.create(home, name, text or "", new_keys())
+    if text is not None and not home.profile.exists():  # lost since
         identity.write_atomically(home.profile, text.encode())
     return {
         "node_id": made.node_id,
         "name": made.name,
         "home": str(home.path),
-        "profile": parsed.name,
+        "profile": profile.name,
         "profile_file": str(home.profile),
     }
 
@@ -88,7 +88,7 @@ def with_interfaces(text: str, interfaces: Sequence[str]) -> str:
                 f"no interface {interface!r}; this machine has: {', '.join(known)}",
                 remedy="name one of these, or an address",
             )
-    edited = with_list(text, "network", "interfaces", interfaces, "chosen by `edged init --interface`")
+    edited = with_value(text, "network", "interfaces", interfaces, "chosen by `edged init --interface`")
     if config.parse(edited, "the profile").network.interfaces != tuple(interfaces):
         raise ConfigError(
             "expected a profile with a [network] table of its own; interfaces could not be set in it",
@@ -103,7 +103,7 @@ def _detected(root: Path) -> str:
     plugins, troubles = first_party_plugins()
     for plugin, trouble in troubles.items():
         note(f"edged: left out plugin {plugin}: {trouble}")
-    return with_list(config.shipped(chosen), "", "plugins", plugins, "installed when `edged init` looked")
+    return with_value(config.shipped(chosen), "", "plugins", plugins, "installed when `edged init` looked")
 
 
 def _is_address(text: str) -> bool:

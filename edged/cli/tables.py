@@ -43,7 +43,7 @@ def console(error: bool = False) -> Console:
 
 
 def cell(value: Any) -> str:
-    if value is None or value == "":
+    if value is None:
         return "-"
     if isinstance(value, bool):
         return "yes" if value else "no"

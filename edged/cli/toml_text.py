@@ -7,14 +7,14 @@ import re
 from collections.abc import Sequence
 
 
-def with_list(text: str, table: str, key: str, values: Sequence[str], reason: str) -> str:
-    """`text` with `key = [values]` in `table` ("" is the root), and the reason beside it."""
-    written = f"{key} = [{', '.join(json.dumps(value) for value in values)}]  # {reason}"
+def with_value(text: str, table: str, key: str, value: Sequence[str] | int, reason: str) -> str:
+    """`text` with `key = value` in `table` ("" is the root), and the reason beside it."""
+    written = f"{key} = {json.dumps(value)}  # {reason}"  # JSON of texts and numbers is TOML, too
     start, end = _section(text, table)
     if start is None:
         return f"{text.rstrip()}\n\n[{table}]\n{written}\n"
     section = text[start:end]
-    assigned = re.compile(rf"^[ \t]*{re.escape(key)}[ \t]*=[ \t]*\[[^\]]*\][^\n]*$", re.MULTILINE)
+    assigned = re.compile(rf"^[ \t]*{re.escape(key)}[ \t]*=[ \t]*(\[[^\]]*\])?[^\n]*$", re.MULTILINE)
     if assigned.search(section):
         section = assigned.sub(lambda _: written, section, count=1)
     else:
