@@ -20,6 +20,7 @@ from edged import (
     Sampling,
     Step,
 )
+from edged.plugins import Host
 
 GREEDY = Sampling(temperature=0.0)
 PROMPTS = ["hello", "h", "", "hellohello", "naïve 🙂", "a\0b"]
@@ -226,3 +227,15 @@ def test_a_measurement_is_of_the_model_s_weight_type(model):
 
 def test_the_check_answers_with_its_version():
     assert _echo_engine.check({}) == {"version": "1", "max_error": 0.0}
+
+
+def test_the_host_loads_every_small_plugin_by_name_and_finds_what_it_brings():
+    host = Host()
+    host.load(["echo", "static", "mdns", "monitor", "layer_parallel", "tensor_parallel"], {})
+    assert list(host.registrations("edged_engines")) == ["echo"]
+    assert sorted(host.registrations("edged_discoverers")) == ["mdns", "static"]
+    assert sorted(host.registrations("edged_strategies")) == ["layers", "tensor"]
+    assert len(host.registrations("edged_sensors")) == 5
+    before = echo.finished["failed"]
+    host.observe("edged_job_finished", job_id="j1", state="failed", measured={})
+    assert echo.finished["failed"] == before + 1
