@@ -140,7 +140,7 @@ class Link:
         if self._peer is None:
             raise PeerError(f"expected {self.node} to connect; it did not")
         frames = [*self._peer, wire.pack(kind, body)] + ([] if frame is None else [frame])
-        self._sock.sndtimeo = max(1, int(timeout_s * 1000))
+        self._await_room(timeout_s)
         try:
             self._sock.send_multipart(frames, copy=frame is None)
         except zmq.Again as error:
@@ -148,6 +148,21 @@ class Link:
         except zmq.ZMQError as error:
             raise GoneError(f"the connection to {self.node} ended") from error
         self._sent_at = time.monotonic()
+
+    def _await_room(self, timeout_s: float) -> None:
+        """Let the next send wait that long. A dialler also watches for the end of its connection, after
+        which libzmq would let it wait for nothing."""
+        self._sock.sndtimeo = max(1, int(timeout_s * 1000))
+        if self._monitor is None:
+            return
+        until = time.monotonic() + timeout_s
+        while not self._sock.poll(0, zmq.POLLOUT) and time.monotonic() < until:
+            poller = zmq.Poller()
+            poller.register(self._sock, zmq.POLLOUT)
+            poller.register(self._monitor, zmq.POLLIN)
+            if self._monitor in dict(poller.poll(int(timeout_s * 1000) + 1)):
+                self._read_event()
+        self._sock.sndtimeo = 1
 
     def fail(self, error: EdgedError) -> None:
         """Tell the other side why this one gives up, if it can be told."""

@@ -270,7 +270,7 @@ def name_of(file: str) -> str:
     """A model's name from its file's: "SmolLM2-135M.Q4_1.gguf" -> "smollm2-135m-q4_1"."""
     stem = re.sub(r"\.gguf$", "", os.path.basename(file).lower())
     stem = re.sub(r"\.(?=(i?q\d|b?f16|f32)[^.]*$)", "-", stem)
-    return re.sub(r"[^a-z0-9_.+\-]+", "-", stem).strip("-.+")[:64] or "model"
+    return re.sub(r"[^a-z0-9_.+]+", "-", stem).strip("-.+")[:64] or "model"
 
 
 def pack_manifest(manifest: wire.Manifest) -> bytes:

@@ -93,7 +93,6 @@ def check_disk(folder: Path, needed: int, name: str) -> None:
         raise EngineError(
             f"expected {needed + DISK_RESERVE_BYTES} bytes free for model {name!r}; {free} are",
             remedy=f"free space at {folder}, or remove a model with `edged models rm`",
-            code="disk-full",
         )
 
 

@@ -333,7 +333,6 @@ class _Pull:
                 f"expected chunk {index} of {self._manifest.name!r} as its manifest says; {self._node} "
                 "sent it wrong twice",
                 remedy="fetch from another node, or add the model again on that one",
-                code="corrupted",
             )
         self._again.add(index)
         self._ask(index)
