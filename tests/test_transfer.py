@@ -313,7 +313,7 @@ def test_a_holder_that_dies_ends_the_fetch_with_its_name(pair):
 
 
 def test_a_holder_that_falls_silent_ends_the_fetch(pair):
-    fetching, serving = pair.fetch(IMPATIENT, bytes_s=40 << 20, silence_s=0.5)
+    fetching, serving = pair.fetch(IMPATIENT, bytes_s=40 << 20, silence_s=3.0)
     fetching.event(lambda e: e.get("phase") == "fetching" and 0 < e["bytes"] < SIZE)
     serving.process.send_signal(signal.SIGSTOP)
     with pytest.raises(PeerError, match=r"expected chunk \d+ of 'm' from laptop to go on"):
@@ -336,14 +336,16 @@ def test_a_holder_nobody_asks_ends_by_itself(pair):
 
 
 def test_one_fetch_of_a_model_at_a_time(pair):
-    first, _ = pair.fetch(bytes_s=20 << 20)
+    first, _ = pair.fetch(bytes_s=40 << 20)
     first.event(lambda event: event.get("phase") == "fetching")
+    first.process.send_signal(signal.SIGSTOP)
     second, serving = pair.fetch()
     with pytest.raises(ConfigError, match="a transfer of it runs"):
         second.result()
     assert serving.result()["ended"] == "failed"
     with pytest.raises(ConfigError, match="a transfer of it runs"):
         pair.store.remove("m")
+    first.process.send_signal(signal.SIGCONT)
     assert first.result()["complete"]
 
 
@@ -360,7 +362,7 @@ def test_a_chunk_damaged_twice_ends_the_fetch_with_node_and_chunk(pair):
     fetching, serving = pair.fetch(served=CORRUPT.format(times=2))
     with pytest.raises(PeerError, match="chunk 3 of 'm' as its manifest says; laptop sent it wrong"):
         fetching.result()
-    assert serving.result()["ended"] == "failed"
+    assert serving.result()["ended"] in ("failed", "gone")  # it may still have been sending
     assert not pair.store.has(pair.sha256)
     result = pair.fetch()[0].result()
     assert result["bytes_resumed"] >= 3 * CHUNK_BYTES
