@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -140,7 +141,10 @@ class Daemon:
         )
         for entry in self._discoverers.values():
             try:
-                await entry.discoverer.start(announcement, self._peers.seen, self._peers.lost)
+                seen = functools.partial(self._peers.seen, entry.name)
+                await entry.discoverer.start(
+                    announcement, seen, functools.partial(self._peers.lost, entry.name)
+                )
             except Exception as error:  # a plugin's service: the node works without it, and says so
                 log.exception("discovery failed", extra={"discoverer": entry.name})
                 self._health.set(
@@ -298,7 +302,7 @@ class Daemon:
                 }
             )
         known = {row["fingerprint"] for row in rows}
-        rows += [_seen_row(s) for f, s in self._peers.sightings.items() if f not in known]
+        rows += [_seen_row(s) for f, s in self._peers.sightings().items() if f not in known]
         return {"peers": rows}
 
     async def _invite(self, body: dict[str, Any], files: Sequence[int], emit: Emit) -> dict[str, Any]:

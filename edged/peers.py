@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -58,7 +59,7 @@ class Peers:
         self._host, self._health = host, health
         self.membership = node.from_map(ids.read_membership(home))
         self.links: dict[str, Link] = {}
-        self.sightings: dict[str, Sighting] = {}
+        self._sightings: dict[str, dict[str, Sighting]] = {}  # discoverer -> fingerprint -> last word
         self.transport = Transport(identity, self._admit, self._on_request, self._on_event)
         self._answers: dict[str, Answer] = {}
         self._takes: dict[str, Take] = {}
@@ -365,19 +366,32 @@ class Peers:
 
     # --- connections ---
 
-    def seen(self, sighting: Sighting) -> None:
+    def seen(self, discoverer: str, sighting: Sighting) -> None:
         """Discovery heard of a node: a hint where to dial a member, or a candidate to show."""
-        known = sighting.fingerprint in self.sightings
         if sighting.fingerprint == ids.fingerprint_of(self.identity.node_id):
             return
-        if known or len(self.sightings) < SIGHTINGS_MAX:
-            self.sightings[sighting.fingerprint] = sighting
+        known = self._sightings.setdefault(discoverer, {})
+        if sighting.fingerprint in known or len(known) < SIGHTINGS_MAX:
+            known[sighting.fingerprint] = sighting
         for node_id, link in self.links.items():
             if ids.fingerprint_of(node_id) == sighting.fingerprint:
                 link.wake.set()
 
-    def lost(self, fingerprint: str) -> None:
-        self.sightings.pop(fingerprint, None)
+    def lost(self, discoverer: str, fingerprint: str) -> None:
+        """One discoverer's word: what another one said of that node stays."""
+        self._sightings.get(discoverer, {}).pop(fingerprint, None)
+
+    def sightings(self) -> dict[str, Sighting]:
+        """By fingerprint; where several discoverers know a node, all its addresses."""
+        merged: dict[str, Sighting] = {}
+        for known in self._sightings.values():
+            for fingerprint, sighting in known.items():
+                before = merged.get(fingerprint)
+                if before is not None:
+                    addresses = tuple(dict.fromkeys((*before.addresses, *sighting.addresses)))
+                    sighting = dataclasses.replace(sighting, addresses=addresses)
+                merged[fingerprint] = sighting
+        return merged
 
     def _keep(self, node_id: str) -> None:
         """Hold a connection to a member from now on."""
@@ -428,8 +442,9 @@ class Peers:
 
     def _targets(self, node_id: str) -> list[tuple[str, int]]:
         member = self.membership.members[node_id]
-        sighting = self.sightings.get(ids.fingerprint_of(node_id))
-        targets = [(address, sighting.port) for address in sighting.addresses] if sighting else []
+        fingerprint = ids.fingerprint_of(node_id)
+        seen = [known[fingerprint] for known in self._sightings.values() if fingerprint in known]
+        targets = [(address, sighting.port) for sighting in seen for address in sighting.addresses]
         if member.port:
             targets += [(address, member.port) for address in member.addresses]
         return list(dict.fromkeys(targets))

@@ -91,9 +91,13 @@ def consider(
         except EdgedError as error:
             if request.strategy != "auto":
                 raise
-            proposed = [Candidate(name, (), refused_because=str(error))]
+            proposed = [Candidate(name, (), refused_because=_with_remedy(error))]
         found += [finish(candidate, model, by_id, request) for candidate in proposed]
     return found
+
+
+def _with_remedy(error: EdgedError) -> str:
+    return f"{error}; {error.remedy}" if error.remedy else str(error)
 
 
 def _fitting(strategies: Mapping[str, Strategy], request: PlanRequest, submitter: str) -> list[str]:

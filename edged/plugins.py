@@ -20,7 +20,7 @@ from typing import Any
 import pluggy
 
 from . import hookspecs
-from .errors import PluginError
+from .errors import EdgedError, PluginError
 
 GROUP = "edged"
 log = logging.getLogger(__name__)
@@ -97,7 +97,7 @@ class Host:
         for plugin, implementation in self._implementations(hook, "register"):
             try:
                 entries = self._call(plugin, implementation, {"settings": plugin.settings})
-            except PluginError:
+            except EdgedError:  # it says by itself what to mend: its settings, say
                 raise
             except Exception as error:  # register: startup stops, whatever it was
                 raise PluginError(f"plugin {plugin.name!r} failed in {hook}: {error}") from error

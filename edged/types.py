@@ -275,7 +275,7 @@ class EngineEntry:
     """An engine by dotted names ("package.module:attribute"), resolved in a worker only.
 
     load(spec: EngineSpec, channel: Channel) -> Engine
-    describe(path: str) -> ModelDescription as a dict; ModelError's text where it cannot run it
+    describe(path: str) -> ModelDescription as a dict; EngineError where it cannot run it
     measure(settings: dict) -> list of EngineSpeed as dicts
     check(settings: dict) -> dict {"version": str, "max_error": float}; EngineError when unusable
     """
