@@ -73,20 +73,30 @@ def _play(nodes: Sequence[Node], file: Path) -> Document:
     wait_until("to see the others", nodes, lambda node: _peers(node, "seen") >= _fingerprints(nodes, node))
     for node in others:
         _say(f"pairing: {first.name} invites, {node.name} joins")
-        node.ask("join", {"token": first.ask("invite")["token"]})
+        pair(first, node)
     _say("waiting until everyone is online to everyone")
-    wait_until(
-        "to be online to all", nodes, lambda node: _peers(node, "online") >= _fingerprints(nodes, node)
-    )
-    _say(f"storing {file.name} on {first.name}; the others fetch the parts they need")
-    model = _add(first, file)
+    wait_online(nodes)
+    _say(f"storing {file.name} on {first.name}; the others fetch it from there")
+    model = add_model(first, file)
     document: Document = {"nodes": [{"node_id": node.node_id, "name": node.name} for node in nodes]}
     document["generate"] = _generate(first, model, "layers", names)
     document["generate_tensor"] = _generate(first, model, "tensor", names[:TENSOR_NODES_MAX])
     return document
 
 
-def _add(node: Node, file: Path) -> str:
+def pair(inviter: Node, newcomer: Node) -> None:
+    newcomer.ask("join", {"token": inviter.ask("invite")["token"]})
+
+
+def wait_online(nodes: Sequence[Node]) -> None:
+    """Until every node is online to every other."""
+    wait_until(
+        "to be online to all", nodes, lambda node: _peers(node, "online") >= _fingerprints(nodes, node)
+    )
+
+
+def add_model(node: Node, file: Path) -> str:
+    """Store a model file on a node; its name there."""
     descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC)
     try:
         with node.client() as client:

@@ -48,9 +48,12 @@ class Node:
 
 
 @contextlib.contextmanager
-def running(names: Sequence[str]) -> Iterator[list[Node]]:
-    """Nodes of these names, started; stopped at the end. Their homes stay where something failed."""
-    profile = _profile(len(names))
+def running(names: Sequence[str], threads: int | None = None) -> Iterator[list[Node]]:
+    """Nodes of these names, started; stopped at the end. Their homes stay where something failed.
+
+    `threads` of each worker; by default the processor's are shared out.
+    """
+    profile = _profile(len(names), threads)
     folder = Path(tempfile.mkdtemp(prefix="edged-demo-"))
     nodes: list[Node] = []
     try:
@@ -96,10 +99,10 @@ def _holds(holds: Callable[[Node], bool], node: Node) -> bool:
         return False
 
 
-def _profile(count: int) -> str:
+def _profile(count: int, threads: int | None) -> str:
     """This device's profile, on loopback, its processor shared between the nodes."""
     text = with_interfaces(profile_text(None), ["lo"])
-    threads = max(1, (os.cpu_count() or 1) // count)
+    threads = threads or max(1, (os.cpu_count() or 1) // count)
     return with_value(text, "budget", "threads", threads, f"one of {count} nodes of `edged demo`")
 
 
