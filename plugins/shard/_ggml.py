@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import os
 import pathlib
 from collections.abc import Callable
 from ctypes import c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
@@ -182,6 +183,9 @@ def _open(folder: pathlib.Path, stem: str) -> ctypes.CDLL:
 def load() -> Ggml:
     """The bound libraries, after checking that they are the version this binding was written for."""
     folder = library_folder()
+    # OpenMP's workers spin between operations by default; beside any other busy process that made a
+    # token on two threads take seconds instead of milliseconds. Read when the library loads.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         base, cpu = _open(folder, "ggml-base"), _open(folder, "ggml-cpu")
         base.ggml_version.restype = c_char_p
