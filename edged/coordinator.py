@@ -83,10 +83,7 @@ class Coordinator:
         peers.takes("tokens", self._tokens)
         peers.takes("finished", self._finished)
         for job in store.unfinished():  # the daemon ended while they ran
-            interrupted = JobError(
-                "the daemon ended while this job ran", remedy="run it again", code="interrupted"
-            )
-            store.end(job.job_id, "failed", time.time(), error=interrupted)
+            store.end(job.job_id, "failed", time.time(), error=_interrupted())
 
     @property
     def running(self) -> int:
@@ -272,7 +269,7 @@ class Coordinator:
             async with self._slots:
                 finished = await self._run_epoch(run)
         except BaseException as error:
-            failure = error if isinstance(error, EdgedError) else _as_failure(error)
+            failure = error if isinstance(error, EdgedError) else _as_failure(error, run.is_cancelled)
             state: State = "cancelled" if run.is_cancelled or failure.code == "cancelled" else "failed"
             self._store.end(run.job_id, state, time.time(), error=failure)
             self._host.observe("edged_job_finished", job_id=run.job_id, state=state, measured={})
@@ -381,7 +378,11 @@ class Coordinator:
 
     def _tokens(self, node_id: str, body: wire.Tokens) -> None:
         run = self._current(node_id, body.job, body.epoch)
-        if run is None or body.index != len(run.tokens):
+        if run is None or run.finished.done():
+            return
+        if body.index != len(run.tokens):
+            lost = PeerError("tokens were lost on their way", remedy="run it again", code="tokens-lost")
+            run.finished.set_exception(lost)
             return
         self._store.add_tokens(run.job_id, body.index, body.tokens, body.text)
         run.tokens += body.tokens
@@ -513,6 +514,10 @@ class Coordinator:
         }
 
 
+def _interrupted() -> JobError:
+    return JobError("the daemon ended while this job ran", remedy="run it again", code="interrupted")
+
+
 async def _emit_news(run: _Run, seen: tuple[int, int], emit: Emit) -> tuple[int, int]:
     """Send what came after `seen` (tokens, characters); the new `seen`."""
     run.news = asyncio.Event() if run.news.is_set() else run.news
@@ -541,7 +546,7 @@ def _settled(run: _Run, task: asyncio.Task[dict[str, Any]]) -> None:
         task.exception()
 
 
-def _as_failure(error: BaseException) -> JobError:
+def _as_failure(error: BaseException, is_cancelled: bool) -> JobError:
     if isinstance(error, asyncio.CancelledError):
-        return JobError("the job was cancelled", code="cancelled")
+        return JobError("the job was cancelled", code="cancelled") if is_cancelled else _interrupted()
     return JobError(f"internal error: {type(error).__name__}: {error}", code="internal")

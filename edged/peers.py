@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 SILENCE_S = 3.0  # without an answer for so long a member is offline
 YIELD_S = 0.7  # the node with the larger id lets the other dial first
 REDIAL_S = (0.2, 5.0)  # first and longest pause between two rounds of dialling
-REFUSED_REDIAL_S = 30.0  # after the other side refused our key
+REFUSED_REDIAL_S = (0.5, 30.0)  # the same where the other side refused our key
 JOIN_S = 10.0
 SIGHTINGS_MAX = 64
 RTT_WEIGHT = 0.3  # of a new measurement in the moving average
@@ -185,7 +185,7 @@ class Peers:
         member = node.Member(inviter, paired.name, RIGHTS, given.zone, (address,), given.port)
         self.membership.admit(member)
         self._store()
-        self._keep(inviter)
+        self._keep(inviter, at_once=True)
         await self._until_online(inviter)
         self._host.observe("edged_peer_joined", node_id=inviter, name=paired.name)
         return member
@@ -393,21 +393,21 @@ class Peers:
                 merged[fingerprint] = sighting
         return merged
 
-    def _keep(self, node_id: str) -> None:
-        """Hold a connection to a member from now on."""
+    def _keep(self, node_id: str, *, at_once: bool = False) -> None:
+        """Hold a connection to a member from now on; `at_once`: without letting the other dial first."""
         if node_id in self.links:
             return
         link = self.links[node_id] = Link()
+        yields = 0.0 if at_once or node_id > self.identity.node_id else YIELD_S
         loop = asyncio.get_running_loop()
         link.tasks = [
-            loop.create_task(self._connect(node_id, link)),
+            loop.create_task(self._connect(node_id, link, yields)),
             loop.create_task(self._ping(node_id, link)),
         ]
 
-    async def _connect(self, node_id: str, link: Link) -> None:
+    async def _connect(self, node_id: str, link: Link, yields: float) -> None:
         pause = REDIAL_S[0]
-        if node_id < self.identity.node_id:
-            await asyncio.sleep(YIELD_S)
+        await asyncio.sleep(yields)
         while True:
             is_up = self.transport.is_connected(node_id) and link.state == "online"
             pause = REDIAL_S[0] if is_up else await self._dial_round(node_id, link, pause)
@@ -430,7 +430,7 @@ class Peers:
                 await self.transport.dial(node_id, address, port, self.hello(), came)
             except TrustError as error:
                 self._refused(node_id, error)
-                return REFUSED_REDIAL_S
+                return min(max(pause * 2, REFUSED_REDIAL_S[0]), REFUSED_REDIAL_S[1])
             except EdgedError as error:
                 log.debug("dial ended", extra={"peer": node_id[:8], "reason": str(error)})
                 if isinstance(error, ProtocolError):
@@ -441,7 +441,10 @@ class Peers:
         return min(pause * 2, REDIAL_S[1])
 
     def _targets(self, node_id: str) -> list[tuple[str, int]]:
+        """Where to dial a member: nowhere while it has yet to prove its key by dialling us."""
         member = self.membership.members[node_id]
+        if member.state == "joining":
+            return []
         fingerprint = ids.fingerprint_of(node_id)
         seen = [known[fingerprint] for known in self._sightings.values() if fingerprint in known]
         targets = [(address, sighting.port) for sighting in seen for address in sighting.addresses]

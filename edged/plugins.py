@@ -79,11 +79,12 @@ class Host:
         if not isinstance(module, ModuleType):
             raise PluginError(f"plugin {name!r} is a {type(module).__name__}; expected a module")
         hooks = tuple(sorted(_implementations(name, module)))
-        self._manager.register(module, name)
         try:
-            self._manager.check_pending()
-        except pluggy.PluginValidationError as error:
-            self._manager.unregister(module)
+            self._manager.register(module, name)  # checks the arguments of each hook
+            self._manager.check_pending()  # checks the names
+        except (pluggy.PluginValidationError, ValueError) as error:  # ValueError: registered before
+            if name not in self.loaded:
+                self._manager.unregister(name=name)
             known = ", ".join(sorted(hookspecs.KINDS))
             raise PluginError(f"plugin {name!r}: {error}; hooks: {known}") from error
         self.loaded[name] = Loaded(name, version, module, hooks, settings or {})
@@ -96,19 +97,20 @@ class Host:
         owners: dict[str, str] = {}
         for plugin, implementation in self._implementations(hook, "register"):
             try:
-                entries = self._call(plugin, implementation, {"settings": plugin.settings})
+                answer = self._call(plugin, implementation, {"settings": plugin.settings})
+                entries = {entry.name: entry for entry in _named_once(answer or ())}
             except EdgedError:  # it says by itself what to mend: its settings, say
                 raise
             except Exception as error:  # register: startup stops, whatever it was
                 raise PluginError(f"plugin {plugin.name!r} failed in {hook}: {error}") from error
-            for entry in entries or ():
-                if entry.name in found:
+            for entry_name, entry in entries.items():
+                if entry_name in found:
                     raise PluginError(
-                        f"{hook}: plugins {owners[entry.name]!r} and {plugin.name!r} both bring "
-                        f"{entry.name!r}",
+                        f"{hook}: plugins {owners[entry_name]!r} and {plugin.name!r} both bring "
+                        f"{entry_name!r}",
                         remedy="load one of them",
                     )
-                found[entry.name], owners[entry.name] = entry, plugin.name
+                found[entry_name], owners[entry_name] = entry, plugin.name
         return found
 
     def decide(self, hook: str, **values: Any) -> Any:

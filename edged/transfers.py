@@ -98,7 +98,8 @@ class Transfers:
             raise EngineError(f"expected model {sha256[:12]} in this node's store; it is gone")
         name = self._peers.name_of(holder)
         answer = await self._peers.ask(holder, "manifest", wire.ManifestRequest(sha256), ASK_S)
-        manifest = wire.read_body(wire.Manifest, answer)
+        offered = wire.read_body(wire.ManifestOf, answer)
+        manifest = offered.manifest
         if manifest.sha256 != sha256 or manifest_sha256 not in (None, models.manifest_hash(manifest)):
             raise PeerError(f"expected the manifest that the plan names; {name} sent another")
         keys = new_keys()
@@ -118,22 +119,18 @@ class Transfers:
             },
             "ranges": None,
             "bytes_s": self._profile.budget.transfer_bytes_s,
-            "engine": self._engine_of(manifest),
+            "engine": offered.engine,
         }
         await self._supervisor.run_task(
             "edged.transfer:fetch", params, timeout_s=None, on_progress=on_progress
         )
         return self._store.adopt(manifest)
 
-    def _engine_of(self, manifest: wire.Manifest) -> str | None:
-        """The engine that knows this architecture is the holder's; here the only one that is loaded."""
-        return next(iter(self._engines), None)
-
     # --- serving ---
 
-    async def _manifest(self, node_id: str, body: wire.ManifestRequest) -> wire.Manifest:
+    async def _manifest(self, node_id: str, body: wire.ManifestRequest) -> wire.ManifestOf:
         self._check_right(node_id)
-        return self._store.manifest(body.sha256)
+        return wire.ManifestOf(self._store.manifest(body.sha256), self._store.find(body.sha256).engine)
 
     async def _serve(self, node_id: str, body: wire.Serve) -> wire.Serving:
         self._check_right(node_id)

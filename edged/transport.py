@@ -93,15 +93,19 @@ def endpoint(address: str, port: int) -> str:
 
 def bind(sock: zmq.Socket[Any], interfaces: Sequence[str], ports: range) -> int:
     """Bind to one port of `ports` on every given interface (names or addresses); the port."""
+    # a name is resolved here: libzmq would take its IPv6 address alone
+    addresses = [_ipv4(name) or name for name in interfaces] or ["*"]
     for port in ports:
+        bound: list[bytes] = []
         try:
-            for interface in interfaces or ("*",):
-                # a name is resolved here: libzmq would take its IPv6 address alone
-                sock.bind(endpoint(_ipv4(interface) or interface, port))
-                last = bytes(sock.getsockopt(zmq.LAST_ENDPOINT)).rstrip(b"\0")
-                port = port or int(last.rsplit(b":", 1)[1])
+            for address in addresses:
+                sock.bind(endpoint(address, port))
+                bound.append(bytes(sock.getsockopt(zmq.LAST_ENDPOINT)).rstrip(b"\0"))
+                port = port or int(bound[0].rsplit(b":", 1)[1])
             return port
         except zmq.ZMQError as error:
+            for earlier in bound:
+                sock.unbind(earlier)
             reason = error
             if error.errno != zmq.EADDRINUSE:
                 break
@@ -138,6 +142,7 @@ class _Peer:
     """Open connections to one peer."""
 
     outbound: zmq.asyncio.Socket | None = None
+    hang_up: asyncio.Event = field(default_factory=asyncio.Event)  # ends the dial that holds `outbound`
     inbound: bytes | None = None  # its routing id on our ROUTER
     inbound_seen: float = 0.0
     busy: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(REQUESTS_PER_PEER))
@@ -250,6 +255,8 @@ class Transport:
         monitor = sock.get_monitor_socket(zmq.EVENT_DISCONNECTED | zmq.EVENT_HANDSHAKE_FAILED_AUTH)
         ended = asyncio.ensure_future(_until_ended(monitor))
         receiving = asyncio.ensure_future(self._receive_outbound(node_id, sock))
+        hang_up = asyncio.Event()
+        told = asyncio.ensure_future(hang_up.wait())
         try:
             sock.connect(endpoint(address, port))
             greeting = asyncio.ensure_future(self._greet(node_id, sock, hello))
@@ -259,18 +266,19 @@ class Transport:
                 await asyncio.gather(greeting, return_exceptions=True)
                 raise ended.result()
             their_hello = greeting.result()
-            self._peer(node_id).outbound = sock
+            peer = self._peer(node_id)
+            peer.outbound, peer.hang_up = sock, hang_up
             connected(their_hello)
-            await asyncio.wait([ended, receiving], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([ended, receiving, told], return_when=asyncio.FIRST_COMPLETED)
             raise PeerError(f"the connection to node {node_id[:8]} ended")
         finally:
-            peer = self._peers.get(node_id)
-            if peer is not None and peer.outbound is sock:
-                peer.outbound = None
+            known = self._peers.get(node_id)
+            if known is not None and known.outbound is sock:
+                known.outbound = None
                 self._fail_pending(node_id)
-            for task in (ended, receiving):
+            for task in (ended, receiving, told):
                 task.cancel()
-            await asyncio.gather(ended, receiving, return_exceptions=True)
+            await asyncio.gather(ended, receiving, told, return_exceptions=True)
             sock.disable_monitor()
             monitor.close(0)
             sock.close(0)
@@ -320,10 +328,10 @@ class Transport:
             sock.close(0)
 
     def disconnect(self, node_id: str) -> None:
-        """Stop talking to a peer at once; its dial task ends by itself."""
+        """Stop talking to a peer at once; its dial ends by itself."""
         peer = self._peers.pop(node_id, None)
-        if peer is not None and peer.outbound is not None:
-            peer.outbound.close(0)
+        if peer is not None:
+            peer.hang_up.set()
         self._fail_pending(node_id)
 
     def drop_inbound(self, node_id: str) -> None:
@@ -389,9 +397,12 @@ class Transport:
                 self._spawn(self._answer(user, message, reply))
             else:
                 self._handle_event(user, message)
-        except ProtocolError as error:
+        except EdgedError as error:
             self.refused_messages += 1
             log.warning("message refused", extra={"peer": user[:8], "reason": str(error)})
+        except Exception:  # outermost frame of a connection: one message must not end the others
+            self.refused_messages += 1
+            log.exception("message failed", extra={"peer": user[:8]})
 
     def _resolve(self, node_id: str, message: wire.Message) -> None:
         future = self._pending.get((node_id, message.answers))

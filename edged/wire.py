@@ -272,6 +272,14 @@ class Manifest:
 
 
 @dataclass(frozen=True, slots=True)
+class ManifestOf:
+    """A manifest, and the engine that described the model where it was added."""
+
+    manifest: Manifest
+    engine: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class Serve:
     sha256: str
     public_key: bytes

@@ -22,7 +22,6 @@ import importlib
 import logging
 import os
 import queue
-import resource
 import signal
 import socket
 import sys
@@ -67,7 +66,7 @@ class Worker:
         self._inbox: queue.SimpleQueue[wire.Message] = queue.SimpleQueue()
         self._channel: ZmqChannel | None = None
         self._engine: Engine | None = None
-        self._rank = 0
+        self._rank = self._context = 0
         self._running: dict[str, _Sequence] = {}
         self._waiting: list[wire.Generate] = []
         self._numbers = 0
@@ -104,8 +103,7 @@ class Worker:
                 self._inbox.put(message)
 
     def _usage(self) -> wire.Used:
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return wire.Used(self._channel.bytes_sent if self._channel is not None else 0, memory)
+        return wire.Used(self._channel.bytes_sent if self._channel is not None else 0, _peak_bytes())
 
     def _handle_requests(self) -> None:
         """Everything that waits; blocks while there is nothing else to do."""
@@ -160,6 +158,7 @@ class Worker:
             raise ProtocolError("expected prepare before load")
         started = time.monotonic()
         spec = wire.read_body(EngineSpec, body["spec"])
+        self._context = spec.context_tokens
         self._channel.open(body["group"], {rank: tuple(end) for rank, end in body["ends"].items()})
         self._engine = cast(Engine, _resolve(body["load"])(spec, self._channel))
         return wire.Started((time.monotonic() - started) * 1000, self._usage().memory_bytes)
@@ -193,6 +192,10 @@ class Worker:
             tokens = engine.encode(prompt, raw=request.raw is not None)
             if not tokens:
                 raise ConfigError("expected a prompt of at least one token; it is empty")
+            if len(tokens) >= self._context:
+                raise EngineError(
+                    f"expected a prompt of fewer than {self._context} tokens; {len(tokens)} came"
+                )
         except EdgedError as error:
             self._event("finished", wire.Finished(request.job, request.epoch, "error", str(error)))
             return
@@ -207,9 +210,10 @@ class Worker:
             self._finish(sequence, "stop")
             return
         index, sequence.made = sequence.made, sequence.made + 1
-        text = sequence.text.decode(engine.decode([token]), final=sequence.made == request.tokens_max)
+        is_last = sequence.made == request.tokens_max or sequence.position + 1 >= self._context
+        text = sequence.text.decode(engine.decode([token]), final=is_last)
         self._event("tokens", wire.Tokens(request.job, request.epoch, index, (token,), text))
-        if sequence.made == request.tokens_max:
+        if is_last:
             self._finish(sequence, "length")
 
     def _finish(self, sequence: _Sequence, reason: str, error: str = "") -> None:
@@ -220,7 +224,7 @@ class Worker:
         self._event("finished", wire.Finished(request.job, request.epoch, reason, error))
 
     def _fail(self, error: EdgedError) -> None:
-        """A step went wrong: EngineError ends its sequences, anything else ends the worker."""
+        """A step went wrong; the ranks may not stand at the same place any more, so the worker ends."""
         for sequence in list(self._running.values()):
             self._finish(sequence, "error", str(error))
         self._event("failed", {"message": str(error), "is_peer": isinstance(error, PeerError)})
@@ -234,6 +238,13 @@ class Worker:
     def _send(self, packed: bytes) -> None:
         with self._sending:
             self._pipe.sendall(framing.frame(packed))
+
+
+def _peak_bytes() -> int:
+    """This process's largest resident size (VmHWM; ru_maxrss would count the daemon's, before exec)."""
+    with open("/proc/self/status") as status:
+        fields = dict(line.split(":", 1) for line in status)
+    return int(fields["VmHWM"].split()[0]) * 1024
 
 
 def call(params: dict[str, Any], report: object) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pathlib import Path
 from .. import config, identity, transport
 from ..client import Client, endpoint_of
 from ..config import Profile
-from ..errors import EdgedError, NoDaemonError
+from ..errors import EdgedError, NoDaemonError, TrustError
 from ..identity import Home, default_home
 from .detecting import plugin_trouble
 from .options import HomeOption, JsonOption
@@ -187,7 +187,11 @@ def _tried(name: str, look: Callable[[], str]) -> Check:
 
 def _keys(home: Home) -> str:
     known = identity.load(home)
-    transport.check_keys(known)
+    try:
+        transport.check_keys(known)
+    except TrustError as error:
+        error.remedy = error.remedy or "restore node.key from a backup, or make a new home and pair again"
+        raise
     return f"{known.name} ({known.node_id[:8]})"
 
 

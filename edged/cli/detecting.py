@@ -6,7 +6,7 @@ Sources: /proc/device-tree/model is the board's own name (Devicetree specificati
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,24 +18,16 @@ from ..plugins import GROUP, Host
 
 DISTRIBUTION = "edged"
 TERMUX_PREFIX = "/data/data/com.termux/"
-FAMILIES = {"termux": ("termux", "android", "phone"), "jetson": ("jetson",), "pi5": ("raspberry-pi-5", "pi5")}
 
 
-def device_family(root: Path, environ: Mapping[str, str]) -> str | None:
-    """A key of FAMILIES, or None for any other machine."""
+def device_class(root: Path, environ: Mapping[str, str]) -> str:
+    """The name of the shipped profile for this device; the default for what is not recognised."""
     if "TERMUX_VERSION" in environ or environ.get("PREFIX", "").startswith(TERMUX_PREFIX):
-        return "termux"
+        return "phone-termux"
     model = _read(root / "proc/device-tree/model").lower()
     if "jetson" in model or (root / "etc/nv_tegra_release").exists():
-        return "jetson"
-    return "pi5" if "raspberry pi 5" in model else None
-
-
-def device_class(root: Path, environ: Mapping[str, str], names: Sequence[str]) -> str:
-    """The first of the shipped profiles `names` that is of this device's family, else the default."""
-    family = device_family(root, environ)
-    words = FAMILIES[family] if family else ()
-    return next((name for word in words for name in names if word in name), DEFAULT_CLASS)
+        return "jetson-orin-nano"
+    return "raspberrypi-5" if "raspberry pi 5" in model else DEFAULT_CLASS
 
 
 def first_party_plugins() -> tuple[list[str], dict[str, PluginError]]:

@@ -62,7 +62,7 @@ class Stream:
         self.interrupts = 0
 
     def run(self, kind: str, body: Document) -> Document:
-        """The document at the end. JobError on a second Ctrl-C, and what the daemon answers."""
+        """The document at the end, or the error that the daemon answers; JobError on a second Ctrl-C."""
         with self._watching_interrupts():
             events = self._client.stream(kind, body)
             try:
@@ -71,6 +71,8 @@ class Stream:
             except StopIteration as end:
                 document: Document = end.value
                 return document
+            except KeyboardInterrupt as interrupt:
+                raise cancelled() if self._cancels else interrupt from None
             finally:
                 self._progress.clear()
                 self._end_line()
@@ -130,7 +132,7 @@ class Stream:
         """The first one cancels and waits for the job's end; the second one leaves at once."""
         self.interrupts += 1
         if self.interrupts > 1:
-            raise cancelled()
+            raise KeyboardInterrupt
         if self._job is not None:
             self._cancel()
 

@@ -98,8 +98,7 @@ def with_interfaces(text: str, interfaces: Sequence[str]) -> str:
 
 
 def _detected(root: Path) -> str:
-    names = config.shipped_names()
-    chosen = device_class(root, os.environ, names)
+    chosen = device_class(root, os.environ)
     plugins, troubles = first_party_plugins()
     for plugin, trouble in troubles.items():
         note(f"edged: left out plugin {plugin}: {trouble}")
