@@ -1,0 +1,287 @@
+"""Each command that asks a daemon: what it asks, its --json document, what a person sees."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from edged.errors import NoDaemonError, PeerError, TrustError
+
+STATUS = {
+    "node_id": "a" * 52,
+    "name": "laptop",
+    "version": "0.1.0",
+    "protocol": 1,
+    "state": "online",
+    "uptime_s": 7300.0,
+    "plugins": ["mdns", "shard"],
+    "conditions": [{"code": "x", "severity": "warning", "text": "it is hot", "remedy": "open a window"}],
+    "memory": {"total": 8 << 30, "free": 2 << 30},
+    "battery": None,
+    "rss_bytes": 40 << 20,
+}
+SEEN = {
+    "node_id": None,
+    "name": None,
+    "fingerprint": "f" * 32,
+    "state": "seen",
+    "address": "127.0.0.1",
+    "rtt_ms": None,
+    "bandwidth_bytes_s": None,
+    "battery": None,
+    "profile": None,
+    "trusted": False,
+    "rights": [],
+    "zone": None,
+}
+PEER = SEEN | {
+    "node_id": "b" * 52,
+    "name": "phone\x1b[2J",
+    "state": "online",
+    "rtt_ms": 1.25,
+    "trusted": True,
+    "rights": ["submit", "serve"],
+    "zone": "own",
+}
+MODEL = {
+    "name": "smollm2-135m-instruct-q4_1",
+    "sha256": "0" * 64,
+    "architecture": "llama",
+    "parameters": 134515008,
+    "bytes": 98 << 20,
+    "layers": 30,
+    "weight_type": "Q4_1",
+    "complete": True,
+}
+JOB = {
+    "job_id": "j1",
+    "kind": "generate",
+    "state": "done",
+    "created_at": "2026-01-01T00:00:00Z",
+    "epoch": 1,
+    "progress": 1.0,
+    "error": None,
+}
+ROLE = {"node": "a" * 52, "name": "laptop", "layers": [0, 30], "share": 0.5, "heads": [0, 4]}
+PLAN = {
+    "chosen": 0,
+    "candidates": [
+        {
+            "strategy": "tensor",
+            "roles": [ROLE],
+            "predicted": {
+                "ttft_ms": 12.5,
+                "tpot_ms": None,
+                "joules_per_token": None,
+                "bytes_per_token": 4096,
+            },
+            "memory_bytes": {"a" * 52: 1 << 20},
+            "refused_because": None,
+        },
+        {
+            "strategy": "layers",
+            "roles": [],
+            "predicted": {},
+            "memory_bytes": {},
+            "refused_because": "too large",
+        },
+    ],
+}
+PROFILE = {
+    "name": "laptop-cpu",
+    "cpu": {"name": "Some CPU", "count": 8},
+    "memory": {"total": 8 << 30},
+    "battery": None,
+    "power": None,
+    "thermal": None,
+    "engines": [{"name": "shard", "weight_type": "Q4_1", "decode_bytes_s": 2e10, "prefill_flops_s": 1e11}],
+    "links": [{"node_id": "b" * 52, "rtt_ms": 1.0, "bandwidth_bytes_s": 1e8}],
+}
+PLAN_BODY = {
+    "model": "m",
+    "strategy": "auto",
+    "policy": None,
+    "nodes": None,
+    "shares": None,
+    "private": False,
+    "allow_guest": False,
+    "explain": False,
+}
+ALL_RIGHTS = ["submit", "serve", "train"]
+
+# command line, kind, body, document, words that a person sees on standard output
+COMMANDS: list[tuple[list[str], str, dict[str, Any], dict[str, Any], list[str]]] = [
+    (["status"], "status", {}, STATUS, ["laptop", "aaaaaaaa", "2.03 h", "2 GiB free", "open a window"]),
+    (["peers"], "peers", {}, {"peers": [PEER, SEEN]}, ["phone", "bbbbbbbb", "seen", "1.25 ms", "ffffffff"]),
+    (["peers"], "peers", {}, {"peers": []}, ["edged invite"]),
+    (
+        ["invite"],
+        "invite",
+        {"ttl_s": 600.0, "rights": ALL_RIGHTS, "zone": "own"},
+        {"token": "edged1-abc", "expires_at": "2026-01-01T00:00:00Z"},
+        ["edged1-abc"],
+    ),
+    (
+        ["invite", "--ttl", "2h", "--rights", "serve,submit", "--zone", "guest"],
+        "invite",
+        {"ttl_s": 7200.0, "rights": ["submit", "serve"], "zone": "guest"},
+        {"token": "t", "expires_at": "2026-01-01T00:00:00Z"},
+        ["t"],
+    ),
+    (
+        ["join", "edged1-abc"],
+        "join",
+        {"token": "edged1-abc"},
+        {"node_id": "b" * 52, "name": "phone"},
+        ["phone"],
+    ),
+    (
+        ["trust", "phone", "--rights", "none", "--zone", "guest"],
+        "trust",
+        {"node": "phone", "rights": [], "zone": "guest"},
+        {"node_id": "b" * 52, "rights": [], "zone": "guest"},
+        ["rights none", "guest"],
+    ),
+    (
+        ["trust", "phone"],
+        "trust",
+        {"node": "phone", "rights": None, "zone": None},
+        {"node_id": "b" * 52, "rights": ["serve"], "zone": "own"},
+        ["rights serve"],
+    ),
+    (["forget", "phone"], "forget", {"node": "phone"}, {"node_id": "b" * 52}, ["b" * 52]),
+    (["drain"], "drain", {}, {"handed_over": []}, ["drained"]),
+    (
+        ["plugins"],
+        "plugins",
+        {},
+        {
+            "plugins": [
+                {"name": "mdns", "version": "1", "state": "loaded", "hooks": ["h"], "calls": 3, "failures": 0}
+            ]
+        },
+        ["mdns", "loaded", "3"],
+    ),
+    (["profile"], "profile", {"measure": False}, PROFILE, ["Some CPU", "18.63 GiB/s", "bbbbbbbb"]),
+    (["profile", "--measure"], "profile", {"measure": True}, PROFILE | {"engines": []}, ["--measure"]),
+    (["models", "ls"], "models.ls", {}, {"models": [MODEL]}, ["smollm2", "134.5 M", "98 MiB", "yes"]),
+    (["models", "ls"], "models.ls", {}, {"models": []}, ["edged models add"]),
+    (["models", "rm", "m"], "models.rm", {"name": "m"}, {"models": [MODEL]}, ["smollm2"]),
+    (["models", "pull", "m"], "models.pull", {"name": "m"}, {"models": [MODEL]}, ["smollm2"]),
+    (["plan", "--model", "m"], "plan", PLAN_BODY, PLAN, ["tensor", "laptop 0-30 50%", "12.5", "1 MiB"]),
+    (
+        ["plan", "--model", "m", "--nodes", "a,b", "--shares", "2:1", "--explain", "--private"],
+        "plan",
+        PLAN_BODY | {"nodes": ["a", "b"], "shares": [2.0, 1.0], "explain": True, "private": True},
+        PLAN,
+        ["too large"],
+    ),
+    (["jobs"], "jobs", {}, {"jobs": [JOB]}, ["j1", "done", "100%"]),
+    (["jobs", "j1"], "jobs.show", {"job": "j1", "follow": False}, {"jobs": [JOB | {"text": "Hi"}]}, ["Hi"]),
+    (["jobs", "rm", "j1"], "jobs.rm", {"job": "j1"}, {"job_id": "j1"}, ["deleted j1"]),
+    (["cancel", "j1"], "cancel", {"job": "j1"}, {"job_id": "j1", "state": "cancelled"}, ["cancelled j1"]),
+]
+IDS = [" ".join(row[0]) for row in COMMANDS]
+
+
+@pytest.mark.parametrize(("line", "kind", "body", "document", "words"), COMMANDS, ids=IDS)
+def test_json_is_the_daemons_document_and_nothing_else(
+    line: list[str], kind: str, body: Any, document: Any, words: list[str], home: Any, daemon: Any, edged: Any
+) -> None:
+    fake = daemon({kind: document})
+    result = edged(*line, "--home", home.path, "--json")
+    assert (result.code, result.err) == (0, "")
+    assert result.document == document
+    assert fake.requests == [(kind, body)]
+
+
+@pytest.mark.parametrize(("line", "kind", "body", "document", "words"), COMMANDS, ids=IDS)
+def test_a_person_sees_the_same_facts(
+    line: list[str], kind: str, body: Any, document: Any, words: list[str], home: Any, daemon: Any, edged: Any
+) -> None:
+    daemon({kind: document})
+    result = edged(*line, "--home", home.path)
+    assert result.code == 0
+    for word in words:
+        assert word in result.out
+    assert "\x1b" not in result.out  # no colours in a pipe, and no other node drives the terminal
+
+
+@pytest.mark.parametrize(("line", "kind"), [(row[0], row[1]) for row in COMMANDS], ids=IDS)
+def test_an_error_of_the_daemon_keeps_its_code_and_exit_code(
+    line: list[str], kind: str, home: Any, daemon: Any, edged: Any
+) -> None:
+    def refuse(body: Any, emit: Any) -> Any:
+        raise PeerError("expected phone to answer;\nnothing came", remedy="switch it on")
+
+    daemon({kind: refuse})
+    result = edged(*line, "--home", home.path, "--json")
+    assert result.code == 6
+    assert result.document == {
+        "error": {
+            "code": "peer-lost",
+            "message": "expected phone to answer; nothing came",
+            "remedy": "switch it on",
+        }
+    }
+    assert result.err == "edged: expected phone to answer; nothing came; switch it on\n"
+
+
+@pytest.mark.parametrize(("line", "kind"), [(row[0], row[1]) for row in COMMANDS], ids=IDS)
+def test_without_a_daemon_the_error_says_how_to_start_one(
+    line: list[str], kind: str, home: Any, edged: Any
+) -> None:
+    result = edged(*line, "--home", home.path, "--json")
+    assert result.code == NoDaemonError.exit_code == 7
+    assert result.document["error"]["code"] == "no-daemon"
+    assert f"edged run --home {home.path}" in result.document["error"]["remedy"]
+
+
+def test_the_class_of_an_error_decides_the_exit_code(home: Any, daemon: Any, edged: Any) -> None:
+    def refuse(body: Any, emit: Any) -> Any:
+        raise TrustError("expected a token that is unused")
+
+    daemon({"join": refuse})
+    assert edged("join", "t", "--home", home.path).code == 5
+
+
+def test_a_token_is_read_from_standard_input(
+    home: Any, daemon: Any, edged: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake = daemon({"join": {"node_id": "b" * 52, "name": "phone"}})
+    (tmp_path / "token").write_text("edged1-abc\n")
+    with (tmp_path / "token").open() as token:
+        monkeypatch.setattr("sys.stdin", token)
+        assert edged("join", "-", "--home", home.path).code == 0
+    assert fake.requests == [("join", {"token": "edged1-abc"})]
+
+
+def test_a_model_file_travels_as_an_open_file(home: Any, daemon: Any, edged: Any, tmp_path: Path) -> None:
+    def add(body: Any, emit: Any) -> Any:
+        emit({"event": "progress", "bytes": 1, "total": 2})
+        return {"models": [MODEL]}
+
+    fake = daemon({"models.add": add})
+    file = tmp_path / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    file.write_bytes(b"GGUF and more")
+    result = edged("models", "add", file, "--home", home.path, "--json")
+    assert result.document == {"models": [MODEL]}
+    assert fake.requests == [("models.add", {"name": "smollm2-135m-instruct-q4_1"})]
+    assert fake.files == [b"GGUF and more"]
+
+
+@pytest.mark.parametrize("kind", ["missing", "folder", "pipe"])
+def test_what_is_no_model_file_is_refused_before_a_daemon_is_asked(
+    kind: str, tmp_path: Path, edged: Any, home: Any
+) -> None:
+    path = tmp_path / "m.gguf"
+    if kind == "folder":
+        path.mkdir()
+    if kind == "pipe":
+        os.mkfifo(path)
+    result = edged("models", "add", path, "--home", home.path, "--json")
+    assert result.code == 2
+    assert result.document["error"]["code"] == "config"
