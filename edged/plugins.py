@@ -78,15 +78,18 @@ class Host:
         """Add one module as a plugin after checking its hooks."""
         if not isinstance(module, ModuleType):
             raise PluginError(f"plugin {name!r} is a {type(module).__name__}; expected a module")
+        for known in self.loaded.values():
+            if known.name == name or known.module is module:
+                raise PluginError(f"plugin {name!r} is loaded already, as {known.name!r}")
         hooks = tuple(sorted(_implementations(name, module)))
         try:
             self._manager.register(module, name)  # checks the arguments of each hook
             self._manager.check_pending()  # checks the names
-        except (pluggy.PluginValidationError, ValueError) as error:  # ValueError: registered before
-            if name not in self.loaded:
+        except pluggy.PluginValidationError as error:
+            if self._manager.has_plugin(name):  # pluggy before 1.7 keeps what it registered so far
                 self._manager.unregister(name=name)
-            known = ", ".join(sorted(hookspecs.KINDS))
-            raise PluginError(f"plugin {name!r}: {error}; hooks: {known}") from error
+            hooks_known = ", ".join(sorted(hookspecs.KINDS))
+            raise PluginError(f"plugin {name!r}: {error}; hooks: {hooks_known}") from error
         self.loaded[name] = Loaded(name, version, module, hooks, settings or {})
 
     # --- calling ---
@@ -98,19 +101,18 @@ class Host:
         for plugin, implementation in self._implementations(hook, "register"):
             try:
                 answer = self._call(plugin, implementation, {"settings": plugin.settings})
-                entries = {entry.name: entry for entry in _named_once(answer or ())}
+                entries = [(entry.name, entry) for entry in answer or ()]
             except EdgedError:  # it says by itself what to mend: its settings, say
                 raise
             except Exception as error:  # register: startup stops, whatever it was
                 raise PluginError(f"plugin {plugin.name!r} failed in {hook}: {error}") from error
-            for entry_name, entry in entries.items():
-                if entry_name in found:
+            for key, entry in entries:
+                if key in found:
                     raise PluginError(
-                        f"{hook}: plugins {owners[entry_name]!r} and {plugin.name!r} both bring "
-                        f"{entry_name!r}",
+                        f"{hook}: plugins {owners[key]!r} and {plugin.name!r} both bring {key!r}",
                         remedy="load one of them",
                     )
-                found[entry_name], owners[entry_name] = entry, plugin.name
+                found[key], owners[key] = entry, plugin.name
         return found
 
     def decide(self, hook: str, **values: Any) -> Any:
@@ -176,10 +178,13 @@ def _version(entry: metadata.EntryPoint) -> str:
 
 def _implementations(name: str, module: ModuleType) -> Iterator[str]:
     for attribute, value in vars(module).items():
-        if not getattr(value, f"{hookspecs.PROJECT}_impl", None):
+        options = getattr(value, f"{hookspecs.PROJECT}_impl", None)
+        if not options:
             if attribute.startswith("edged_") and callable(value):
                 raise PluginError(f"plugin {name!r}: {attribute} lacks the @hookimpl decorator")
             continue
-        if inspect.iscoroutinefunction(value):
+        if inspect.iscoroutinefunction(value) or inspect.isasyncgenfunction(value):
             raise PluginError(f"plugin {name!r}: {attribute} is async; hooks are synchronous")
+        if options["wrapper"] or options["hookwrapper"]:
+            raise PluginError(f"plugin {name!r}: {attribute} is a wrapper; a plugin answers for itself")
         yield attribute
