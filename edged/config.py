@@ -20,7 +20,7 @@ from .errors import ConfigError
 
 VERSION = 1
 DEFAULT_CLASS = "laptop-cpu"
-KEY_WORDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
+TYPE_WORDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
 DEFAULT_PLUGINS = ("mdns", "monitor", "shard", "layer_parallel", "tensor_parallel")
 
 
@@ -203,12 +203,7 @@ def _value(hint: Any, value: Any, key: str, origin: str) -> Any:
     if hint is float and type(value) is int:
         return float(value)
     if type(value) is not hint:
-        raise _wrong(
-            {str: "text", bool: "true or false", int: "a whole number", float: "a number"}[hint],
-            value,
-            key,
-            origin,
-        )
+        raise _wrong(TYPE_WORDS[hint], value, key, origin)
     return value
 
 
