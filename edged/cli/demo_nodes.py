@@ -61,9 +61,9 @@ def running(names: Sequence[str], threads: int | None = None) -> Iterator[list[N
             nodes.append(_start(folder, name, profile))
         yield nodes
     except EdgedError as error:
+        ended = [node for node in nodes if node.process.returncode is not None]
         _stop(nodes)
-        culprit = next((node for node in nodes if node.process.returncode), nodes[0] if nodes else None)
-        if culprit is not None:
+        for culprit in (ended or nodes)[:1]:
             _show_log(culprit)
             read = f"read {culprit.log}; the homes are kept in {folder}"
             error.remedy = f"{error.remedy}; {read}" if error.remedy else read
