@@ -5,7 +5,8 @@ Between the workers of a plan: a header and at most FRAMES_MAX raw tensor frames
 On the control socket and between a daemon and its workers (UNIX streams): a 4-byte big-endian
 length and one header.
 
-A header is a msgpack map of at most HEADER_BYTES_MAX bytes and DEPTH_MAX levels:
+A header is a msgpack map of at most HEADER_BYTES_MAX bytes, DEPTH_MAX levels and CONTAINERS_MAX maps
+and lists:
 
     k  kind, text                     always
     i  request number, 1 to 2**53     on a request that wants an answer
@@ -42,6 +43,7 @@ Nothing here is ever unpickled, evaluated or handed to a shell.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -66,6 +68,7 @@ HEADER_BYTES_MAX = 4 << 20  # a manifest of a 400 GB model fits, a flood does no
 FRAME_BYTES_MAX = 256 << 20  # one prompt batch of F32 logits of a 128k vocabulary
 FRAMES_MAX = 8
 DEPTH_MAX = 16
+CONTAINERS_MAX = 1 << 16  # a byte of msgpack makes 60 of Python; a model's tensors need thousands
 NAME_CHARS_MAX = 64
 PING_S = 1.0
 T = TypeVar("T")
@@ -374,8 +377,15 @@ def unpack_map(packed: bytes | memoryview) -> dict[str, Any]:
     """A bounded msgpack map with text keys at its top."""
     if len(packed) > HEADER_BYTES_MAX:
         raise ProtocolError(f"expected a header of at most {HEADER_BYTES_MAX} bytes; {len(packed)} came")
+    count = itertools.count(1)
+
+    def counted(container: Any) -> Any:
+        if next(count) > CONTAINERS_MAX:
+            raise ProtocolError(f"expected at most {CONTAINERS_MAX} maps and lists")
+        return container
+
     try:
-        value = msgpack.unpackb(packed, strict_map_key=False)
+        value = msgpack.unpackb(packed, strict_map_key=False, list_hook=counted, object_hook=counted)
     except (ValueError, msgpack.UnpackException, RecursionError, TypeError) as error:
         raise ProtocolError(f"expected msgpack; {type(error).__name__}") from error
     if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edged import config
@@ -18,6 +18,8 @@ from edged.config import Duration, Profile, Size
 from edged.errors import ConfigError
 
 PATH = "profile.toml"
+settings.register_profile("patient", deadline=None)  # a busy machine is slow, not wrong
+settings.load_profile("patient")
 
 
 def parse(text: str) -> Profile:

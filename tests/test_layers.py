@@ -23,7 +23,7 @@ LAYERS = {
     2: "plugins node planning jobs identity token requests framing",
     3: "transport channel dataplane control client worker supervisor models partial ingest transfer health "
     "sdnotify device",
-    4: "peers transfers roles groups coordinator daemon",
+    4: "peers transfers roles groups coordinator commands parts daemon",
     5: "cli testing",
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}
