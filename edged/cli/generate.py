@@ -57,6 +57,7 @@ def generate(
     as_json: JsonOption = False,
 ) -> int:
     """One generation, streamed. Ctrl-C cancels it; a second Ctrl-C leaves at once."""
+    options.check_form(as_json, as_lines)
     options.check_sampling(n=n, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     names = options.nodes(nodes)
     request = REQUEST | {
@@ -81,8 +82,6 @@ def generate(
         "strict": strict,
         "adapter": adapter,
     }
-    if as_json and as_lines:
-        raise ConfigError("expected --json or --jsonl; both came", remedy="choose one")
     with connect(home) as client:
         stream = Stream(client, as_json=as_json, as_lines=as_lines, cancels=not detach)
         document = stream.run("generate", request)

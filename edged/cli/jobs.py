@@ -63,6 +63,9 @@ def jobs(
     as_json: JsonOption = False,
 ) -> int:
     """The job table; one job; `jobs rm ID` deletes a job with its prompt and text."""
+    options.check_form(as_json, as_lines)
+    if as_lines and not follow:
+        raise ConfigError("expected --jsonl with --follow; it came alone", remedy="use --json")
     if job == "rm":
         if target is None:
             raise ConfigError("expected the id of a job to delete; none came", remedy="edged jobs rm ID")
@@ -150,7 +153,9 @@ def _show_plan(document: Document, explain: bool) -> None:
         "refused because",
     )
     table(headings, rows, empty="no candidate")
-    if chosen is None:
+    if explain:
+        print("\n".join(document.get("explanation") or ()))
+    elif chosen is None:
         note("no plan can run; --explain says why for each candidate")
 
 

@@ -6,6 +6,8 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import TrustError
+from ..identity import fingerprint_of
 from .asking import ask
 from .options import HomeOption, JsonOption
 from .output import Document, show
@@ -47,15 +49,15 @@ def profile(
 
 
 def _show_status(status: Document) -> None:
-    memory = status.get("memory") or {}
     facts(
         {
             "node": f"{status.get('name')} ({short(status.get('node_id'))})",
+            "fingerprint": _fingerprint(status),
             "edged": f"{status.get('version')}, protocol {status.get('protocol')}",
             "state": status.get("state"),
             "up for": lasting(status.get("uptime_s")),
             "plugins": [_name(plugin) for plugin in status.get("plugins", ())],
-            "memory": _of(memory.get("free"), memory.get("total")),
+            "memory": _memory(status),
             "battery": status.get("battery"),
             "daemon": sized(status.get("rss_bytes")),
         }
@@ -99,7 +101,8 @@ def _show_plugins(document: Document) -> None:
 
 
 def _show_profile(profile: Document) -> None:
-    facts({key: profile.get(key) for key in ("name", "cpu", "memory", "battery", "power", "thermal")})
+    known = {key: profile.get(key) for key in ("name", "cpu", "memory", "battery", "power", "thermal")}
+    facts(known | {"memory": _memory(profile)})
     print()
     engines = profile.get("engines") or ()
     table(
@@ -135,8 +138,20 @@ def _name(plugin: Any) -> Any:
     return plugin.get("name") if isinstance(plugin, dict) else plugin
 
 
-def _of(free: Any, total: Any) -> str | None:
-    return f"{sized(free)} free of {sized(total)}" if free is not None and total is not None else None
+def _fingerprint(status: Document) -> str | None:
+    """What discovery announces of this node, and what [plugin.static] of another one names."""
+    try:
+        return fingerprint_of(str(status.get("node_id")))
+    except TrustError:
+        return None
+
+
+def _memory(document: Document) -> str | None:
+    memory = document.get("memory") or {}
+    if memory.get("free") is None or memory.get("total") is None:
+        return None
+    text = f"{sized(memory['free'])} free of {sized(memory['total'])}"
+    return f"{text}, {sized(memory['budget'])} for edged" if memory.get("budget") is not None else text
 
 
 def _with_unit(value: Any, unit: str, space: str = " ") -> str | None:

@@ -99,6 +99,11 @@ def one_of(option: str, value: str, allowed: Sequence[str]) -> str:
     return value
 
 
+def check_form(as_json: bool, as_lines: bool) -> None:
+    if as_json and as_lines:
+        raise ConfigError("expected --json or --jsonl; both came", remedy="choose one")
+
+
 def check_sampling(
     *, n: int, temperature: float, top_k: int = 40, top_p: float = 0.95, seed: int | None = None
 ) -> None:

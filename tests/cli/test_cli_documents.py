@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 
 from edged.errors import NoDaemonError, PeerError, TrustError
+from edged.identity import fingerprint_of
 
+FINGERPRINT = fingerprint_of("a" * 52)
 STATUS = {
     "node_id": "a" * 52,
     "name": "laptop",
@@ -93,7 +95,7 @@ PLAN = {
 PROFILE = {
     "name": "laptop-cpu",
     "cpu": {"name": "Some CPU", "count": 8},
-    "memory": {"total": 8 << 30},
+    "memory": {"total": 8 << 30, "free": 4 << 30, "budget": 3 << 30},
     "battery": None,
     "power": None,
     "thermal": None,
@@ -114,7 +116,13 @@ ALL_RIGHTS = ["submit", "serve", "train"]
 
 # command line, kind, body, document, words that a person sees on standard output
 COMMANDS: list[tuple[list[str], str, dict[str, Any], dict[str, Any], list[str]]] = [
-    (["status"], "status", {}, STATUS, ["laptop", "aaaaaaaa", "2.03 h", "2 GiB free", "open a window"]),
+    (
+        ["status"],
+        "status",
+        {},
+        STATUS,
+        ["laptop", "aaaaaaaa", FINGERPRINT, "2.03 h", "2 GiB free", "open a window"],
+    ),
     (["peers"], "peers", {}, {"peers": [PEER, SEEN]}, ["phone", "bbbbbbbb", "seen", "1.25 ms", "ffffffff"]),
     (["peers"], "peers", {}, {"peers": []}, ["edged invite"]),
     (
@@ -165,7 +173,13 @@ COMMANDS: list[tuple[list[str], str, dict[str, Any], dict[str, Any], list[str]]]
         },
         ["mdns", "loaded", "3"],
     ),
-    (["profile"], "profile", {"measure": False}, PROFILE, ["Some CPU", "18.63 GiB/s", "bbbbbbbb"]),
+    (
+        ["profile"],
+        "profile",
+        {"measure": False},
+        PROFILE,
+        ["Some CPU", "4 GiB free of 8 GiB, 3 GiB for edged", "18.63 GiB/s", "bbbbbbbb"],
+    ),
     (["profile", "--measure"], "profile", {"measure": True}, PROFILE | {"engines": []}, ["--measure"]),
     (["models", "ls"], "models.ls", {}, {"models": [MODEL]}, ["smollm2", "134.5 M", "98 MiB", "yes"]),
     (["models", "ls"], "models.ls", {}, {"models": []}, ["edged models add"]),

@@ -111,6 +111,8 @@ ARGUMENTS = [
     ["join", " "],
     ["jobs", "--follow"],
     ["jobs", "rm"],
+    ["jobs", "a", "--jsonl"],
+    ["jobs", "a", "--follow", "--jsonl"],
     ["jobs", "a", "b"],
     ["generate", "--model", "m", "--prompt", ""],
     ["generate", "--model", "m", "--prompt", "p", "-n", "0"],
