@@ -1,0 +1,290 @@
+"""What the control socket answers: one method per command of the contract, each giving its document."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import msgspec
+
+from . import identity as ids
+from . import plugins, requests, wire
+from .control import Emit
+from .errors import ConfigError, PeerError
+from .jobs import rfc3339
+from .models import Model
+from .parts import Parts
+from .types import Sighting
+from .version import PROTOCOL, VERSION
+
+Document = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """`files`: descriptors that came along, closed after the answer; `emit` sends an event."""
+
+    body: dict[str, Any]
+    files: Sequence[int]
+    emit: Emit
+
+
+class Life(Protocol):
+    """What commands may know of the daemon itself."""
+
+    state: str
+
+    @property
+    def uptime_s(self) -> float: ...
+
+    async def leave(self) -> None: ...
+
+    def spawn(self, work: Coroutine[Any, Any, Any]) -> None: ...
+
+
+class Commands:
+    def __init__(self, parts: Parts, life: Life) -> None:
+        self._parts, self._life = parts, life
+        self._by_kind: dict[str, Callable[[Request], Coroutine[Any, Any, Document]]] = {
+            "status": self._status,
+            "peers": self._list_peers,
+            "invite": self._invite,
+            "join": self._join,
+            "trust": self._trust,
+            "forget": self._forget,
+            "drain": self._drain,
+            "profile": self._show_profile,
+            "plugins": self._list_plugins,
+            "models.ls": self._list_models,
+            "models.add": self._add_model,
+            "models.rm": self._remove_model,
+            "models.pull": self._pull_model,
+            "plan": self._plan,
+            "generate": self._generate,
+            "jobs": self._list_jobs,
+            "jobs.show": self._show_job,
+            "jobs.rm": self._remove_job,
+            "cancel": self._cancel,
+        }
+
+    async def handle(self, kind: str, body: dict[str, Any], files: Sequence[int], emit: Emit) -> Document:
+        command = self._by_kind.get(kind)
+        if command is None:
+            raise ConfigError(f"no command {kind!r}; known: {', '.join(sorted(self._by_kind))}")
+        return await command(Request(body, files, emit))
+
+    async def _status(self, request: Request) -> Document:
+        state = self._parts.device.read()
+        self._parts.refresh_conditions()
+        return {
+            "node_id": self._parts.identity.node_id,
+            "name": self._parts.identity.name,
+            "version": VERSION,
+            "protocol": PROTOCOL,
+            "state": self._life.state,
+            "uptime_s": round(self._life.uptime_s, 3),
+            "port": self._parts.peers.transport.port,
+            "plugins": list(self._parts.host.loaded),
+            "conditions": msgspec.to_builtins(self._parts.health.conditions),
+            "memory": {"total": state.memory_total, "free": state.memory_free},
+            "battery": msgspec.to_builtins(state.battery),
+            "rss_bytes": rss_bytes(),
+            "jobs_running": self._parts.coordinator.running,
+            "roles": self._parts.roles.count,
+        }
+
+    async def _list_peers(self, request: Request) -> Document:
+        members = self._parts.peers.membership.members
+        views = {view.node_id: view for view in await self._parts.coordinator.views(measure=False)}
+        rows = []
+        for node_id, member in members.items():
+            link = self._parts.peers.links.get(node_id)
+            view = views.get(node_id)
+            state = "joining" if member.state == "joining" else (link.state if link else "offline")
+            rows.append(
+                {
+                    "node_id": node_id,
+                    "name": member.name,
+                    "fingerprint": ids.fingerprint_of(node_id),
+                    "state": state,
+                    "address": link.address if link and link.address else None,
+                    "rtt_ms": link.rtt_ms if link else None,
+                    "bandwidth_bytes_s": None,
+                    "battery": msgspec.to_builtins(view.device.battery) if view else None,
+                    "profile": view.profile if view else None,
+                    "trusted": True,
+                    "rights": list(member.rights),
+                    "zone": member.zone,
+                }
+            )
+        known = {row["fingerprint"] for row in rows}
+        rows += [_seen_row(s) for f, s in self._parts.peers.sightings().items() if f not in known]
+        return {"peers": rows}
+
+    async def _invite(self, request: Request) -> Document:
+        asked = requests.read(requests.Invite, request.body)
+        if not 1 <= asked.ttl_s <= 7 * 86400:
+            raise ConfigError("expected --ttl from 1s to 7d", remedy="mend the argument")
+        token, expires_at = self._parts.peers.invite(asked.ttl_s, asked.rights, asked.zone)
+        return {"token": token, "expires_at": rfc3339(expires_at)}
+
+    async def _join(self, request: Request) -> Document:
+        member = await self._parts.peers.join(str(request.body.get("token", "")))
+        return {"node_id": member.node_id, "name": member.name}
+
+    async def _trust(self, request: Request) -> Document:
+        asked = requests.read(requests.Trust, request.body)
+        member = self._parts.peers.trust(asked.node, asked.rights, asked.zone)
+        return {"node_id": member.node_id, "rights": list(member.rights), "zone": member.zone}
+
+    async def _forget(self, request: Request) -> Document:
+        return {"node_id": self._parts.peers.forget(str(request.body.get("node", "")))}
+
+    async def _drain(self, request: Request) -> Document:
+        await self._life.leave()
+        return {"handed_over": []}
+
+    async def _show_profile(self, request: Request) -> Document:
+        if request.body.get("measure"):
+            await request.emit({"event": "progress", "text": "measuring this device"})
+            await self._parts.device.measure()
+        state = self._parts.device.read()
+        return {
+            "name": self._parts.profile.name,
+            "cpu": {"name": state.cpu_name, "count": state.cpu_count, "load_1m": state.load_1m},
+            "memory": {
+                "total": state.memory_total,
+                "free": state.memory_free,
+                "budget": self._parts.device.memory_budget(self._parts.roles.memory_taken),
+            },
+            "battery": msgspec.to_builtins(state.battery),
+            "power": {
+                "watts": state.power_watts,
+                "idle_watts": self._parts.profile.device.idle_watts,
+                "load_watts": self._parts.profile.device.load_watts,
+            },
+            "thermal": {
+                "celsius": state.temperature_celsius,
+                "limit_celsius": self._parts.profile.device.thermal_limit_celsius,
+            },
+            "engines": msgspec.to_builtins(self._parts.device.speeds()),
+            "links": msgspec.to_builtins(self._parts.peers.link_states()),
+        }
+
+    async def _list_plugins(self, request: Request) -> Document:
+        rows = []
+        for name, version in sorted(plugins.installed().items()):
+            loaded = self._parts.host.loaded.get(name)
+            rows.append(
+                {
+                    "name": name,
+                    "version": version,
+                    "state": "loaded" if loaded else "installed",
+                    "hooks": list(loaded.hooks) if loaded else [],
+                    "calls": loaded.calls if loaded else 0,
+                    "failures": loaded.failures if loaded else 0,
+                }
+            )
+        return {"plugins": rows}
+
+    async def _list_models(self, request: Request) -> Document:
+        return {"models": [_model_row(model) for model in self._parts.models.list()]}
+
+    async def _add_model(self, request: Request) -> Document:
+        if len(request.files) != 1:
+            raise ConfigError(f"expected one open file with the request; {len(request.files)} came")
+        if not self._parts.engines:
+            raise ConfigError("no engine is loaded to describe a model", remedy='add "shard" to `plugins`')
+        added = await self._parts.transfers.add(
+            str(request.body.get("name", "")), request.files[0], self._reporter(request.emit)
+        )
+        row = _model_row(self._parts.models.find(added["sha256"]))
+        return {"models": [row], "stored": added.get("stored")}
+
+    async def _remove_model(self, request: Request) -> Document:
+        removed = await asyncio.to_thread(self._parts.models.remove, str(request.body.get("name", "")))
+        return {"models": [_model_row(removed)] if removed else []}
+
+    async def _pull_model(self, request: Request) -> Document:
+        """From the first online member that has it."""
+        wanted = str(request.body.get("name", ""))
+        for member in list(self._parts.peers.membership.members.values()):
+            if not self._parts.peers.is_online(member.node_id):
+                continue
+            with contextlib.suppress(PeerError):
+                answer = await self._parts.peers.ask(member.node_id, "describe", wire.Describe(), 5.0)
+                held = wire.read_body(wire.Described, answer).models
+                found = [s for s, name in held.items() if wanted == name or (wanted and s.startswith(wanted))]
+                if len(found) == 1:
+                    model = await self._parts.transfers.fetch(
+                        found[0], member.node_id, None, self._reporter(request.emit)
+                    )
+                    return {"models": [_model_row(model)]}
+        raise ConfigError(f"no online member has model {wanted!r}", remedy="see `edged models ls` there")
+
+    def _reporter(self, emit: Emit) -> Callable[[dict[str, Any]], None]:
+        """Progress of a task as events of its client."""
+
+        async def report(event: dict[str, Any]) -> None:
+            with contextlib.suppress(OSError):  # a client that went away needs no progress
+                await emit({"event": "progress", **event})
+
+        return lambda event: self._life.spawn(report(event))
+
+    async def _plan(self, request: Request) -> Document:
+        asked = requests.read(requests.GenerateRequest, request.body)
+        return await self._parts.coordinator.plan(requests.check_generate(asked, needs_prompt=False))
+
+    async def _generate(self, request: Request) -> Document:
+        asked = requests.read(requests.GenerateRequest, request.body)
+        return await self._parts.coordinator.generate(
+            requests.check_generate(asked, needs_prompt=True), request.emit
+        )
+
+    async def _list_jobs(self, request: Request) -> Document:
+        return {"jobs": self._parts.coordinator.rows()}
+
+    async def _show_job(self, request: Request) -> Document:
+        return await self._parts.coordinator.show(
+            str(request.body.get("job", "")), bool(request.body.get("follow")), request.emit
+        )
+
+    async def _remove_job(self, request: Request) -> Document:
+        return self._parts.coordinator.remove(str(request.body.get("job", "")))
+
+    async def _cancel(self, request: Request) -> Document:
+        return await self._parts.coordinator.cancel(str(request.body.get("job", "")))
+
+
+def rss_bytes() -> int | None:
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _model_row(model: Model) -> Document:
+    names = ("name", "sha256", "architecture", "parameters", "bytes", "layers", "weight_type", "complete")
+    return {name: getattr(model, name) for name in names}
+
+
+def _seen_row(sighting: Sighting) -> Document:
+    return {
+        "node_id": None,
+        "name": None,
+        "fingerprint": sighting.fingerprint,
+        "state": "seen",
+        "address": sighting.addresses[0] if sighting.addresses else None,
+        "rtt_ms": None,
+        "bandwidth_bytes_s": None,
+        "battery": None,
+        "profile": None,
+        "trusted": False,
+        "rights": [],
+        "zone": None,
+    }

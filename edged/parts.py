@@ -1,0 +1,123 @@
+"""The parts of a daemon and how they are put together. Nothing is opened or started here."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from . import config, wire
+from . import identity as ids
+from .coordinator import Coordinator
+from .device import Device
+from .errors import ConfigError, EdgedError
+from .health import Health
+from .identity import Home, Identity
+from .jobs import JobStore
+from .models import ModelStore
+from .peers import Peers
+from .planning import CORE_STRATEGIES
+from .plugins import Host
+from .roles import Roles
+from .supervisor import Supervisor
+from .transfers import Transfers
+from .transport import check_keys
+from .types import Condition, DiscovererEntry, EngineEntry
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """One of each, wired to each other."""
+
+    home: Home
+    identity: Identity
+    profile: config.Profile
+    host: Host
+    health: Health
+    supervisor: Supervisor
+    models: ModelStore
+    device: Device
+    peers: Peers
+    transfers: Transfers
+    roles: Roles
+    store: JobStore
+    coordinator: Coordinator
+    engines: Mapping[str, EngineEntry]
+    discoverers: Mapping[str, DiscovererEntry]
+
+    async def describe(self, node_id: str, body: wire.Describe) -> wire.Described:
+        """What a coordinator plans with."""
+        if body.measure:
+            try:
+                await self.device.ensure_measured()
+            except EdgedError as error:
+                log.warning("device not measured", extra={"reason": str(error)})
+        view = self.coordinator.view()
+        held = {model.sha256: model.name for model in self.models.list() if model.complete}
+        return wire.Described(
+            view.device,
+            view.memory_budget,
+            view.engines,
+            view.speeds,
+            view.links,
+            held,
+            self.profile.name,
+        )
+
+    def refresh_conditions(self) -> None:
+        """Conditions that are looked up rather than told."""
+        if not self.engines:
+            text, remedy = "no engine is loaded: this node runs no models", 'add "shard" to `plugins`'
+            self.health.set(Condition("no-engine", "warning", text, remedy))
+        self.health.clear("model-damaged")
+        for condition in self.models.conditions():
+            self.health.set(condition)
+
+
+def compose(home: Home) -> Parts:
+    """Read everything that can be wrong, then build the parts; the first error says what to mend."""
+    identity = ids.load(home)
+    check_keys(identity)
+    profile = config.read(home.profile)
+    _check_encryption(profile)
+    host, health, supervisor = Host(), Health(), Supervisor()
+    host.load(profile.plugins, profile.plugin)
+    engines = host.registrations("edged_engines")
+    strategies = {entry.name: entry for entry in CORE_STRATEGIES} | host.registrations("edged_strategies")
+    models, store = ModelStore(home), JobStore(home.store_file)
+    device = Device(profile, home.cache, host.registrations("edged_sensors"), engines, supervisor)
+    peers = Peers(identity, home, profile, host, health)
+    transfers = Transfers(home, profile, models, peers, supervisor, engines)
+    roles = Roles(profile, peers, host, device, supervisor, transfers, engines)
+    coordinator = Coordinator(profile, store, peers, host, device, models, strategies, engines)
+    coordinator.memory_taken = lambda: roles.memory_taken
+    parts = Parts(
+        home,
+        identity,
+        profile,
+        host,
+        health,
+        supervisor,
+        models,
+        device,
+        peers,
+        transfers,
+        roles,
+        store,
+        coordinator,
+        engines,
+        host.registrations("edged_discoverers"),
+    )
+    peers.answers("describe", parts.describe)
+    return parts
+
+
+def _check_encryption(profile: config.Profile) -> None:
+    if profile.network.encryption == "required":
+        return
+    raise ConfigError(
+        'expected network.encryption = "required"; running without encryption is not part of this version',
+        remedy="remove the line from the profile",
+    )
