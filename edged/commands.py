@@ -83,6 +83,7 @@ class Commands:
         self._parts.refresh_conditions()
         return {
             "node_id": self._parts.identity.node_id,
+            "fingerprint": ids.fingerprint_of(self._parts.identity.node_id),
             "name": self._parts.identity.name,
             "version": VERSION,
             "protocol": PROTOCOL,
@@ -140,7 +141,12 @@ class Commands:
     async def _trust(self, request: Request) -> Document:
         asked = requests.read(requests.Trust, request.body)
         member = self._parts.peers.trust(asked.node, asked.rights, asked.zone)
-        return {"node_id": member.node_id, "rights": list(member.rights), "zone": member.zone}
+        return {
+            "node_id": member.node_id,
+            "name": member.name,
+            "rights": list(member.rights),
+            "zone": member.zone,
+        }
 
     async def _forget(self, request: Request) -> Document:
         return {"node_id": self._parts.peers.forget(str(request.body.get("node", "")))}

@@ -55,7 +55,10 @@ def public_of(secret_key: bytes) -> bytes:
 def check_keys(identity: Identity) -> None:
     """TrustError unless the public key belongs to the secret one."""
     if public_of(identity.secret_key) != identity.public_key:
-        raise TrustError("expected a public key that belongs to the secret key; node.key was altered")
+        raise TrustError(
+            "expected a public key that belongs to the secret key; node.key was altered",
+            remedy="restore it from a backup, or make a new home and pair again",
+        )
 
 
 def secure_server(sock: zmq.Socket[Any], secret_key: bytes) -> None:
