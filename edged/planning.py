@@ -43,8 +43,6 @@ def whole(node: NodeView, model: ModelDescription, strategy: str) -> Candidate:
 def propose_local(
     model: ModelDescription, nodes: Sequence[NodeView], request: PlanRequest
 ) -> list[Candidate]:
-    if request.nodes and request.nodes != (nodes[0].node_id,):
-        raise ConfigError("strategy local runs on the submitting node; drop --nodes, or use remote")
     return [whole(nodes[0], model, "local")]
 
 
@@ -52,8 +50,6 @@ def propose_remote(
     model: ModelDescription, nodes: Sequence[NodeView], request: PlanRequest
 ) -> list[Candidate]:
     others = nodes if request.nodes else nodes[1:]
-    if request.nodes and len(request.nodes) != 1:
-        raise ConfigError(f"strategy remote takes one of --nodes; {len(request.nodes)} came")
     if not others:
         raise PeerError("strategy remote needs another online node; there is none", code="no-peers")
     return [whole(node, model, "remote") for node in others]
@@ -78,6 +74,7 @@ def consider(
     if request.strategy == "auto":
         names: Sequence[str] = _fitting(strategies, request, nodes[0].node_id)
     elif request.strategy in strategies:
+        _check_alone(request, nodes[0].node_id)
         names = (request.strategy,)
     else:
         raise ConfigError(
@@ -107,6 +104,18 @@ def _fitting(strategies: Mapping[str, Strategy], request: PlanRequest, submitter
     if len(request.nodes) > 1 or request.shares:
         return [name for name in strategies if name in NEEDS_SEVERAL]
     return ["local"] if request.nodes == (submitter,) else ["remote"]
+
+
+def _check_alone(request: PlanRequest, submitter: str) -> None:
+    """`local` is the submitting node and `remote` one other, also where --nodes names them."""
+    if request.nodes is None:
+        return
+    if request.strategy == "local" and request.nodes != (submitter,):
+        raise ConfigError("strategy local runs on the submitting node", remedy="drop --nodes, or use remote")
+    if request.strategy == "remote" and len(request.nodes) != 1:
+        raise ConfigError(f"strategy remote takes one of --nodes; {len(request.nodes)} came")
+    if request.strategy == "remote" and request.nodes == (submitter,):
+        raise ConfigError("strategy remote runs on another node", remedy="name another, or use local")
 
 
 def finish(
@@ -334,14 +343,13 @@ def choose(candidates: Sequence[Candidate]) -> int | None:
 
     An unmeasured candidate loses to a measured one; among unmeasured ones the fewest nodes win.
     """
+    best: int | None = None
     allowed = [index for index, c in enumerate(candidates) if c.refused_because is None]
-    if not allowed:
-        return None
-    best = min(allowed, key=lambda i: (len(candidates[i].roles), _time(candidates[i]), i))
-    for index in sorted(allowed, key=lambda i: (_time(candidates[i]), i)):
-        gain = GAIN_MIN if len(candidates[index].roles) > len(candidates[best].roles) else 1.0
-        if _time(candidates[index]) < gain * _time(candidates[best]):
-            best = index
+    allowed.sort(key=lambda index: (len(candidates[index].roles), _time(candidates[index])))
+    for _, same_size in itertools.groupby(allowed, key=lambda index: len(candidates[index].roles)):
+        fastest = next(same_size)
+        if best is None or _time(candidates[fastest]) < GAIN_MIN * _time(candidates[best]):
+            best = fastest
     return best
 
 

@@ -1,0 +1,534 @@
+"""Planning: the rules against brute force, the price against sums on paper, the choice against its words."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pytest
+from edged_plugins import layer_parallel, tensor_parallel
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from edged import planning
+from edged.errors import ConfigError, PeerError, PolicyViolation
+from edged.planning import CORE_STRATEGIES, WORKER_BYTES
+from edged.types import (
+    Candidate,
+    DeviceState,
+    EngineSpeed,
+    LinkState,
+    ModelDescription,
+    NodeView,
+    PlanRequest,
+    Predicted,
+    Range,
+    Role,
+    Strategy,
+)
+
+settings.register_profile("patient", deadline=None)  # a busy machine is slow, not wrong
+settings.load_profile("patient")
+
+MODEL = ModelDescription(
+    architecture="llama", parameters=2200, layers=4, hidden=8, heads=4, kv_heads=2, head_dim=2, ffn=16,
+    vocab=32, context_tokens=4096, weight_type="Q4_K_M", head_unit=2, ffn_unit=4, vocab_unit=8,
+    layer_bytes=(1000, 1000, 1000, 1000), embedding_bytes=400, head_bytes=400,
+)  # fmt: skip
+STRATEGIES = {
+    strategy.name: strategy
+    for strategy in (
+        *CORE_STRATEGIES,
+        *layer_parallel.edged_strategies({}),
+        *tensor_parallel.edged_strategies({}),
+    )
+}
+
+
+def role(rank: int, node_id: str, stage: int = 0, **parts: Any) -> Role:
+    """The whole model, but for `parts`."""
+    whole = {"layers": (0, 4), "heads": (0, 4), "ffn": (0, 16), "vocab": (0, 32), "share": 1.0}
+    return Role(rank, node_id, stage, **(whole | parts))
+
+
+def node(node_id: str, rtt_ms: Mapping[str, float | None] | None = None, **changes: Any) -> NodeView:
+    """A measured node: 1000 bytes of weights and a thousand operations a millisecond."""
+    links = tuple(LinkState(other, rtt) for other, rtt in (rtt_ms or {}).items())
+    speeds = (EngineSpeed("shard", "Q4_K", 1e6, 1e6),)
+    known = {"name": node_id.upper(), "links": links, "speeds": speeds, "engines": ("shard",)}
+    return NodeView(node_id, **(known | changes))  # type: ignore[arg-type]
+
+
+def by_id(*nodes: NodeView) -> dict[str, NodeView]:
+    return {found.node_id: found for found in nodes}
+
+
+PAIR = by_id(node("a", {"b": 4.0}), node("b"))
+TENSOR = Candidate(
+    "tensor",
+    (
+        role(0, "a", heads=(0, 2), ffn=(0, 4), vocab=(0, 8)),
+        role(1, "b", heads=(2, 4), ffn=(4, 16), vocab=(8, 32)),
+    ),
+)
+LAYERS = Candidate(
+    "layers", (role(0, "a", layers=(0, 3), vocab=(0, 0)), role(1, "b", stage=1, layers=(3, 4)))
+)
+LOCAL = Candidate("local", (role(0, "a"),))
+
+
+# --- coverage: brute force ------------------------------------------------------------------------
+
+
+def covers(roles: Sequence[Role], model: ModelDescription) -> bool:
+    """The rule by its meaning: each part of the model is computed by exactly one rank, in its place."""
+    stages: dict[int, list[Role]] = {}
+    for part in roles:
+        stages.setdefault(part.stage, []).append(part)
+    if sorted(stages) != list(range(len(stages))):
+        return False
+    for ranges, size, unit in (
+        *(([p.heads for p in ranks], model.heads, model.head_unit) for ranks in stages.values()),
+        *(([p.ffn for p in ranks], model.ffn, model.ffn_unit) for ranks in stages.values()),
+        ([stages[s][0].layers for s in sorted(stages)], model.layers, 1),
+        ([p.vocab for p in stages[max(stages)]], model.vocab, model.vocab_unit),
+    ):
+        owners = [[i for i, (start, end) in enumerate(ranges) if start <= x < end] for x in range(size)]
+        if any(len(owner) != 1 for owner in owners):
+            return False
+        order = [owner[0] for owner in owners]
+        if order != sorted(order) or set(order) != set(range(len(ranges))):
+            return False  # a rank without work, or out of order
+        if any(start < 0 or end > size for start, end in ranges):
+            return False
+        if any(start % unit for start, _ in ranges):
+            return False
+    same_layers = all(len({p.layers for p in ranks}) == 1 for ranks in stages.values())
+    is_headless = all(p.vocab == (0, 0) for p in roles if p.stage != max(stages))
+    return same_layers and is_headless
+
+
+def cut(data: st.DataObject, size: int, unit: int, parts: int) -> list[Range]:
+    units = math.ceil(size / unit)
+    edges = data.draw(
+        st.lists(st.integers(1, units - 1), min_size=parts - 1, max_size=parts - 1, unique=True)
+    )
+    ends = [*(edge * unit for edge in sorted(edges)), size]
+    return list(zip([0, *ends[:-1]], ends, strict=True))
+
+
+def sound_plan(data: st.DataObject) -> list[Role]:
+    """Any plan that covers MODEL: one to four stages of one or two ranks."""
+    stages = cut(data, MODEL.layers, 1, data.draw(st.integers(1, 4)))
+    roles: list[Role] = []
+    for stage, layers in enumerate(stages):
+        ranks = data.draw(st.integers(1, 2))
+        heads = cut(data, MODEL.heads, MODEL.head_unit, ranks)
+        ffn = cut(data, MODEL.ffn, MODEL.ffn_unit, ranks)
+        vocab = cut(data, MODEL.vocab, MODEL.vocab_unit, ranks)
+        for h, f, v in zip(heads, ffn, vocab, strict=True):
+            last = v if stage == len(stages) - 1 else (0, 0)
+            number = len(roles)
+            roles.append(
+                role(number, str(number), stage, layers=layers, heads=h, ffn=f, vocab=last, share=1 / ranks)
+            )
+    return roles
+
+
+RANGES = st.tuples(st.integers(-1, 33), st.integers(-1, 33))
+
+
+@settings(max_examples=300)
+@given(data=st.data())
+def test_a_plan_is_allowed_exactly_when_each_part_of_the_model_has_one_rank(data: st.DataObject) -> None:
+    roles = sound_plan(data)
+    for _ in range(data.draw(st.integers(0, 2))):
+        at = data.draw(st.integers(0, len(roles) - 1))
+        what = data.draw(st.sampled_from(["layers", "heads", "ffn", "vocab", "stage", "drop", "nudge"]))
+        if what == "drop" and len(roles) > 1:
+            del roles[at]
+            roles = [dataclasses.replace(r, rank=i) for i, r in enumerate(roles)]
+        elif what == "stage":
+            roles[at] = dataclasses.replace(roles[at], stage=data.draw(st.integers(-1, 4)))
+        elif what == "nudge":
+            field = data.draw(st.sampled_from(["layers", "heads", "ffn", "vocab"]))
+            start, end = getattr(roles[at], field)
+            by = data.draw(st.tuples(st.integers(-1, 1), st.integers(-1, 1)))
+            roles[at] = dataclasses.replace(roles[at], **{field: (start + by[0], end + by[1])})
+        elif what != "drop":
+            roles[at] = dataclasses.replace(roles[at], **{what: data.draw(RANGES)})
+    links = {str(number): 1.0 for number in range(8)}
+    nodes = by_id(*(node(str(number), links) for number in range(8)))
+    reason = planning.validate(Candidate("any", tuple(roles)), MODEL, nodes, PlanRequest())
+    assert (reason is None) == covers(roles, MODEL), reason
+
+
+def test_the_last_unit_may_be_shorter() -> None:
+    model = dataclasses.replace(MODEL, vocab=30)
+    short = [dataclasses.replace(r, vocab=v) for r, v in zip(TENSOR.roles, [(0, 24), (24, 30)], strict=True)]
+    assert planning.validate(Candidate("tensor", tuple(short)), model, PAIR, PlanRequest()) is None
+
+
+# --- who may take part ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("plan", "nodes", "request_", "reason"),
+    [
+        (TENSOR, PAIR, {}, None),
+        (LAYERS, PAIR, {}, None),
+        (LOCAL, PAIR, {}, None),
+        (LOCAL, PAIR, {"private": True}, None),
+        (Candidate("none", ()), PAIR, {}, "its ranks are not 0, 1, 2, ..."),
+        (Candidate("x", (role(1, "a"),)), PAIR, {}, "its ranks are not 0, 1, 2, ..."),
+        (Candidate("x", TENSOR.roles[::-1]), PAIR, {}, "its ranks are not 0, 1, 2, ..."),
+        (Candidate("x", (role(0, "a"), role(1, "a"))), PAIR, {}, "a node has more than one role"),
+        (TENSOR, by_id(node("a")), {}, "node b is not known"),
+        (TENSOR, by_id(node("a"), node("b")), {}, "A and B have no connection to each other"),
+        (TENSOR, by_id(node("a"), node("b", {"a": None})), {}, None),  # unmeasured, but there
+        (TENSOR, PAIR | by_id(node("b", online=False)), {}, "B: it is offline"),
+        (
+            TENSOR,
+            PAIR | by_id(node("b", zone="guest")),
+            {},
+            "B: it is a guest, and this job uses own nodes only",
+        ),
+        (TENSOR, PAIR | by_id(node("b", zone="guest")), {"allow_guest": True}, None),
+        (TENSOR, PAIR | by_id(node("b", rights=("submit", "train"))), {}, "B: it has no right to serve"),
+        (LOCAL, PAIR | by_id(node("a", rights=())), {}, None),  # my own work on my own node
+        (TENSOR, PAIR, {"private": True}, "B: this job is private, and its prompt would leave the node"),
+    ],
+)
+def test_who_may_take_part(
+    plan: Candidate, nodes: dict[str, NodeView], request_: dict[str, Any], reason: str | None
+) -> None:
+    assert planning.validate(plan, MODEL, nodes, PlanRequest(**request_)) == reason
+
+
+@pytest.mark.parametrize(("budget", "is_refused"), [(None, False), (0, True), (-1, True), (1, False)])
+def test_a_part_that_does_not_fit_is_refused_with_both_sizes(budget: int | None, is_refused: bool) -> None:
+    """`budget`: None, nothing, or that many bytes above (or below) what the part needs."""
+    needed = planning.memory_of(LOCAL.roles[0], MODEL, PlanRequest())
+    given_ = {0: 0, -1: needed - 1, 1: needed}.get(budget) if budget is not None else None
+    nodes = by_id(node("a", memory_budget=given_))
+    refused = planning.finish(LOCAL, MODEL, nodes, PlanRequest()).refused_because
+    assert (refused is not None) == is_refused
+    if refused:
+        assert refused.startswith("A: its part needs 96 MiB and the budget is ")
+
+
+# --- memory and price: sums on paper --------------------------------------------------------------
+
+
+def test_memory_is_weights_cache_and_worker() -> None:
+    """Half the heads (of 192 attention parameters a layer), a quarter of the columns (of 384): a third
+    of two layers of 1000 bytes. The cache: keys and values, two layers, 100 tokens, one KV head of 2."""
+    part = role(0, "a", layers=(0, 2), heads=(0, 2), ffn=(0, 4), vocab=(0, 0))
+    assert planning.weight_bytes_of(part, MODEL) == 667
+    cache = 2 * 2 * 100 * 1 * 2
+    fast = planning.memory_of(part, MODEL, PlanRequest(context_tokens=100))
+    assert fast == 667 + 2 * cache + WORKER_BYTES
+    exact = planning.memory_of(part, MODEL, PlanRequest(context_tokens=100, numerics="exact"))
+    stored = 4 * 1000 + 400  # head and embedding are one tensor
+    assert exact == round(667 * 4 * 2200 / stored) + 4 * cache + WORKER_BYTES
+
+
+def test_the_output_head_counts_by_its_rows() -> None:
+    part = role(0, "a", layers=(0, 1), vocab=(8, 32))
+    assert planning.weight_bytes_of(part, MODEL) == 1000 + 300
+    assert planning.weight_bytes_of(role(0, "a"), MODEL) == 4400
+
+
+def test_the_price_of_one_node_is_its_bytes_over_its_speed() -> None:
+    """4400 bytes at 1000 a millisecond; 2 operations a parameter, 10 tokens, 1000 a millisecond."""
+    price = planning.price(LOCAL, MODEL, PAIR, PlanRequest(prompt_tokens=10))
+    assert price.tpot_ms == pytest.approx(4.4)
+    assert price.ttft_ms == pytest.approx(2 * 2200 * 10 / 1000)
+    assert price.bytes_per_token == 0
+
+
+def test_the_price_of_a_tensor_group_is_its_slowest_rank_and_two_round_trips_a_layer() -> None:
+    """Rank 1: half of attention, three quarters of the rest: (96 + 288) / 576 of 4000, and 300 of 400."""
+    price = planning.price(TENSOR, MODEL, PAIR, PlanRequest())
+    slowest = 4000 * 384 / 576 + 300
+    assert price.tpot_ms == pytest.approx(slowest / 1000 + 2 * 4 * 4.0, rel=1e-3)
+    assert price.bytes_per_token == 2 * 4 * 2 * 8 * 4  # all-reduces, both ways, a hidden state in F32
+
+
+def test_the_price_of_stages_is_their_sum_and_half_a_round_trip_a_hop() -> None:
+    price = planning.price(LAYERS, MODEL, PAIR, PlanRequest())
+    assert price.tpot_ms == pytest.approx(3.0 + 1.4 + 2 * 4.0 / 2)
+    assert price.bytes_per_token == 8 * 4
+
+
+def test_a_remote_node_costs_the_way_there() -> None:
+    remote = Candidate("remote", (role(0, "b"),))
+    assert planning.price(remote, MODEL, PAIR, PlanRequest()).tpot_ms == pytest.approx(4.4 + 4.0 / 2)
+
+
+@pytest.mark.parametrize(
+    "nodes",
+    [
+        PAIR | by_id(node("b", speeds=())),
+        PAIR | by_id(node("b", speeds=(EngineSpeed("shard", "Q8_0", 1e6, 1e6),))),
+        by_id(node("a", {"b": None}), node("b")),
+    ],
+    ids=["no speed", "another type's speed", "no round trip"],
+)
+def test_what_was_not_measured_has_no_price(nodes: dict[str, NodeView]) -> None:
+    price = planning.price(TENSOR, MODEL, nodes, PlanRequest())
+    assert price == Predicted(bytes_per_token=512)
+
+
+@pytest.mark.parametrize(
+    ("weight_type", "found"), [("Q4_K", 2.0), ("Q4_K_M", 2.0), ("Q4_K_S", 3.0), ("Q8_0", None), ("Q4", None)]
+)
+def test_a_mixed_type_counts_as_its_main_one(weight_type: str, found: float | None) -> None:
+    speeds = (EngineSpeed("e", "Q4_K_S", 3.0, 1.0), EngineSpeed("e", "Q4_K", 2.0, 1.0))
+    speed = planning.speed_of(node("a", speeds=speeds), weight_type)
+    assert (speed.decode_bytes_s if speed else None) == found
+
+
+@pytest.mark.parametrize(
+    ("a_says", "b_says", "rtt"), [(3.0, None, 3.0), (None, 5.0, 5.0), (3.0, 5.0, 3.0), (None, None, None)]
+)
+def test_a_round_trip_is_what_either_end_measured(
+    a_says: float | None, b_says: float | None, rtt: float | None
+) -> None:
+    nodes = by_id(node("a", {"b": a_says}), node("b", {"a": b_says}))
+    assert planning.rtt_ms(nodes, "a", "b") == rtt
+    assert planning.rtt_ms(nodes, "a", "a") == 0.0
+
+
+# --- the choice -----------------------------------------------------------------------------------
+
+
+def offer(size: int, tpot_ms: float | None, refused: str | None = None) -> Candidate:
+    roles = tuple(role(rank, str(rank)) for rank in range(size))
+    return Candidate("any", roles, Predicted(tpot_ms=tpot_ms), refused)
+
+
+@pytest.mark.parametrize(
+    ("offers", "chosen"),
+    [
+        ([], None),
+        ([offer(1, 10, "no"), offer(2, 5, "no")], None),
+        ([offer(1, 100), offer(2, 91)], 0),  # less than a tenth
+        ([offer(1, 100), offer(2, 89)], 1),
+        ([offer(2, 89), offer(1, 100)], 0),
+        ([offer(1, 100), offer(2, 86), offer(3, 85)], 1),  # the third node gains one in a hundred
+        ([offer(1, 100), offer(2, 95), offer(3, 89)], 2),
+        ([offer(1, 100), offer(1, 99)], 1),
+        ([offer(1, 100), offer(1, 100)], 0),
+        ([offer(1, 100, "no"), offer(2, 99)], 1),
+        ([offer(1, None), offer(2, 500)], 1),  # the measured one
+        ([offer(3, None), offer(2, None)], 1),  # the fewest
+        ([offer(1, 100), offer(2, None)], 0),
+    ],
+)
+def test_the_choice(offers: list[Candidate], chosen: int | None) -> None:
+    assert planning.choose(offers) == chosen
+
+
+TIMES = st.none() | st.integers(1, 200).map(float)
+
+
+@settings(max_examples=300)
+@given(st.lists(st.builds(offer, st.integers(1, 4), TIMES, st.none() | st.just("no")), max_size=7))
+def test_the_choice_is_the_largest_group_that_is_worth_its_nodes(offers: list[Candidate]) -> None:
+    """Worth them: a tenth faster than the fastest smaller group that is. Then by time, then by order."""
+
+    def time(candidate: Candidate) -> float:
+        return math.inf if candidate.predicted.tpot_ms is None else candidate.predicted.tpot_ms
+
+    allowed = [c for c in offers if c.refused_because is None]
+
+    def is_worth(candidate: Candidate) -> bool:
+        smaller = [c for c in allowed if len(c.roles) < len(candidate.roles) and is_worth(c)]
+        return not smaller or time(candidate) < 0.9 * min(map(time, smaller))
+
+    worth = [c for c in allowed if is_worth(c)]
+    chosen = planning.choose(offers)
+    if not worth:
+        assert chosen is None
+        return
+    size = max(len(c.roles) for c in worth)
+    fastest = min(time(c) for c in worth if len(c.roles) == size)
+    expected = next(
+        i for i, c in enumerate(offers) if c in worth and len(c.roles) == size and time(c) == fastest
+    )
+    assert chosen is not None
+    assert offers[chosen] == offers[expected]
+
+
+# --- all of it ------------------------------------------------------------------------------------
+
+BILLION = ModelDescription(
+    architecture="llama", parameters=10**9, layers=16, hidden=2048, heads=32, kv_heads=8, head_dim=64,
+    ffn=8192, vocab=128_000, context_tokens=8192, weight_type="Q4_K", head_unit=4, ffn_unit=256,
+    vocab_unit=1, layer_bytes=(40_000_000,) * 16, embedding_bytes=100_000_000, head_bytes=100_000_000,
+)  # fmt: skip
+
+
+def group(rtt_ms: float, *bytes_s: float) -> list[NodeView]:
+    names = "abcd"[: len(bytes_s)]
+    links = dict.fromkeys(names, rtt_ms)
+    return [
+        node(
+            name,
+            {other: rtt for other, rtt in links.items() if other != name},
+            speeds=(EngineSpeed("shard", "Q4_K", speed, 100 * speed),),
+        )
+        for name, speed in zip(names, bytes_s, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rtt_ms", "speeds", "strategy", "nodes"),
+    [
+        (100.0, (10e9, 5e9), "local", "a"),  # 32 all-reduces of 100 ms
+        (0.2, (10e9, 5e9), "tensor", "ab"),
+        (0.2, (10e9, 5e9, 5e9), "tensor", "abc"),
+        (0.2, (10e9, 0.2e9), "local", "a"),  # one group of heads is more than the slow one can carry
+        (0.2, (1e9, 50e9), "remote", "b"),
+        (20.0, (1e9, 50e9), "remote", "b"),
+    ],
+    ids=[
+        "slow link",
+        "fast link, uneven",
+        "three",
+        "a node too slow to help",
+        "near and strong",
+        "far, strong",
+    ],
+)
+def test_auto_picks_what_the_links_and_devices_allow(
+    rtt_ms: float, speeds: tuple[float, ...], strategy: str, nodes: str
+) -> None:
+    candidates = planning.consider(STRATEGIES, BILLION, group(rtt_ms, *speeds), PlanRequest())
+    chosen = planning.choose(candidates)
+    assert chosen is not None
+    assert candidates[chosen].strategy == strategy
+    assert "".join(sorted(r.node_id for r in candidates[chosen].roles)) == nodes
+
+
+def test_auto_picks_the_fastest_candidate_there_is_but_for_hysteresis() -> None:
+    """Brute force over what was proposed, priced apart."""
+    nodes = group(0.5, 8e9, 6e9, 4e9)
+    candidates = planning.consider(STRATEGIES, BILLION, nodes, PlanRequest())
+    times = [planning.price(c, BILLION, by_id(*nodes), PlanRequest()).tpot_ms for c in candidates]
+    chosen = planning.choose(candidates)
+    assert chosen is not None
+    assert times[chosen] is not None
+    assert all(time is None or times[chosen] * 0.9 <= time for time in times)
+
+
+def test_layers_win_where_memory_forbids_everything_else() -> None:
+    nodes = [dataclasses.replace(found, memory_budget=600 << 20) for found in group(50.0, 5e9, 5e9)]
+    candidates = planning.consider(STRATEGIES, BILLION, nodes, PlanRequest(context_tokens=512))
+    chosen = planning.choose(candidates)
+    assert chosen is not None
+    assert candidates[chosen].strategy == "layers"
+    refused = {c.strategy: c.refused_because for c in candidates if c.refused_because}
+    assert refused["local"].startswith("A: its part needs ")
+    assert refused["remote"].startswith("B: its part needs ")
+
+
+def test_named_nodes_are_taken_in_their_order() -> None:
+    nodes = group(0.2, 5e9, 5e9, 5e9)
+    found = planning.consider(STRATEGIES, BILLION, nodes, PlanRequest("layers", nodes=("c", "a")))
+    assert [[r.node_id for r in c.roles] for c in found] == [["c", "a"]]
+    assert found[0].refused_because is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "strategies"),
+    [
+        ({}, {"local", "remote", "layers", "tensor"}),
+        ({"nodes": ("a",)}, {"local"}),
+        ({"nodes": ("b",)}, {"remote"}),
+        ({"nodes": ("a", "b")}, {"layers", "tensor"}),
+        ({"nodes": ("a", "b"), "shares": (2.0, 1.0)}, {"layers", "tensor"}),
+    ],
+)
+def test_auto_asks_the_strategies_that_fit_the_named_nodes(
+    asked: dict[str, Any], strategies: set[str]
+) -> None:
+    found = planning.consider(STRATEGIES, BILLION, group(0.2, 5e9, 5e9), PlanRequest(**asked))
+    assert {c.strategy for c in found} == strategies
+
+
+@pytest.mark.parametrize(
+    ("asked", "error", "says"),
+    [
+        ({"strategy": "tenser"}, ConfigError, "no strategy 'tenser'; loaded: auto, layers, local"),
+        ({"strategy": "local", "nodes": ("b",)}, ConfigError, "local runs on the submitting node"),
+        ({"strategy": "remote", "nodes": ("a", "b")}, ConfigError, "remote takes one of --nodes; 2 came"),
+        ({"strategy": "remote", "nodes": ("a",)}, ConfigError, "remote runs on another node"),
+        ({"strategy": "layers", "nodes": ("a",)}, ConfigError, "at least two nodes"),
+    ],
+)
+def test_a_strategy_named_by_hand_says_why_it_cannot(
+    asked: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    with pytest.raises(error, match=says):
+        planning.consider(STRATEGIES, BILLION, group(0.2, 5e9, 5e9), PlanRequest(**asked))
+
+
+def test_remote_alone_needs_another_node() -> None:
+    with pytest.raises(PeerError) as caught:
+        planning.consider(STRATEGIES, BILLION, group(0.2, 5e9), PlanRequest("remote"))
+    assert caught.value.code == "no-peers"
+
+
+def test_with_auto_a_strategy_that_cannot_is_a_refused_candidate() -> None:
+    def cannot(*arguments: Any) -> list[Candidate]:
+        raise PolicyViolation("expected a moon", remedy="wait")
+
+    strategies = {"lunar": Strategy("lunar", cannot), **STRATEGIES}
+    found = planning.consider(strategies, BILLION, group(0.2, 5e9), PlanRequest())
+    assert [c.refused_because for c in found if c.strategy == "lunar"] == ["expected a moon; wait"]
+    assert planning.choose(found) is not None
+
+
+def test_what_a_strategy_proposes_is_checked_whoever_it_is() -> None:
+    """A plugin's plan that leaves out a layer does not run."""
+    part = role(0, "a", layers=(0, 3))
+    strategies = {"rash": Strategy("rash", lambda *_: [Candidate("rash", (part,))])}
+    [found] = planning.consider(strategies, MODEL, [node("a")], PlanRequest("rash"))
+    assert found.refused_because == "its stages do not cover the layers 0 to 4 in order"
+
+
+def test_no_plan_says_every_reason_once() -> None:
+    error = planning.refusal([offer(1, None, "too hot"), offer(1, None, "too hot"), offer(2, None, "asleep")])
+    assert str(error) == "no plan can run; any: too hot; any: asleep"
+    assert error.code == "no-plan"
+    assert str(planning.refusal([])) == "no plan can run; nothing was proposed"
+
+
+def test_the_explanation_warns_where_one_node_alone_is_faster() -> None:
+    nodes = group(100.0, 10e9, 5e9)
+    found = planning.consider(STRATEGIES, BILLION, nodes, PlanRequest())
+    tensor = next(i for i, c in enumerate(found) if c.strategy == "tensor")
+    said = planning.explain(found, tensor, by_id(*nodes))
+    [alone] = [c for c in found if c.strategy == "local"]
+    assert said[tensor].endswith("ms per token (chosen).")
+    assert said[-1] == f"Warning: one node alone should take {alone.predicted.tpot_ms:.1f} ms per token."
+    local = found.index(alone)
+    assert not any("Warning" in line for line in planning.explain(found, local, by_id(*nodes)))
+
+
+def test_the_explanation_names_nodes_reasons_and_what_is_unmeasured() -> None:
+    plain = dataclasses.replace(LOCAL, predicted=Predicted())
+    said = planning.explain([plain, dataclasses.replace(TENSOR, refused_because="too hot")], None, PAIR)
+    assert said == [
+        "local on A: speed unknown, a device is unmeasured.",
+        "tensor on A, B: refused, too hot.",
+    ]
+
+
+def test_a_node_without_any_sensor_is_planned_for_like_another() -> None:
+    found = planning.consider(STRATEGIES, MODEL, [NodeView("a", "A", device=DeviceState())], PlanRequest())
+    assert [c.strategy for c in found if c.refused_because is None] == ["local"]
