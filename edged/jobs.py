@@ -10,7 +10,7 @@ import json
 import os
 import sqlite3
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -73,6 +73,7 @@ class JobStore:
             self._db.row_factory = sqlite3.Row
             self._db.execute("PRAGMA journal_mode = WAL")
             self._db.execute("PRAGMA foreign_keys = ON")
+            self._db.execute("PRAGMA secure_delete = ON")  # a deleted prompt leaves no bytes in the file
             version = self._db.execute("PRAGMA user_version").fetchone()[0]
             if version > SCHEMA_VERSION:
                 raise EdgedError(
@@ -132,11 +133,20 @@ class JobStore:
     def remove(self, job_id: str) -> None:
         with self._durably():
             self._db.execute("DELETE FROM jobs WHERE job_id = ?", (job_id,))
+        self._forget_log()
 
     def expire(self, before: float) -> int:
         """Delete ended jobs, prompts and texts included, that ended before a time; how many."""
         with self._durably():
-            return self._db.execute("DELETE FROM jobs WHERE ended_at < ?", (before,)).rowcount
+            deleted = self._db.execute("DELETE FROM jobs WHERE ended_at < ?", (before,)).rowcount
+        if deleted:
+            self._forget_log()
+        return deleted
+
+    def _forget_log(self) -> None:
+        """Empty the write-ahead log, which still has the pages as they were."""
+        with suppress(sqlite3.Error):  # the job is deleted; the next one empties the log
+            self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
     # --- reading ---
 
