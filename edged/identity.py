@@ -160,6 +160,8 @@ def load(home: Home) -> Identity:
             f"expected an initialised home at {home.path}; it has no node.key",
             remedy=f"edged init --home {home.path}",
         ) from error
+    except UnicodeDecodeError:
+        text = ""  # no key pair either, whoever may read it
     except OSError as error:
         raise TrustError(f"expected a readable key at {home.key_file}; {error.strerror}") from error
     if mode & 0o077:
