@@ -27,7 +27,7 @@ class Settings:
     wire: Wire = "f32"  # type of the partial sums between tensor-parallel ranks; rank 0's setting rules
     sequences_max: int = 32  # bound of the KV caches one worker holds
     timeout_s: float = 30.0  # base of every receive; work and bytes waited for come on top
-    threads: int = 0  # threads of the micro-benchmark; 0: every core this process may use
+    threads: int = 0  # of the micro-benchmark, from the host; 0: every core this process may use
 
     def __post_init__(self) -> None:
         if self.wire not in get_args(Wire):
@@ -46,6 +46,9 @@ class Settings:
 
 @hookimpl
 def edged_engines(settings: Mapping[str, Any]) -> Sequence[EngineEntry]:
+    chosen = dataclasses.asdict(Settings.read(settings))
+    if not chosen["threads"]:
+        del chosen["threads"]  # the host's own count goes in here
     return [
         EngineEntry(
             name="shard",
@@ -53,6 +56,6 @@ def edged_engines(settings: Mapping[str, Any]) -> Sequence[EngineEntry]:
             describe="edged_plugins.shard._describe:describe",
             measure="edged_plugins.shard._measure:measure",
             check="edged_plugins.shard._check:check",
-            settings=dataclasses.asdict(Settings.read(settings)),
+            settings=chosen,
         )
     ]

@@ -19,7 +19,7 @@ import llama_cpp
 import msgspec
 import numpy as np
 
-from edged import Channel, EngineError, EngineSpec, ModelDescription, Role, Step
+from edged import EngineError, EngineSpec, ModelDescription, Role, Step
 
 from . import _ggml
 from ._describe import describe
@@ -114,11 +114,19 @@ def _decode(context: Any, batch: Sequence[int], vocab: int) -> np.ndarray:
     return np.ctypeslib.as_array(ctypes.cast(logits, ctypes.POINTER(ctypes.c_float)), (vocab,)).copy()
 
 
-class Alone(Channel):
-    """The channel of a rank that has no other."""
+class Alone:
+    """The channel of a rank that has no other; nothing is ever sent over it."""
 
-    def __init__(self) -> None:
-        self.rank, self.size, self.bytes_sent = 0, 1, 0
+    rank, size, bytes_sent = 0, 1, 0
+
+    def send(self, to: int, header: Mapping[str, Any], frames: Sequence[Any] = ()) -> None:
+        raise EngineError(f"there is no rank {to}")
+
+    def receive(self, source: int, timeout_s: float) -> tuple[dict[str, Any], list[memoryview]]:
+        raise EngineError(f"there is no rank {source}")
+
+    def poll(self, source: int, timeout_s: float) -> bool:
+        return False
 
 
 def _processor() -> str:

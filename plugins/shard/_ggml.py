@@ -220,7 +220,7 @@ def extra_buffer_types(lib: Ggml) -> list[int]:
     if not address:
         return []
     found = ctypes.CFUNCTYPE(ctypes.POINTER(P), P)(address)(cpu_device(lib))
-    types = []
+    types: list[int] = []
     while found and found[len(types)]:
         types.append(int(found[len(types)]))
     return types

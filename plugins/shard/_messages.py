@@ -28,7 +28,7 @@ from ._sampling import KEEP_ALL
 
 BATCH_TOKENS = 512  # llama.cpp's n_ubatch
 ENTRIES_MAX = 4096
-WIRES = {"f32": np.dtype("<f4"), "f16": np.dtype("<f2")}
+WIRES: dict[str, np.dtype[Any]] = {"f32": np.dtype("<f4"), "f16": np.dtype("<f2")}
 # Generous, since the supervisor ends a group on loss: this only bounds a stall nobody reports.
 SECONDS_PER_TOKEN = 1.0
 BYTES_PER_SECOND = 100_000

@@ -59,8 +59,8 @@ def _write_keys(writer: GGUFWriter, shape: Shape) -> None:
     writer.add_vocab_size(shape.vocab)
     writer.add_tokenizer_model("no_vocab")
     for name, value in shape.keys.items():
-        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
-        add("llama." + name, value)
+        add: dict[type, Any] = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
+        add[type(value)]("llama." + name, value)
 
 
 def _matrices(shape: Shape) -> list[tuple[str, tuple[int, int]]]:

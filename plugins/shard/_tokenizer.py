@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import llama_cpp
 from llama_cpp.llama_chat_format import Jinja2ChatFormatter
@@ -62,7 +63,8 @@ class Tokenizer:
         if self._formatter is None:
             return self._tokenize("\n".join(m.get("content", "") for m in prompt), add_special=True)
         try:
-            formatted = self._formatter(messages=[dict(m) for m in prompt])
+            messages: list[Any] = [dict(m) for m in prompt]
+            formatted = self._formatter(messages=messages)
         except Exception as exc:  # a template is a program of the model's author
             raise EngineError(f"the model's chat template refuses these messages: {exc}") from exc
         return self._tokenize(formatted.prompt, add_special=not formatted.added_special)

@@ -97,7 +97,7 @@ class Weights:
         self.embedding: int | None = None
         self.repacked_bytes = 0
         with open(model.head.path, "rb") as file:
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._file = np.frombuffer(self._map, dtype=np.uint8)
         try:
             self._load(parts_of(model, place))

@@ -193,3 +193,18 @@ def running(specs: Sequence[EngineSpec]) -> Iterator[list[ShardEngine]]:
         for engine in engines:
             engine.close()
     assert not errors, errors
+
+
+def greedy_together(engine: ShardEngine, prompts: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """Greedy tokens of all prompts, a sequence each, run side by side: stages overlap on them."""
+    tokens: list[list[int]] = [[] for _ in prompts]
+    batches, at = [list(p) for p in prompts], [0] * len(prompts)
+    for _ in range(count):
+        found = engine.step([Step(i, b, at[i], GREEDY) for i, b in enumerate(batches)])
+        at = [a + len(b) for a, b in zip(at, batches, strict=True)]
+        batches = [[token] for token in found]
+        for seen, token in zip(tokens, found, strict=True):
+            seen.append(token)
+    for sequence in range(len(prompts)):
+        engine.release(sequence)
+    return tokens

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import pathlib
 import subprocess
 import sys
 from typing import Any
@@ -10,7 +12,6 @@ from typing import Any
 import llama_cpp
 import msgspec
 import numpy as np
-import psutil
 import pytest
 from edged_plugins import shard
 from edged_plugins.shard import _check, _ggml, _measure, _messages
@@ -137,8 +138,8 @@ def test_more_sequences_than_allowed_are_refused(random_model: str) -> None:
         engine.step([Step(3, [1], 0, None)])
 
 
-def _with(roles: tuple[Role, ...], rank: int, **changes: Any) -> tuple[Role, ...]:
-    return tuple(dataclasses.replace(r, **changes) if r.rank == rank else r for r in roles)
+def _with(roles: tuple[Role, ...], which: int, **changes: Any) -> tuple[Role, ...]:
+    return tuple(dataclasses.replace(r, **changes) if r.rank == which else r for r in roles)
 
 
 @pytest.mark.parametrize(
@@ -172,24 +173,40 @@ def test_stages_that_leave_a_layer_out_are_refused(random_model: str) -> None:
 # --- memory ---------------------------------------------------------------------------------------
 
 
+MEMORY_SCRIPT = """
+import sys, psutil
+from shard_rig import Step, connect, load, specs_of
+process = psutil.Process()
+(spec,) = specs_of(sys.argv[1], [(1,)], "exact")
+sizes = [process.memory_info().rss]
+engine = load(spec, connect(1)[0])
+for count in (1, 900):
+    engine.step([Step(0, list(range(count)), 0, None)])
+    sizes.append(process.memory_info().rss)
+    engine.release(0)
+    sizes.append(process.memory_info().rss)
+engine.close()
+engine.close()
+print(*sizes, process.memory_info().rss)
+"""
+
+
 def test_release_and_close_give_memory_back(smollm2: str) -> None:
-    process = psutil.Process()
-    (spec,) = specs_of(smollm2, [(1,)], "exact")
-    start = process.memory_info().rss
-    engine = load(spec, connect(1)[0])
-    engine.step([Step(0, [1], 0, None)])
-    engine.release(0)
-    loaded = process.memory_info().rss
-    assert loaded - start > 300 << 20  # F32 weights
-    engine.step([Step(0, list(range(900)), 0, None)])
-    held = process.memory_info().rss
-    engine.release(0)
-    released = process.memory_info().rss
-    engine.close()
-    engine.close()
-    assert held - loaded > 30 << 20  # 900 positions of 46 KB
-    assert released - loaded < 8 << 20
-    assert process.memory_info().rss - start < 64 << 20
+    """In a process of its own, where no freed memory of other tests is used again."""
+    here = str(pathlib.Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY_SCRIPT, smollm2],
+        env={**os.environ, "PYTHONPATH": here},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr
+    start, _, loaded, held, released, closed = (int(n) >> 20 for n in done.stdout.split())
+    assert loaded - start > 300  # F32 weights
+    assert held - loaded > 30  # 900 positions of 46 KB
+    assert released - loaded < 8
+    assert closed - start < 64
 
 
 def test_a_slice_holds_its_share_of_the_weights(smollm2: str) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from shard_rig import GREEDY, LlamaCpp, greedy_run, logits_run, oracle_run, running, specs_of
+from shard_rig import LlamaCpp, greedy_run, greedy_together, logits_run, oracle_run, running, specs_of
 
 from edged import Step
 
@@ -61,8 +61,8 @@ def test_one_node_and_two_and_three_stages_give_llama_cpps_tokens(
             assert all(np.array_equal(a, b) for a, b in zip(ours, logits, strict=True))
     for stages in ([(1,)] * 2, [(1,)] * 3):
         with running(specs_of(path, stages)) as engines:
-            for prompt, (tokens, _) in zip(prompts, expected, strict=True):
-                assert greedy_run(engines[0], prompt, TOKENS) == tokens
+            found = greedy_together(engines[0], prompts, TOKENS)
+        assert found == [tokens for tokens, _ in expected]
 
 
 @pytest.mark.parametrize("stages", [[(1,)], [(1,), (1,)]], ids=["one node", "two stages"])
@@ -91,18 +91,10 @@ def test_logits_stay_bit_equal_when_the_context_grows_past_a_bucket(
 
 
 def test_sequences_run_together_as_they_run_alone(smollm2: str) -> None:
-    prompts = {11: [1, 2, 3], 22: list(range(40, 90)), 33: [7]}
+    prompts = [[1, 2, 3], list(range(40, 90)), [7]]
     with running(specs_of(smollm2, [(1,), (1,)])) as engines:
-        alone = {s: greedy_run(engines[0], p, 6, s) for s, p in prompts.items()}
-        together: dict[int, list[int]] = {s: [] for s in prompts}
-        batches, at = dict(prompts), dict.fromkeys(prompts, 0)
-        for _ in range(6):
-            found = engines[0].step([Step(s, batches[s], at[s], GREEDY) for s in prompts])
-            for s, token in zip(prompts, found, strict=True):
-                at[s] += len(batches[s])
-                batches[s] = [token]
-                together[s].append(token)
-        assert together == alone
+        alone = [greedy_run(engines[0], p, 6, 7) for p in prompts]
+        assert greedy_together(engines[0], prompts, 6) == alone
 
 
 def test_a_prompt_in_parts_is_replayed_bit_for_bit(smollm2: str) -> None:
