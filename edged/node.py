@@ -37,6 +37,7 @@ class Member:
     port: int = 0
     state: MemberState = "member"
     joining_until: float = 0.0
+    admission: int = 0  # the version at which it was invited after it was forgotten, if ever
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +94,10 @@ class Membership:
         self.invites[client_key.hex()] = Invite(client_key.hex(), expires_at, rights, zone)
 
     def redeem(self, client_key: bytes, newcomer: Member, now: float, patience_s: float = 60.0) -> Member:
-        """Use an invite up for `newcomer`, who stays `joining` until its own key connects."""
+        """Use an invite up for `newcomer`, who stays `joining` until its own key connects.
+
+        One that is a member already stays one: it has proved its key before.
+        """
         key = client_key.hex()
         found = next((k for k in self.invites if hmac.compare_digest(k, key)), None)
         invite = self.invites.pop(found) if found else None
@@ -101,16 +105,16 @@ class Membership:
             raise TrustError(
                 "expected a token that is unused and not expired", remedy="ask for a new `edged invite`"
             )
+        known = self.members.get(newcomer.node_id)
+        is_member = known is not None and known.state == "member"
         member = dataclasses.replace(
             newcomer,
             rights=invite.rights,
             zone=invite.zone,
-            state="joining",
-            joining_until=now + patience_s,
+            state="member" if is_member else "joining",
+            joining_until=0.0 if is_member else now + patience_s,
         )
-        self._put(member)
-        self.forgotten.pop(member.node_id, None)  # only a new invite brings a forgotten node back
-        return member
+        return self.admit(member)
 
     def prove(self, node_id: str) -> bool:
         """A message came under this node's own key. True when that ends its joining."""
@@ -120,17 +124,33 @@ class Membership:
         self._put(dataclasses.replace(member, state="member", joining_until=0.0))
         return True
 
-    def admit(self, member: Member) -> None:
-        """Add a node on this node's own authority (it joined us, or we joined it)."""
+    def admit(self, member: Member) -> Member:
+        """Add a node on this node's own authority (it joined us, or we joined it).
+
+        Only this brings a forgotten node back; introductions tell the other members that it did.
+        """
+        known = self.members.get(member.node_id, member)
+        was_forgotten = member.node_id in self.forgotten
+        admitted = dataclasses.replace(
+            member, admission=self.version + 1 if was_forgotten else known.admission
+        )
+        self._put(admitted)
         self.forgotten.pop(member.node_id, None)
-        self._put(member)
+        return admitted
 
     def introduce(self, introducer: str, newcomer: Member) -> bool:
         """A member presents another node. True when that adds it; never widens what is known."""
         by = self.members.get(introducer)
         if by is None or by.state != "member":
             raise TrustError("expected an introduction by a member")
-        if newcomer.node_id in self.members or newcomer.node_id in self.forgotten:
+        known = self.members.get(newcomer.node_id)
+        if by.zone == "own":  # a guest's word brings nobody back
+            self.version = max(self.version, newcomer.admission)
+            if known is not None and known.admission < newcomer.admission:
+                self._put(dataclasses.replace(known, admission=newcomer.admission))
+            if newcomer.admission > self.forgotten.get(newcomer.node_id, newcomer.admission):
+                del self.forgotten[newcomer.node_id]
+        if known is not None or newcomer.node_id in self.forgotten:
             return False
         rights = tuple(right for right in newcomer.rights if right in by.rights)
         zone: Zone = newcomer.zone if by.zone == "own" else "guest"
@@ -165,13 +185,26 @@ class Membership:
             self.forgotten.pop(next(iter(self.forgotten)))
         return self.version
 
-    def forget_on_word(self, teller: str, node_id: str) -> bool:
-        """A member says that a node is revoked. A guest's word does not remove my own devices."""
+    def is_revoked_by(self, teller: str, node_id: str, version: int | None = None) -> bool:
+        """Does a member's word, said at its `version`, end what is known of a node?
+
+        A guest's does not remove my own devices, an old one not a node that was invited since.
+        """
         by, member = self.members.get(teller), self.members.get(node_id)
         if by is None or by.zone != "own":
             return False
-        self.forget(node_id)
-        return member is not None
+        since = member.admission if member is not None else self.forgotten.get(node_id, -1) + 1
+        return version is None or version >= since
+
+    def forget_on_word(self, teller: str, node_id: str, version: int | None = None) -> bool:
+        """A member says that a node is revoked. True when that ends a member here."""
+        if not self.is_revoked_by(teller, node_id, version):
+            return False
+        is_member = node_id in self.members
+        self.version = max(self.version, version or 0)
+        ours = self.forget(node_id)
+        self.forgotten[node_id] = ours if version is None else version
+        return is_member
 
     def expire(self, now: float) -> list[str]:
         """Drop what is over: invites, and newcomers that never proved their key (returned)."""

@@ -33,6 +33,7 @@ REDIAL_S = (0.2, 5.0)  # first and longest pause between two rounds of dialling
 REFUSED_REDIAL_S = (0.5, 30.0)  # the same where the other side refused our key
 JOIN_S = 10.0
 SIGHTINGS_MAX = 64
+VERSION_MAX = 2**53  # of a membership; one change a second for longer than anything lives
 RTT_WEIGHT = 0.3  # of a new measurement in the moving average
 
 Answer = Callable[[str, Any], Awaitable[Any]]
@@ -186,6 +187,7 @@ class Peers:
         self.membership.admit(member)
         self._store()
         self._keep(inviter, at_once=True)
+        await self._prove_again(inviter, self.links[inviter])
         await self._until_online(inviter)
         self._host.observe("edged_peer_joined", node_id=inviter, name=paired.name)
         return member
@@ -209,6 +211,18 @@ class Peers:
             f"expected to reach the inviter; {'; '.join(reasons)}",
             remedy="check that it runs and the network",
         )
+
+    async def _prove_again(self, node_id: str, link: Link) -> None:
+        """A member since before may have forgotten this node: greet it over the connection that stands."""
+        if link.state == "online":
+            try:
+                await self.transport.request(node_id, "hello", self.hello(), SILENCE_S)
+                return
+            except PeerError as error:
+                self.transport.disconnect(node_id)
+                self._went(node_id, str(error))
+        link.came.clear()
+        link.wake.set()
 
     async def _until_online(self, node_id: str) -> None:
         try:
@@ -333,36 +347,54 @@ class Peers:
         member = self.membership.member(node_id)
         if member is None or member.state != "member":
             return
-        body = wire.Introduce(node_id, member.name, member.addresses, member.port, member.rights, member.zone)
+        body = wire.Introduce(
+            node_id,
+            member.name,
+            member.addresses,
+            member.port,
+            member.rights,
+            member.zone,
+            member.admission,
+        )
         self.tell_if_online(to, "introduce", body)
 
     def _introduced(self, introducer: str, body: wire.Introduce) -> None:
         ids.key_of(body.node_id)
+        _check_version(body.admission)
         if body.node_id == self.identity.node_id:
             return
         newcomer = node.Member(
-            body.node_id, ids.check_name(body.name), body.rights, body.zone, body.addresses[:8], body.port
+            body.node_id,
+            ids.check_name(body.name),
+            body.rights,
+            body.zone,
+            body.addresses[:8],
+            body.port,
+            admission=body.admission,
         )
-        if self.membership.introduce(introducer, newcomer):
+        before = self.membership.version
+        is_new = self.membership.introduce(introducer, newcomer)
+        if self.membership.version != before:
             self._store()
+        if is_new:
             self._keep(body.node_id)
             self._host.observe("edged_peer_joined", node_id=body.node_id, name=body.name)
+        elif body.node_id in self.links:
+            self.links[body.node_id].wake.set()  # it may admit us again, if it refused us before
 
     def _told_to_forget(self, teller: str, body: wire.Forget) -> None:
-        if body.node_id == self.identity.node_id or body.node_id in self.membership.forgotten:
+        _check_version(body.version)
+        if body.node_id == self.identity.node_id:
             return
-        is_member = body.node_id in self.membership.members
-        by = self.membership.member(teller)
-        if by is None or by.zone != "own":
+        if not self.membership.is_revoked_by(teller, body.node_id, body.version):
             return
-        if is_member:
+        if body.node_id in self.membership.members:
             self._drop(body.node_id, "it was forgotten")
-        self.membership.forget_on_word(teller, body.node_id)
-        self._store()
-        if is_member:
+        if self.membership.forget_on_word(teller, body.node_id, body.version):
             for member in self.membership.members:
                 if member != teller:
-                    self.tell_if_online(member, "forget", wire.Forget(body.node_id, self.membership.version))
+                    self.tell_if_online(member, "forget", body)
+        self._store()
 
     # --- connections ---
 
@@ -534,6 +566,11 @@ def _read(message: wire.Message) -> Any:
     if kind is None:
         raise ProtocolError(f"no message kind {message.kind[:32]!r}")
     return wire.read_body(kind, message.body)
+
+
+def _check_version(version: int) -> None:
+    if not 0 <= version <= VERSION_MAX:
+        raise ProtocolError(f"expected a membership version from 0 to {VERSION_MAX}")
 
 
 def _check_protocol(theirs: int) -> None:

@@ -125,12 +125,13 @@ class Introduce:
     port: int
     rights: tuple[Right, ...]
     zone: Zone
+    admission: int = 0  # the membership version at which it was invited after it was forgotten, if ever
 
 
 @dataclass(frozen=True, slots=True)
 class Forget:
     node_id: str
-    version: int
+    version: int  # of the membership at which it was revoked; an admission above it is later
 
 
 @dataclass(frozen=True, slots=True)

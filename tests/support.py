@@ -72,6 +72,7 @@ class Node:
         self.node_id = identity.create(self.home, name, profile, new_keys()).node_id
         self._prefix = prefix
         self.process: subprocess.Popen[bytes] | None = None
+        self._jobs: list[Job] = []
 
     # --- life ---
 
@@ -114,6 +115,8 @@ class Node:
 
     def _ended(self) -> None:
         self.process = None
+        for job in self._jobs:
+            job.vanish()
         if self in running:
             running.remove(self)
 
@@ -147,6 +150,11 @@ class Node:
         except EdgedError as error:
             return error
         return pytest.fail(f"expected {kind} to be refused; {document} came")
+
+    def job(self, asked: Document) -> Job:
+        """A generation that has been accepted."""
+        self._jobs.append(Job(self, asked))
+        return self._jobs[-1]
 
     def peers(self) -> dict[str, Document]:
         """Members by name."""
