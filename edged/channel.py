@@ -20,7 +20,8 @@ from .transport import ZAP_ENDPOINT, answer_zap, bind, endpoint, new_keys, secur
 OPEN_S = 20.0  # for all ranks to reach each other
 SEND_S = 60.0  # for one message to be taken over by ZeroMQ
 QUEUE_MESSAGES = 64  # in flight per link; ranks run in lock-step, so few are
-FRAME_OVERHEAD_BYTES = 42  # CURVE MESSAGE (33) and ZMTP framing (9), RFC 26 and 23
+BOX_BYTES = 33  # of a CURVE MESSAGE around a frame (RFC 26)
+SHORT_BYTES_MAX = 255  # of a ZMTP frame whose head takes 2 bytes; a longer one's takes 9 (RFC 23)
 
 
 class ZmqChannel:
@@ -71,21 +72,21 @@ class ZmqChannel:
             self._links[rank] = sock
         greeting = {"k": "greet", "group": group, "rank": self.rank}
         for rank in ends:
+            self._links[rank].sndtimeo = round(OPEN_S * 1000)
             self.send(rank, greeting)
         for rank in ends:
             header, _ = self.receive(rank, OPEN_S)
+            self._links[rank].sndtimeo = round(SEND_S * 1000)
             if header != {"k": "greet", "group": group, "rank": rank}:
                 raise ProtocolError(f"expected the greeting of rank {rank}")
 
     def send(self, to: int, header: Mapping[str, Any], frames: Sequence[Any] = ()) -> None:
-        packed = msgpack.packb(header)
-        self.bytes_sent += len(packed) + FRAME_OVERHEAD_BYTES
-        for frame in frames:
-            self.bytes_sent += memoryview(frame).nbytes + FRAME_OVERHEAD_BYTES
+        packed, sock = msgpack.packb(header), self._links[to]
         try:
-            self._links[to].send_multipart([packed, *frames])
+            sock.send_multipart([packed, *frames])
         except zmq.Again as error:
-            raise PeerError(f"rank {to} took no message for {SEND_S:g} s") from error
+            raise PeerError(f"rank {to} took no message for {int(sock.sndtimeo) / 1000:g} s") from error
+        self.bytes_sent += sum(_on_wire(memoryview(frame).nbytes) for frame in (packed, *frames))
 
     def receive(self, source: int, timeout_s: float) -> tuple[dict[str, Any], list[memoryview]]:
         sock = self._links[source]
@@ -104,6 +105,7 @@ class ZmqChannel:
         return bool(self._links[source].poll(round(timeout_s * 1000)))
 
     def close(self) -> None:
+        self._keys_known.set()  # whoever knocked before `open` is refused, and not waited for
         for sock in self._links.values():
             sock.close(linger=500)
         self._context.term()
@@ -112,7 +114,6 @@ class ZmqChannel:
         sock = self._context.socket(zmq.PAIR)
         sock.maxmsgsize = wire.FRAME_BYTES_MAX
         sock.sndhwm = sock.rcvhwm = QUEUE_MESSAGES
-        sock.sndtimeo = round(SEND_S * 1000)
         return sock
 
     def _serve_zap(self) -> None:
@@ -133,6 +134,12 @@ class ZmqChannel:
             pass
         finally:
             zap.close()
+
+
+def _on_wire(count: int) -> int:
+    """Bytes of a TCP stream that carry one frame of `count` bytes."""
+    boxed = count + BOX_BYTES
+    return boxed + (2 if boxed <= SHORT_BYTES_MAX else 9)
 
 
 def _domain(rank: int) -> bytes:
