@@ -78,11 +78,17 @@ class NoDaemonError(EdgedError):
     exit_code = 7
 
 
-def by_code(code: str, message: str, remedy: str = "", exit_code: int = 1) -> EdgedError:
-    """The error that another process described by its fields; the narrowest class that fits."""
+def by_code(code: str, message: str, remedy: str = "", exit_code: int = 1, kind: str = "") -> EdgedError:
+    """The error that another process described by its fields; the narrowest class that fits.
+
+    `kind`: the name of its class, for a code that is not its class's own.
+    """
     classes: list[type[EdgedError]] = [EdgedError]
     for cls in classes:
         classes.extend(cls.__subclasses__())
     same_exit = [cls for cls in classes if cls.exit_code == exit_code]
-    chosen = next((cls for cls in same_exit if cls.code == code), same_exit[0] if same_exit else EdgedError)
+    named = [cls for cls in same_exit if cls.__name__ == kind] or [
+        cls for cls in same_exit if cls.code == code
+    ]
+    chosen = next(iter(named or same_exit), EdgedError)
     return chosen(message, remedy=remedy, code=code)

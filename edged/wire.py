@@ -10,7 +10,8 @@ and lists:
 
     k  kind, text                     always
     i  request number, 1 to 2**53     on a request that wants an answer
-    r  the request number answered    on an answer, whose kind is "ok" or "error"
+    r  the request number answered    on an answer, whose kind is "ok" or "error"; an error's body has
+                                      code, message, remedy, exit_code, kind (its class; see errors.py)
     b  body, a map                    as the kind says; absent means empty
 
 Between daemons every kind has one body type, listed in BODIES; a body is checked field by field and
@@ -357,6 +358,7 @@ def pack_error(error: EdgedError, *, answers: int) -> bytes:
         "message": str(error)[:2000],
         "remedy": error.remedy[:500],
         "exit_code": error.exit_code,
+        "kind": type(error).__name__,
     }
     return pack("error", body, answers=answers)
 
@@ -398,11 +400,9 @@ def unpack_map(packed: bytes | memoryview) -> dict[str, Any]:
 
 def raise_error(body: Mapping[str, Any]) -> None:
     """Raise the error that an "error" answer describes."""
-    text = {key: str(body.get(key, ""))[:2000] for key in ("code", "message", "remedy")}
+    text = {key: str(body.get(key, ""))[:2000] for key in ("code", "message", "remedy", "kind")}
     exit_code = body.get("exit_code")
-    raise by_code(
-        text["code"], text["message"], text["remedy"], exit_code if isinstance(exit_code, int) else 1
-    )
+    raise by_code(**text, exit_code=exit_code if isinstance(exit_code, int) else 1)
 
 
 def _depth(value: Any) -> int:

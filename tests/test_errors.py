@@ -86,5 +86,16 @@ def test_an_unknown_code_is_the_widest_class_of_its_exit_code(
     assert error.code == code
 
 
+@pytest.mark.parametrize("cls", CLASSES)
+def test_an_error_with_a_code_of_its_own_keeps_its_class(cls: type[EdgedError]) -> None:
+    error = by_code("memory", "x", exit_code=cls.exit_code, kind=cls.__name__)
+    assert (type(error), error.code) == (cls, "memory")
+
+
+@pytest.mark.parametrize("kind", ["", "Exception", "SystemExit", "type", "EngineError"])
+def test_a_kind_that_is_none_of_that_exit_code_changes_nothing(kind: str) -> None:
+    assert type(by_code("trust", "x", exit_code=5, kind=kind)) is TrustError
+
+
 def test_every_code_is_a_word_of_its_own() -> None:
     assert len({cls.code for cls in CLASSES}) == len(CLASSES)
