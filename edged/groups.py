@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from . import wire
-from .errors import EdgedError, PeerError
+from .errors import PeerError
 from .peers import Peers
 from .types import NodeView, Numerics, Role
 
@@ -212,10 +212,7 @@ class Groups:
 
     def _stop(self, group_id: str, roles: Sequence[Role]) -> None:
         for role in roles:
-            try:
-                self._peers.tell(role.node_id, "stop", wire.Stop(group_id))
-            except EdgedError as error:
-                log.info("stop not delivered", extra={"peer": role.node_id[:8], "reason": str(error)})
+            self._peers.tell_when_online(role.node_id, "stop", wire.Stop(group_id))
 
 
 def _listeners(roles: Sequence[Role], nodes: Mapping[str, NodeView]) -> dict[tuple[int, int], int]:

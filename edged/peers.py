@@ -33,6 +33,7 @@ REDIAL_S = (0.2, 5.0)  # first and longest pause between two rounds of dialling
 REFUSED_REDIAL_S = (0.5, 30.0)  # the same where the other side refused our key
 JOIN_S = 10.0
 SIGHTINGS_MAX = 64
+LATE_MAX = 64  # events kept for an offline member: the ends of as many groups as it may hold workers
 VERSION_MAX = 2**53  # of a membership; one change a second for longer than anything lives
 RTT_WEIGHT = 0.3  # of a new measurement in the moving average
 
@@ -65,6 +66,7 @@ class Peers:
         self._answers: dict[str, Answer] = {}
         self._takes: dict[str, Take] = {}
         self._gone: list[Callable[[str, str], None]] = []
+        self._late: dict[str, list[tuple[str, Any]]] = {}  # for members that were offline
         self._tasks: set[asyncio.Task[Any]] = set()
         self.is_closing = False
 
@@ -121,6 +123,15 @@ class Peers:
             self.tell(node_id, kind, body)
         except PeerError as error:
             log.info("message not delivered", extra={"peer": node_id[:8], "kind": kind, "reason": str(error)})
+
+    def tell_when_online(self, node_id: str, kind: str, body: Any) -> None:
+        """An event for now or for when the member is back: it may not have noticed that it was gone."""
+        try:
+            self.tell(node_id, kind, body)
+        except PeerError as error:
+            log.info("message waits", extra={"peer": node_id[:8], "kind": kind, "reason": str(error)})
+            if node_id in self.membership.members:
+                self._late[node_id] = [*self._late.get(node_id, ()), (kind, body)][-LATE_MAX:]
 
     def is_online(self, node_id: str) -> bool:
         if node_id == self.identity.node_id:
@@ -331,6 +342,8 @@ class Peers:
         if not was_online:
             log.info("peer online", extra={"peer": node_id[:8], "address": address})
             asyncio.get_running_loop().call_soon(self._introduce_all, node_id)
+            for kind, body in self._late.pop(node_id, ()):
+                asyncio.get_running_loop().call_soon(self.tell_if_online, node_id, kind, body)
         if is_new:
             self._host.observe("edged_peer_joined", node_id=node_id, name=hello.name)
 
@@ -515,6 +528,7 @@ class Peers:
     def _drop(self, node_id: str, reason: str) -> None:
         """End everything that runs with a member that is no longer one."""
         self._went(node_id, reason)
+        self._late.pop(node_id, None)
         link = self.links.pop(node_id, None)
         if link is not None:
             for task in link.tasks:

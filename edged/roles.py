@@ -227,6 +227,8 @@ class Roles:
         for group, held in list(self._held.items()):
             if held.coordinator == node_id:
                 self._end(group, f"its coordinator is gone: {reason}")
+                lost = wire.Lost(group, held.offer.rank, f"it lost its coordinator: {reason}")
+                self._peers.tell_when_online(node_id, "lost", lost)
 
     def _end(self, group: str, reason: str) -> None:
         held = self._held.pop(group, None)
