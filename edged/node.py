@@ -21,6 +21,7 @@ MEMBERS_MAX = 256  # a person's devices, with room; bounds what introductions ca
 INVITES_MAX = 64
 FORGOTTEN_MAX = 4096
 PREFIX_CHARS = 8
+VERSION_MAX = 2**53  # far beyond any real one; what a member claims must leave room for ours
 
 MemberState = Literal["joining", "member"]
 
@@ -143,6 +144,7 @@ class Membership:
         by = self.members.get(introducer)
         if by is None or by.state != "member":
             raise TrustError("expected an introduction by a member")
+        _check_version(newcomer.admission)
         known = self.members.get(newcomer.node_id)
         if by.zone == "own":  # a guest's word brings nobody back
             self.version = max(self.version, newcomer.admission)
@@ -200,6 +202,7 @@ class Membership:
         """A member says that a node is revoked. True when that ends a member here."""
         if not self.is_revoked_by(teller, node_id, version):
             return False
+        _check_version(version or 0)
         is_member = node_id in self.members
         self.version = max(self.version, version or 0)
         ours = self.forget(node_id)
@@ -233,6 +236,11 @@ class Membership:
             raise TrustError(f"expected at most {MEMBERS_MAX} members", remedy="forget some")
         self.version += 1
         self.members[member.node_id] = member
+
+
+def _check_version(version: int) -> None:
+    if not 0 <= version <= VERSION_MAX:
+        raise TrustError(f"expected a membership version from 0 to {VERSION_MAX}")
 
 
 def from_map(stored: dict[str, Any]) -> Membership:

@@ -213,6 +213,19 @@ def test_every_change_of_who_may_do_what_has_a_version_of_its_own() -> None:
     assert seen == sorted(set(seen))
 
 
+@pytest.mark.parametrize("version", [-1, 2**53 + 1, 2**64])
+def test_a_version_that_leaves_no_room_for_ours_is_refused(version: int) -> None:
+    """A member's claim becomes ours where it is higher; at 2**64 no message could carry the next one."""
+    table = members(Member("by", "laptop"), Member("a", "phone"))
+    with pytest.raises(TrustError, match="membership version"):
+        table.introduce("by", Member("new", "tablet", admission=version))
+    if version > 0:
+        with pytest.raises(TrustError, match="membership version"):
+            table.forget_on_word("by", "a", version)
+    assert table.version < 10
+    assert set(table.members) == {"by", "a"}
+
+
 # --- names ----------------------------------------------------------------------------------------
 
 NAMED = members(
@@ -294,6 +307,7 @@ def test_what_is_no_membership_is_refused(stored: dict[str, Any]) -> None:
 NODES = st.sampled_from("abcdef")
 RIGHT_SETS = st.lists(st.sampled_from(RIGHTS), unique=True).map(tuple)
 ZONES = st.sampled_from(["own", "guest"])
+VERSIONS = st.integers(0, 40)
 
 
 class History(RuleBasedStateMachine):
@@ -307,7 +321,7 @@ class History(RuleBasedStateMachine):
         self.open: dict[bytes, tuple[float, Any, Any]] = {}
         self.closed: list[bytes] = []
         self.granted: dict[str, set[str]] = {}  # what its owner or its introducers could give
-        self.banned: set[str] = set()
+        self.banned: dict[str, int] = {}  # node -> the version at which it was revoked
 
     @rule(seconds=st.floats(0, 100))
     def time_passes(self, seconds: float) -> None:
@@ -334,7 +348,7 @@ class History(RuleBasedStateMachine):
         assert self.now < expires_at
         assert (member.rights, member.zone) == (rights, zone)
         self.granted[node_id] = set(rights)
-        self.banned.discard(node_id)
+        self.banned.pop(node_id, None)
 
     @precondition(lambda self: self.closed)
     @rule(data=st.data(), node_id=NODES)
@@ -350,24 +364,27 @@ class History(RuleBasedStateMachine):
     def prove(self, node_id: str) -> None:
         self.table.prove(node_id)
 
-    @rule(by=NODES, node_id=NODES, rights=RIGHT_SETS, zone=ZONES)
-    def introduce(self, by: str, node_id: str, rights: Any, zone: Any) -> None:
+    @rule(by=NODES, node_id=NODES, rights=RIGHT_SETS, zone=ZONES, admission=VERSIONS)
+    def introduce(self, by: str, node_id: str, rights: Any, zone: Any, admission: int) -> None:
         introducer = self.table.members.get(by)
         was = self.table.members.get(node_id)
-        newcomer = Member(node_id, node_id, rights, zone)
+        newcomer = Member(node_id, node_id, rights, zone, admission=admission)
         if introducer is None or introducer.state != "member":
             with pytest.raises(TrustError):
                 self.table.introduce(by, newcomer)
             return
         added = self.table.introduce(by, newcomer)
+        if introducer.zone == "own" and admission > self.banned.get(node_id, admission):
+            del self.banned[node_id]  # it was invited elsewhere, after it was revoked
         assert added == (was is None and node_id not in self.banned)
+        now = self.table.members.get(node_id)
         if added:
-            now = self.table.members[node_id]
+            assert now
             assert set(now.rights) <= set(introducer.rights)
             assert now.zone == "guest" or introducer.zone == "own"
             self.granted[node_id] = set(introducer.rights) & set(rights)
-        else:
-            assert self.table.members.get(node_id) == was
+        elif was and now:
+            assert dataclasses.replace(now, admission=was.admission) == was
 
     @rule(node_id=NODES, rights=RIGHT_SETS)
     def trust(self, node_id: str, rights: Any) -> None:
@@ -381,15 +398,21 @@ class History(RuleBasedStateMachine):
 
     @rule(node_id=NODES)
     def forget(self, node_id: str) -> None:
-        self.table.forget(node_id)
-        self.banned.add(node_id)
+        self.banned[node_id] = self.table.forget(node_id)
 
-    @rule(teller=NODES, node_id=NODES)
-    def forget_on_word(self, teller: str, node_id: str) -> None:
-        by = self.table.members.get(teller)
-        self.table.forget_on_word(teller, node_id)
-        if by is not None and by.zone == "own":
-            self.banned.add(node_id)
+    @rule(teller=NODES, node_id=NODES, version=VERSIONS)
+    def forget_on_word(self, teller: str, node_id: str, version: int) -> None:
+        by, was = self.table.members.get(teller), self.table.members.get(node_id)
+        ended = self.table.forget_on_word(teller, node_id, version)
+        if ended:
+            assert by
+            assert by.zone == "own"
+            assert was
+            assert version >= was.admission
+        else:
+            assert self.table.members.get(node_id) == was
+        if node_id in self.table.forgotten:
+            self.banned[node_id] = max(self.table.forgotten[node_id], self.banned.get(node_id, 0))
 
     @rule()
     def expire(self) -> None:
@@ -406,7 +429,8 @@ class History(RuleBasedStateMachine):
 
     @invariant()
     def nobody_who_was_forgotten_is_here(self) -> None:
-        assert not self.banned & set(self.table.members)
+        assert not set(self.banned) & set(self.table.members)
+        assert set(self.banned) == set(self.table.forgotten)
 
     @invariant()
     def the_table_is_bounded_and_sound(self) -> None:
