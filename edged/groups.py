@@ -166,7 +166,7 @@ class Groups:
             self._peers.identity.node_id,
         )
         timeout_s = OFFER_S + load.manifest.size / FETCH_BYTES_S
-        return wire.read_body(wire.Offered, await self._peers.ask(role.node_id, "offer", offer, timeout_s))
+        return wire.read_body(wire.Offered, await self._ask(role, "offer", offer, timeout_s))
 
     async def _start(
         self,
@@ -184,10 +184,16 @@ class Groups:
             port = their.ports[role.rank] if listens else 0
             ends.append(wire.PeerEnd(other.rank, other.node_id, their.public_key, port))
         timeout_s = START_S + role.memory_bytes / 10e6
-        answer = await self._peers.ask(
-            role.node_id, "start", wire.Start(group.group_id, tuple(ends)), timeout_s
-        )
+        answer = await self._ask(role, "start", wire.Start(group.group_id, tuple(ends)), timeout_s)
         return wire.read_body(wire.Started, answer)
+
+    async def _ask(self, role: Role, kind: str, body: Any, timeout_s: float) -> dict[str, Any]:
+        """A role's node's answer; a loss names the node."""
+        try:
+            return await self._peers.ask(role.node_id, kind, body, timeout_s)
+        except PeerError as error:
+            name = self._peers.name_of(role.node_id)
+            raise PeerError(f"node {name}: {error}", remedy=error.remedy, code=error.code) from error
 
     # --- losing one ---
 

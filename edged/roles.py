@@ -89,6 +89,8 @@ class Roles:
             await self._device.check(entry)
             await self._transfers.ensure(offer)
             return await self._prepare(coordinator, offer)
+        except EngineError as error:
+            raise self._named(error) from error
         finally:
             self._admitting -= 1
 
@@ -178,9 +180,12 @@ class Roles:
             return wire.read_body(wire.Started, await held.worker.call("load", body, timeout_s))
         except EdgedError as error:
             self._end(offer.group, "it could not be loaded")
-            raise type(error)(
-                f"{self._peers.identity.name}: {error}", remedy=error.remedy, code=error.code
-            ) from error
+            raise self._named(error) from error
+
+    def _named(self, error: EdgedError) -> EdgedError:
+        """The same error, saying whose it is."""
+        named = f"{self._peers.identity.name}: {error}"
+        return type(error)(named, remedy=error.remedy, code=error.code)
 
     async def _generate(self, coordinator: str, body: wire.Generate) -> None:
         await self._of(coordinator, body.group).worker.call("generate", body, USAGE_S)

@@ -77,6 +77,26 @@ def test_a_killed_worker_ends_its_job_by_name(
     assert all(node.call("status")["roles"] == 0 for node in trio)
 
 
+@pytest.mark.parametrize(
+    ("what", "victim"), [("worker", "jetson"), ("worker", "laptop"), ("daemon", "jetson")]
+)
+def test_a_loss_while_the_model_loads_ends_the_job_by_name(trio: list[Node], what: str, victim: str) -> None:
+    all_online(trio)
+    laptop = trio[0]
+    lost = next(node for node in trio if node.name == victim)
+    job = laptop.job(LONG | {"strategy": "layers", "nodes": ["jetson", "laptop"], "n": 1400})
+    wait_until("its worker to start", lambda: bool(lost.workers()))
+    if what == "worker":
+        lost.workers()[0].kill()
+    else:
+        lost.kill()
+    error = job.error()
+    assert error.exit_code == 6
+    assert victim in str(error)
+    wait_no_workers(*(node for node in trio if node.process is not None))
+    all_online(trio)
+
+
 # --- daemons ----------------------------------------------------------------------------------------
 
 
