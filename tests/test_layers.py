@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -106,11 +107,17 @@ class Import:
         return f"{self.file.relative_to(ROOT)}:{self.line} imports {self.module} {', '.join(self.names)}"
 
 
+@functools.cache
 def tree_of(file: Path) -> ast.Module:
     return ast.parse(file.read_text(), str(file))
 
 
-def imports(file: Path) -> Iterator[Import]:
+@functools.cache
+def imports(file: Path) -> tuple[Import, ...]:
+    return tuple(_imports(file))
+
+
+def _imports(file: Path) -> Iterator[Import]:
     tree = tree_of(file)
     top = set(tree.body)
     package = package_of(file)
@@ -162,6 +169,7 @@ def internal(file: Path) -> Iterator[tuple[Import, str]]:
             yield found, module
 
 
+@functools.cache
 def graph() -> dict[str, set[str]]:
     """module -> modules it imports, in edged."""
     found: dict[str, set[str]] = {}

@@ -33,6 +33,7 @@ for scalar, strategy in ((str, WORDS), (int, COUNTS), (float, FLOATS), (bytes, s
 
 
 @pytest.mark.parametrize("kind", BODIES, ids=lambda kind: kind.__name__)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_every_body_comes_back_as_it_went(kind: type[Any], data: st.DataObject) -> None:
     body = data.draw(st.from_type(kind))
@@ -258,6 +259,7 @@ def test_arbitrary_headers_raise_nothing_else(header: dict[str, Any], kind: type
 
 
 @pytest.mark.parametrize("kind", BODIES, ids=lambda kind: kind.__name__)
+@settings(max_examples=30)
 @given(data=st.data())
 def test_arbitrary_fields_raise_nothing_else(kind: type[Any], data: st.DataObject) -> None:
     names = [field.name for field in dataclasses.fields(kind)]
