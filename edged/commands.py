@@ -15,7 +15,7 @@ import msgspec
 from . import identity as ids
 from . import plugins, requests, wire
 from .control import Emit
-from .errors import ConfigError, PeerError
+from .errors import ConfigError, EdgedError, PeerError, ProtocolError
 from .jobs import rfc3339
 from .models import Model
 from .parts import Parts
@@ -219,10 +219,11 @@ class Commands:
     async def _pull_model(self, request: Request) -> Document:
         """From the first online member that has it."""
         wanted = str(request.body.get("name", ""))
+        failed: EdgedError | None = None
         for member in list(self._parts.peers.membership.members.values()):
             if not self._parts.peers.is_online(member.node_id):
                 continue
-            with contextlib.suppress(PeerError):
+            try:
                 answer = await self._parts.peers.ask(member.node_id, "describe", wire.Describe(), 5.0)
                 held = wire.read_body(wire.Described, answer).models
                 found = [s for s, name in held.items() if wanted == name or (wanted and s.startswith(wanted))]
@@ -231,6 +232,10 @@ class Commands:
                         found[0], member.node_id, None, self._reporter(request.emit)
                     )
                     return {"models": [_model_row(model)]}
+            except (PeerError, ProtocolError) as error:
+                failed = error
+        if failed is not None:
+            raise failed
         raise ConfigError(f"no online member has model {wanted!r}", remedy="see `edged models ls` there")
 
     def _reporter(self, emit: Emit) -> Callable[[dict[str, Any]], None]:

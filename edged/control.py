@@ -22,6 +22,7 @@ from .errors import EdgedError, InstanceError, ProtocolError
 
 log = logging.getLogger(__name__)
 CLIENTS_MAX = 64
+ACCEPT_PAUSE_S = 1.0
 FILES_MAX = 4  # open files one request may carry
 GROUP = "edged"
 
@@ -77,7 +78,12 @@ class ControlServer:
 
     async def _accept(self, listener: socket.socket) -> None:
         while True:
-            client, _ = await asyncio.get_running_loop().sock_accept(listener)
+            try:
+                client, _ = await asyncio.get_running_loop().sock_accept(listener)
+            except OSError as error:  # out of descriptors, say: others may be closed soon
+                log.warning("control client not accepted", extra={"reason": str(error)})
+                await asyncio.sleep(ACCEPT_PAUSE_S)
+                continue
             client.setblocking(False)
             if len(self._tasks) > CLIENTS_MAX:
                 client.close()

@@ -32,6 +32,8 @@ MEASURE_S = 130.0
 RUNNING_MAX = 8  # jobs at once; each holds a KV cache on every node of its plan
 STALL_S = 120.0  # without a token for so long (and ten times the predicted prefill) a job has failed
 CANCEL_S = 5.0
+TOKEN_MAX = 1 << 31  # ids are int32 in every engine
+TEXT_CHARS_MAX = 4096  # of one message of tokens
 SETTLE_S = 1.0  # for ended workers to give their memory back
 
 
@@ -137,10 +139,13 @@ class Coordinator:
         answers = await asyncio.gather(*asked, return_exceptions=True)
         found = [self.view()]
         for member, answer in zip(online, answers, strict=True):
-            if isinstance(answer, BaseException):
-                log.warning("node not described", extra={"peer": member.node_id[:8], "reason": str(answer)})
+            try:
+                if isinstance(answer, BaseException):
+                    raise answer
+                said = wire.read_body(wire.Described, answer)
+            except EdgedError as error:
+                log.warning("node not described", extra={"peer": member.node_id[:8], "reason": str(error)})
                 continue
-            said = wire.read_body(wire.Described, answer)
             found.append(
                 NodeView(
                     member.node_id,
@@ -224,10 +229,9 @@ class Coordinator:
     async def generate(self, request: GenerateRequest, emit: Emit) -> dict[str, Any]:
         """Accept a job, then stream it to its client until it ends; the document of the contract."""
         run = self.accept(request)
-        await emit({"event": "accepted", "job_id": run.job_id})
         if request.detach:
             return {"job_id": run.job_id}
-        return await self._watch(run, emit)
+        return await self._watch(run, emit, {"event": "accepted", "job_id": run.job_id})
 
     def accept(self, request: GenerateRequest) -> _Run:
         if self.is_draining:
@@ -244,13 +248,15 @@ class Coordinator:
         run.task.add_done_callback(lambda task: _settled(run, task))
         return run
 
-    async def _watch(self, run: _Run, emit: Emit) -> dict[str, Any]:
+    async def _watch(self, run: _Run, emit: Emit, first: dict[str, Any] | None = None) -> dict[str, Any]:
         """Stream a running job; a client that goes away starts the orphan timer."""
         assert run.task is not None
         run.watchers += 1
         if run.orphan is not None:
             run.orphan.cancel()
         try:
+            if first is not None:
+                await emit(first)
             seen = (0, 0)
             while not run.task.done():
                 await run.news.wait()
@@ -268,19 +274,19 @@ class Coordinator:
         try:
             async with self._slots:
                 finished = await self._run_epoch(run)
-        except BaseException as error:
-            failure = error if isinstance(error, EdgedError) else _as_failure(error, run.is_cancelled)
-            state: State = "cancelled" if run.is_cancelled or failure.code == "cancelled" else "failed"
-            self._store.end(run.job_id, state, time.time(), error=failure)
-            self._host.observe("edged_job_finished", job_id=run.job_id, state=state, measured={})
-            if not isinstance(error, EdgedError):
-                log.error("job failed", extra={"job_id": run.job_id}, exc_info=error)
-                raise failure from error
-            raise
-        else:
             document = await self._document(run, finished)
-            state = "cancelled" if finished.reason == "cancelled" else "done"
+            state: State = "cancelled" if finished.reason == "cancelled" else "done"
             self._store.end(run.job_id, state, time.time(), result=document)
+        except BaseException as error:
+            self._give_up(run, error)
+            failure = error if isinstance(error, JobError) else _as_failure(error, run.is_cancelled)
+            state = "cancelled" if run.is_cancelled or failure.code == "cancelled" else "failed"
+            self._end_in_store(run, state, failure)
+            self._host.observe("edged_job_finished", job_id=run.job_id, state=state, measured={})
+            if not isinstance(error, EdgedError | asyncio.CancelledError):
+                log.error("job failed", extra={"job_id": run.job_id}, exc_info=error)
+            raise failure from error
+        else:
             self._host.observe(
                 "edged_job_finished", job_id=run.job_id, state=state, measured=document["measured"]
             )
@@ -291,6 +297,22 @@ class Coordinator:
             if run.orphan is not None:
                 run.orphan.cancel()
             self._runs.pop(run.job_id, None)
+
+    def _give_up(self, run: _Run, error: BaseException) -> None:
+        """The worker must not go on for nobody; a group that stalled is not used again."""
+        if run.group is None or run.group.lost is not None or run.candidate is None:
+            return
+        rank_0 = run.candidate.roles[0].node_id
+        self._peers.tell_if_online(rank_0, "cancel", wire.Cancel(run.group.group_id, run.job_id))
+        if isinstance(error, PeerError) and error.code == "stalled":
+            self._groups.lose(run.group, rank_0, "no token came")
+
+    def _end_in_store(self, run: _Run, state: State, failure: JobError) -> None:
+        """A store that takes nothing must not hide why the job ended; the next start says `interrupted`."""
+        try:
+            self._store.end(run.job_id, state, time.time(), error=failure)
+        except EdgedError:
+            log.exception("job's end not stored", extra={"job_id": run.job_id})
 
     async def _run_epoch(self, run: _Run) -> wire.Finished:
         """Plan, load and generate once."""
@@ -320,14 +342,14 @@ class Coordinator:
             wanted.context_tokens,
             request.numerics,
         )
-        run.group, run.load_ms = await self._groups.get(load, {node.node_id: node for node in nodes})
-        run.group.jobs.add(run.job_id)
+        by_id = {node.node_id: node for node in nodes}
+        run.group, run.load_ms = await self._groups.get(load, by_id, run.job_id)
         if run.group.lost is not None:
             raise run.group.lost
         run.bytes_before = await self._groups.bytes_sent(run.group)
         if run.is_cancelled:
             raise JobError("the job was cancelled", code="cancelled")
-        await self._peers.ask(run.candidate.roles[0].node_id, "generate", self._order(run), 10.0)
+        self._peers.tell(run.candidate.roles[0].node_id, "generate", self._order(run))
         return await self._until_finished(run)
 
     def _order(self, run: _Run) -> wire.Generate:
@@ -384,7 +406,15 @@ class Coordinator:
             lost = PeerError("tokens were lost on their way", remedy="run it again", code="tokens-lost")
             run.finished.set_exception(lost)
             return
-        self._store.add_tokens(run.job_id, body.index, body.tokens, body.text)
+        is_sound = all(0 <= token < TOKEN_MAX for token in body.tokens) and len(body.text) <= TEXT_CHARS_MAX
+        if not is_sound or len(run.tokens) + len(body.tokens) > run.request.n:
+            run.finished.set_exception(PeerError("expected the tokens that were asked for; others came"))
+            return
+        try:
+            self._store.add_tokens(run.job_id, body.index, body.tokens, body.text)
+        except EdgedError as error:
+            run.finished.set_exception(error)
+            return
         run.tokens += body.tokens
         run.text += body.text
         run.times += [time.monotonic()] * len(body.tokens)
@@ -438,7 +468,10 @@ class Coordinator:
         job = self._store.get(text)
         if job.state in ENDED:
             raise JobError(f"job {job.job_id} is {job.state} already", code="ended")
-        run = self._runs[job.job_id]
+        run = self._runs.get(job.job_id)
+        if run is None:  # its end could not be stored
+            self._store.end(job.job_id, "failed", time.time(), error=_interrupted())
+            return {"job_id": job.job_id, "state": "failed"}
         self._cancel_run(run)
         assert run.task is not None
         await asyncio.wait([run.task], timeout=CANCEL_S)
@@ -549,4 +582,6 @@ def _settled(run: _Run, task: asyncio.Task[dict[str, Any]]) -> None:
 def _as_failure(error: BaseException, is_cancelled: bool) -> JobError:
     if isinstance(error, asyncio.CancelledError):
         return JobError("the job was cancelled", code="cancelled") if is_cancelled else _interrupted()
+    if isinstance(error, EdgedError):  # whatever a peer sent: of a job it is a job's error, exit 6
+        return JobError(str(error), remedy=error.remedy, code=error.code)
     return JobError(f"internal error: {type(error).__name__}: {error}", code="internal")

@@ -17,6 +17,7 @@ from . import identity as ids
 from . import sdnotify
 from .commands import Commands
 from .control import ControlServer
+from .errors import EdgedError
 from .identity import Home
 from .parts import compose
 from .types import Announcement, Condition
@@ -130,15 +131,18 @@ class Daemon:
     async def leave(self) -> None:
         self.state = "draining"
         sdnotify.notify("STATUS=draining")
-        self._parts.coordinator.is_draining = self._parts.roles.is_draining = True
-        await self._parts.coordinator.drained(DRAIN_S)
+        self._parts.coordinator.is_draining = True
+        await asyncio.gather(self._parts.coordinator.drained(DRAIN_S), self._parts.roles.drain(DRAIN_S))
         self._leaving.set()
 
     async def _tidy(self) -> None:
         while True:
             await asyncio.sleep(TIDY_S)
-            self._parts.coordinator.tidy()
-            self._parts.refresh_conditions()
+            try:
+                self._parts.coordinator.tidy()
+                self._parts.refresh_conditions()
+            except (EdgedError, OSError):  # a full disk, say: it may be over the next time
+                log.exception("not tidied")
             online = sum(
                 self._parts.peers.is_online(node_id) for node_id in self._parts.peers.membership.members
             )

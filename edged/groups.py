@@ -6,6 +6,7 @@ A group is prepared by offering each rank its role, then telling every rank wher
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import logging
 import secrets
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from . import wire
-from .errors import PeerError
+from .errors import PeerError, ProtocolError
 from .peers import Peers
 from .types import NodeView, Numerics, Role
 
@@ -52,6 +53,7 @@ class Group:
     idle_since: float = 0.0
     load_ms: float = 0.0
     lost: PeerError | None = None
+    made: asyncio.Task[None] | None = None  # until it is loaded
 
 
 class Groups:
@@ -60,39 +62,56 @@ class Groups:
     def __init__(self, peers: Peers, idle_s: float) -> None:
         self._peers, self._idle_s = peers, idle_s
         self._groups: dict[str, Group] = {}
-        self._by_key: dict[tuple[object, ...], asyncio.Task[Group]] = {}
+        self._by_key: dict[tuple[object, ...], Group] = {}
         self.when_lost: Callable[[Group], None] = lambda group: None
         peers.takes("lost", self._told_lost)
+        peers.takes("draining", self._told_draining)
         peers.when_gone(self._peer_gone)
 
-    async def get(self, load: Load, nodes: Mapping[str, NodeView]) -> tuple[Group, float]:
-        """A standing group for this load, else a new one; with the ms spent waiting for it."""
+    async def get(self, load: Load, nodes: Mapping[str, NodeView], job: str) -> tuple[Group, float]:
+        """A standing group for this load, else a new one, in use by `job` until `release`; with the ms
+        spent waiting for it."""
         started = time.monotonic()
-        task = self._by_key.get(load.key)
-        if task is None:
+        group = self._by_key.get(load.key)
+        if group is None:
             self._end_oldest()
-            task = asyncio.get_running_loop().create_task(self._make(load, nodes))
-            self._by_key[load.key] = task
-        elif task.done():
-            return task.result(), 0.0
-        group = await asyncio.shield(task)
+            group = Group(secrets.token_hex(8), load, idle_since=started)
+            self._groups[group.group_id] = self._by_key[load.key] = group
+            group.made = asyncio.get_running_loop().create_task(self._make(group, nodes))
+        group.jobs.add(job)
+        assert group.made is not None
+        if group.made.done():
+            group.made.result()
+            return group, 0.0
+        try:
+            await asyncio.shield(group.made)
+        except BaseException:
+            self.release(group, job)
+            raise
         return group, (time.monotonic() - started) * 1000
 
     def release(self, group: Group, job: str) -> None:
         group.jobs.discard(job)
         group.idle_since = time.monotonic()
+        if not group.jobs and group.load_ms and self._by_key.get(group.load.key) is not group:
+            self.end(group)  # it was retired
 
     def end_idle(self) -> None:
         """End groups that nobody used for the profile's time."""
-        for group in list(self._groups.values()):
-            if not group.jobs and group.load_ms and time.monotonic() - group.idle_since > self._idle_s:
+        for group in self._unused():
+            if time.monotonic() - group.idle_since > self._idle_s:
                 self.end(group)
 
     def end(self, group: Group) -> None:
         if self._groups.pop(group.group_id, None) is None:
             return
-        self._by_key.pop(group.load.key, None)
+        self.retire(group)
         self._stop(group.group_id, group.load.roles)
+
+    def retire(self, group: Group) -> None:
+        """No new job gets it; those that run in it go on."""
+        if self._by_key.get(group.load.key) is group:
+            del self._by_key[group.load.key]
 
     def close(self) -> None:
         for group in list(self._groups.values()):
@@ -105,39 +124,44 @@ class Groups:
             for role in group.load.roles
         ]
         answers = await asyncio.gather(*asked, return_exceptions=True)
-        return sum(answer["bytes_sent"] for answer in answers if isinstance(answer, dict))
+        total = 0
+        for answer in answers:
+            with contextlib.suppress(ProtocolError):
+                total += max(0, wire.read_body(wire.Used, answer).bytes_sent)
+        return total
 
     # --- making one ---
 
     def end_unused(self) -> bool:
         """End every group without a job, for the memory it holds; True when there was one."""
-        unused = [group for group in self._groups.values() if not group.jobs and group.load_ms]
+        unused = self._unused()
         for group in unused:
             self.end(group)
         return bool(unused)
 
+    def _unused(self) -> list[Group]:
+        """Loaded groups without a job, the longest idle first."""
+        unused = [group for group in self._groups.values() if not group.jobs and group.load_ms]
+        return sorted(unused, key=lambda group: group.idle_since)
+
     def _end_oldest(self) -> None:
-        unused = sorted((g for g in self._groups.values() if not g.jobs), key=lambda g: g.idle_since)
+        unused = self._unused()
         for group in unused[: max(0, len(self._groups) + 1 - GROUPS_MAX)]:
             self.end(group)
 
-    async def _make(self, load: Load, nodes: Mapping[str, NodeView]) -> Group:
-        started = time.monotonic()
-        group = Group(secrets.token_hex(8), load, idle_since=started)
-        listeners = _listeners(load.roles, nodes)
-        self._groups[group.group_id] = group
+    async def _make(self, group: Group, nodes: Mapping[str, NodeView]) -> None:
+        started, load = time.monotonic(), group.load
         try:
+            listeners = _listeners(load.roles, nodes)
             offered = await self._each(load.roles, lambda role: self._offer(group, role, listeners))
             await self._each(load.roles, lambda role: self._start(group, role, offered, listeners))
             if group.lost is not None:
                 raise group.lost
         except BaseException:
-            self._by_key.pop(load.key, None)
             self.end(group)
             raise
         group.idle_since = time.monotonic()
         group.load_ms = (group.idle_since - started) * 1000
-        return group
 
     async def _each(self, roles: Sequence[Role], work: Callable[[Role], Coroutine[Any, Any, T]]) -> list[T]:
         """`work` for every role at once; the first error ends the others."""
@@ -200,14 +224,22 @@ class Groups:
     def _told_lost(self, node_id: str, body: wire.Lost) -> None:
         group = self._groups.get(body.group)
         if group is not None and any(role.node_id == node_id for role in group.load.roles):
-            self._lose(group, node_id, body.reason)
+            self.lose(group, node_id, body.reason)
 
     def _peer_gone(self, node_id: str, reason: str) -> None:
         for group in list(self._groups.values()):
             if any(role.node_id == node_id for role in group.load.roles):
-                self._lose(group, node_id, reason)
+                self.lose(group, node_id, reason)
 
-    def _lose(self, group: Group, node_id: str, reason: str) -> None:
+    def _told_draining(self, node_id: str, body: wire.Empty) -> None:
+        """A node wants to leave: its groups get no new job, and end with the last one."""
+        for group in list(self._groups.values()):
+            if any(role.node_id == node_id for role in group.load.roles):
+                self.retire(group)
+                if not group.jobs:
+                    self.end(group)
+
+    def lose(self, group: Group, node_id: str, reason: str) -> None:
         name = self._peers.name_of(node_id)
         group.lost = PeerError(
             f"node {name} was lost while it worked: {reason}",

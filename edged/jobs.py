@@ -179,14 +179,16 @@ class JobStore:
 
     @contextmanager
     def _transaction(self, synchronous: Literal["FULL", "NORMAL"]) -> Iterator[None]:
-        self._db.execute(f"PRAGMA synchronous = {synchronous}")
         try:
+            self._db.execute(f"PRAGMA synchronous = {synchronous}")
             self._db.execute("BEGIN IMMEDIATE")
             yield
             self._db.execute("COMMIT")
-        except sqlite3.Error as error:
+        except BaseException as error:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
+            if not isinstance(error, sqlite3.Error | OverflowError):
+                raise
             raise EdgedError(
                 f"expected to store the job; {error}", remedy="free disk space on this node", code="store"
             ) from error

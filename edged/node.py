@@ -22,6 +22,7 @@ INVITES_MAX = 64
 FORGOTTEN_MAX = 4096
 PREFIX_CHARS = 8
 VERSION_MAX = 2**53  # far beyond any real one; what a member claims must leave room for ours
+JUMP_MAX = 1 << 20  # changes that another node may have seen and this one not
 
 MemberState = Literal["joining", "member"]
 
@@ -97,7 +98,8 @@ class Membership:
     def redeem(self, client_key: bytes, newcomer: Member, now: float, patience_s: float = 60.0) -> Member:
         """Use an invite up for `newcomer`, who stays `joining` until its own key connects.
 
-        One that is a member already stays one: it has proved its key before.
+        One that is a member already stays the member it is: whoever holds the token has not proved that
+        key, so its rights and zone are not his to change.
         """
         key = client_key.hex()
         found = next((k for k in self.invites if hmac.compare_digest(k, key)), None)
@@ -107,13 +109,14 @@ class Membership:
                 "expected a token that is unused and not expired", remedy="ask for a new `edged invite`"
             )
         known = self.members.get(newcomer.node_id)
-        is_member = known is not None and known.state == "member"
+        if known is not None and known.state == "member":
+            return known
         member = dataclasses.replace(
             newcomer,
             rights=invite.rights,
             zone=invite.zone,
-            state="member" if is_member else "joining",
-            joining_until=0.0 if is_member else now + patience_s,
+            state="joining",
+            joining_until=now + patience_s,
         )
         return self.admit(member)
 
@@ -144,7 +147,7 @@ class Membership:
         by = self.members.get(introducer)
         if by is None or by.state != "member":
             raise TrustError("expected an introduction by a member")
-        _check_version(newcomer.admission)
+        _check_version(newcomer.admission, self.version)
         known = self.members.get(newcomer.node_id)
         if by.zone == "own":  # a guest's word brings nobody back
             self.version = max(self.version, newcomer.admission)
@@ -202,7 +205,7 @@ class Membership:
         """A member says that a node is revoked. True when that ends a member here."""
         if not self.is_revoked_by(teller, node_id, version):
             return False
-        _check_version(version or 0)
+        _check_version(version or 0, self.version)
         is_member = node_id in self.members
         self.version = max(self.version, version or 0)
         ours = self.forget(node_id)
@@ -238,9 +241,10 @@ class Membership:
         self.members[member.node_id] = member
 
 
-def _check_version(version: int) -> None:
-    if not 0 <= version <= VERSION_MAX:
-        raise TrustError(f"expected a membership version from 0 to {VERSION_MAX}")
+def _check_version(version: int, ours: int) -> None:
+    """A member may be ahead of us, but not so far that our own next version could not be said."""
+    if not 0 <= version <= min(ours + JUMP_MAX, VERSION_MAX):
+        raise TrustError(f"expected a membership version from 0 to {ours + JUMP_MAX}")
 
 
 def from_map(stored: dict[str, Any]) -> Membership:

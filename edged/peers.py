@@ -107,8 +107,11 @@ class Peers:
         """The answer of a member, or of this node itself without a detour."""
         if node_id != self.identity.node_id:
             return await self.transport.request(node_id, kind, body, timeout_s)
-        async with asyncio.timeout(timeout_s):
-            answer = await self._answers[kind](node_id, body)
+        try:
+            async with asyncio.timeout(timeout_s):
+                answer = await self._answers[kind](node_id, body)
+        except TimeoutError as error:
+            raise PeerError(f"expected an answer to {kind!r} within {timeout_s:g} s; none came") from error
         return wire.to_map(answer) if answer is not None else {}
 
     def tell(self, node_id: str, kind: str, body: Any = None) -> None:
@@ -280,6 +283,9 @@ class Peers:
         if message.kind == "hello":
             return self._greeted(user, body)
         if message.kind == "ping":
+            link = self.links.get(user)
+            if link is None or link.state != "online":  # then it dials and greets anew
+                raise ProtocolError("expected hello first")
             return wire.Empty()
         member = self.membership.members[user]
         if member.state != "member":
@@ -290,6 +296,8 @@ class Peers:
 
     def _on_event(self, user: str, message: wire.Message) -> None:
         body = _read(message)
+        if user.startswith(INVITED) or self.membership.members[user].state != "member":
+            raise ProtocolError("expected hello first")
         match message.kind:
             case "introduce":
                 self._introduced(user, body)
@@ -396,6 +404,7 @@ class Peers:
             self.links[body.node_id].wake.set()  # it may admit us again, if it refused us before
 
     def _told_to_forget(self, teller: str, body: wire.Forget) -> None:
+        ids.key_of(body.node_id)
         _check_version(body.version)
         if body.node_id == self.identity.node_id:
             return
@@ -529,6 +538,7 @@ class Peers:
         """End everything that runs with a member that is no longer one."""
         self._went(node_id, reason)
         self._late.pop(node_id, None)
+        self._health.clear(f"refused-by-{node_id[:8]}")
         link = self.links.pop(node_id, None)
         if link is not None:
             for task in link.tasks:

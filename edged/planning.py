@@ -28,6 +28,7 @@ from .types import (
 WORKER_BYTES = 96 << 20  # interpreter, libraries and graph buffers of one worker (measured: 50 to 90 MiB)
 KV_BYTES = {"fast": 2, "exact": 4}  # per element: F16, F32
 F32_BYTES = 4
+INFINITE = float("inf")
 GAIN_MIN = 0.9  # more nodes must predict at most this share of the time of fewer (hysteresis)
 
 
@@ -197,10 +198,11 @@ def _rank_times(
 
 def speed_of(node: NodeView, weight_type: str) -> EngineSpeed | None:
     """The measured speed of a weight type; mixed types ("Q4_K_M") count as their main one ("Q4_K")."""
-    exact = next((s for s in node.speeds if s.weight_type == weight_type), None)
+    sound = [s for s in node.speeds if 0 < s.decode_bytes_s < INFINITE and 0 < s.prefill_flops_s < INFINITE]
+    exact = next((s for s in sound if s.weight_type == weight_type), None)
     if exact is not None:
         return exact
-    return next((s for s in node.speeds if weight_type.startswith(s.weight_type)), None)
+    return next((s for s in sound if weight_type.startswith(s.weight_type)), None)
 
 
 def _latency(stages: Sequence[Sequence[Role]], nodes: Mapping[str, NodeView], submitter: str) -> float | None:
@@ -257,6 +259,8 @@ def validate(
     roles = candidate.roles
     if [role.rank for role in roles] != list(range(len(roles))) or not roles:
         return "its ranks are not 0, 1, 2, ..."
+    if request.nodes and tuple(role.node_id for role in roles) != request.nodes:
+        return "it is not on the nodes that were asked for, in their order"
     if len({role.node_id for role in roles}) != len(roles):
         return "a node has more than one role"
     reason = _coverage(_stages(roles), model)
@@ -293,6 +297,17 @@ def _are_linked(a: NodeView, b: NodeView) -> bool:
     return any(link.node_id == b.node_id for link in a.links) or any(
         link.node_id == a.node_id for link in b.links
     )
+
+
+def is_within(role: Role, model: ModelDescription) -> bool:
+    """Are the role's figures ones that a part of this model can have?"""
+    limits = (
+        (role.layers, model.layers),
+        (role.heads, model.heads),
+        (role.ffn, model.ffn),
+        (role.vocab, model.vocab),
+    )
+    return role.memory_bytes >= 0 and all(0 <= a <= b <= size for (a, b), size in limits)
 
 
 def _coverage(stages: Sequence[Sequence[Role]], model: ModelDescription) -> str | None:

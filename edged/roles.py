@@ -7,11 +7,13 @@ where its peers are, loaded, used, stopped. A worker that ends otherwise is repo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from . import wire
+from . import planning, wire
 from .config import Profile, data_ports
 from .device import Device
 from .errors import EdgedError, EngineError, PeerError, PolicyViolation, ProtocolError
@@ -19,7 +21,7 @@ from .peers import Peers
 from .plugins import Host
 from .supervisor import Supervisor, WorkerHandle
 from .transfers import Transfers
-from .types import EngineEntry, EngineSpec
+from .types import EngineEntry, EngineSpec, ModelDescription, PlanRequest
 
 log = logging.getLogger(__name__)
 PREPARE_S = 30.0
@@ -35,6 +37,15 @@ class _Held:
     offer: wire.Offer
     coordinator: str
     worker: WorkerHandle
+
+
+@dataclass(slots=True)
+class _Admitting:
+    """A role between its offer and its worker; it ends by cancelling the task that answers the offer."""
+
+    offer: wire.Offer
+    coordinator: str
+    task: asyncio.Task[Any]
 
 
 class Roles:
@@ -53,16 +64,17 @@ class Roles:
         self._engines = engines
         self._held: dict[str, _Held] = {}
         self._stopping: set[asyncio.Task[None]] = set()
-        self._admitting = 0
+        self._admitting: dict[str, _Admitting] = {}
+        self._emptied = asyncio.Event()  # the last role ended
         self.is_draining = False
         for kind, answer in (
             ("offer", self._offer),
             ("start", self._start),
-            ("generate", self._generate),
             ("usage", self._usage),
         ):
             peers.answers(kind, answer)
         peers.takes("stop", lambda node_id, body: self._stop(node_id, body.group))
+        peers.takes("generate", self._generate)
         peers.takes("cancel", self._cancel)
         peers.when_gone(self._peer_gone)
 
@@ -72,11 +84,24 @@ class Roles:
 
     @property
     def memory_taken(self) -> int:
-        """Bytes that the admitted roles were planned with."""
-        return sum(held.offer.roles[held.offer.rank].memory_bytes for held in self._held.values())
+        """Bytes that the roles here, and those on their way in, were planned with."""
+        offers = [held.offer for held in self._held.values()]
+        offers += [admitting.offer for admitting in self._admitting.values()]
+        return sum(offer.roles[offer.rank].memory_bytes for offer in offers)
+
+    async def drain(self, timeout_s: float) -> None:
+        """Take no new role, and wait until the coordinators are done with those that are here."""
+        self.is_draining = True
+        for coordinator in {held.coordinator for held in self._held.values()}:
+            self._peers.tell_if_online(coordinator, "draining", wire.Empty())
+        if self._held:
+            self._emptied.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(timeout_s):
+                    await self._emptied.wait()
 
     async def close(self) -> None:
-        for group in list(self._held):
+        for group in [*self._admitting, *self._held]:
             self._end(group, "the node stops")
         await asyncio.gather(*self._stopping, return_exceptions=True)
 
@@ -84,22 +109,25 @@ class Roles:
 
     async def _offer(self, coordinator: str, offer: wire.Offer) -> wire.Offered:
         entry = self._check_offer(coordinator, offer)
-        self._admitting += 1
+        task = asyncio.current_task()
+        assert task is not None
+        self._admitting[offer.group] = _Admitting(offer, coordinator, task)
         try:
             await self._device.check(entry)
             await self._transfers.ensure(offer)
+            self._check_memory(offer, self._transfers.description_of(offer.model_sha256))
             return await self._prepare(coordinator, offer)
         except EngineError as error:
             raise self._named(error) from error
         finally:
-            self._admitting -= 1
+            self._admitting.pop(offer.group, None)
 
     def _check_offer(self, coordinator: str, offer: wire.Offer) -> EngineEntry:
         """Every reason to refuse, before anything is started."""
         mine = self._peers.identity
         if not 0 <= offer.rank < len(offer.roles) or offer.roles[offer.rank].node_id != mine.node_id:
             raise ProtocolError("expected an offer of a role for this node")
-        if offer.group in self._held:
+        if offer.group in self._held or offer.group in self._admitting:
             raise ProtocolError("expected a new group")
         role = offer.roles[offer.rank]
         member = self._peers.membership.member(coordinator)
@@ -107,7 +135,7 @@ class Roles:
             raise PolicyViolation(f"{mine.name}: {member.name} has no right to submit jobs here")
         if self.is_draining:
             raise PolicyViolation(f"{mine.name} is leaving and takes no new roles")
-        if len(self._held) + self._admitting >= self._profile.budget.workers:
+        if len(self._held) + len(self._admitting) >= self._profile.budget.workers:
             raise PolicyViolation(
                 f"{mine.name} holds {len(self._held)} workers, as many as its profile allows",
                 remedy="raise budget.workers there, or wait",
@@ -115,19 +143,28 @@ class Roles:
         if offer.engine not in self._engines:
             known = ", ".join(sorted(self._engines)) or "none"
             raise EngineError(f"{mine.name} has no engine {offer.engine!r}; loaded: {known}")
-        budget = self._device.memory_budget(self.memory_taken)
-        if budget is not None and role.memory_bytes > budget:
-            raise PolicyViolation(
-                f"{mine.name}: its part needs {role.memory_bytes >> 20} MiB, "
-                f"and the budget is {budget >> 20} MiB",
-                remedy="free memory there, or give it a smaller share",
-            )
+        self._check_memory(offer, offer.model)
         reason = self._host.guard(
             "edged_admit_role", role=role, model_sha256=offer.model_sha256, coordinator=coordinator
         )
         if reason is not None:
             raise PolicyViolation(f"{mine.name} refuses the role: {reason}")
         return self._engines[offer.engine]
+
+    def _check_memory(self, offer: wire.Offer, model: ModelDescription) -> None:
+        """Does the role fit, by the coordinator's figure and by this node's own?"""
+        name, role = self._peers.identity.name, offer.roles[offer.rank]
+        if not 1 <= offer.context_tokens <= model.context_tokens or not planning.is_within(role, model):
+            raise ProtocolError("expected a role and a context within the model's size")
+        request = PlanRequest(context_tokens=offer.context_tokens, numerics=offer.numerics)
+        needed = max(role.memory_bytes, planning.memory_of(role, model, request))
+        admitting = role.memory_bytes if offer.group in self._admitting else 0
+        budget = self._device.memory_budget(self.memory_taken - admitting)
+        if budget is not None and needed > budget:
+            raise PolicyViolation(
+                f"{name}: its part needs {needed >> 20} MiB, and the budget is {budget >> 20} MiB",
+                remedy="free memory there, or give it a smaller share",
+            )
 
     async def _prepare(self, coordinator: str, offer: wire.Offer) -> wire.Offered:
         group = offer.group
@@ -187,8 +224,8 @@ class Roles:
         named = f"{self._peers.identity.name}: {error}"
         return type(error)(named, remedy=error.remedy, code=error.code)
 
-    async def _generate(self, coordinator: str, body: wire.Generate) -> None:
-        await self._of(coordinator, body.group).worker.call("generate", body, USAGE_S)
+    def _generate(self, coordinator: str, body: wire.Generate) -> None:
+        self._of(coordinator, body.group).worker.send("generate", body)
 
     async def _usage(self, coordinator: str, body: wire.Usage) -> wire.Used:
         answer = await self._of(coordinator, body.group).worker.call("usage", {}, USAGE_S)
@@ -198,7 +235,8 @@ class Roles:
         self._of(coordinator, body.group).worker.send("cancel", {"job": body.job})
 
     def _stop(self, coordinator: str, group: str) -> None:
-        if group in self._held and self._held[group].coordinator == coordinator:
+        entry = self._held.get(group) or self._admitting.get(group)
+        if entry is not None and entry.coordinator == coordinator:
             self._end(group, "its coordinator is done with it")
 
     def _of(self, coordinator: str, group: str) -> _Held:
@@ -220,8 +258,14 @@ class Roles:
             body = wire.read_body(wire.BODIES[message.kind], message.body)
             self._peers.tell_if_online(held.coordinator, message.kind, body)
 
-    def _worker_ended(self, group: str, reason: str) -> None:
+    def _pop(self, group: str) -> _Held | None:
         held = self._held.pop(group, None)
+        if not self._held:
+            self._emptied.set()
+        return held
+
+    def _worker_ended(self, group: str, reason: str) -> None:
+        held = self._pop(group)
         if held is None:
             return
         log.warning("worker ended", extra={"group": group, "reason": reason})
@@ -229,6 +273,9 @@ class Roles:
 
     def _peer_gone(self, node_id: str, reason: str) -> None:
         """Its own groups have no coordinator any more; groups that it was a part of cannot go on."""
+        for group, entry in list(self._admitting.items()):
+            if entry.coordinator == node_id:
+                self._end(group, f"its coordinator is gone: {reason}")
         for group, held in list(self._held.items()):
             if held.coordinator == node_id:
                 self._end(group, f"its coordinator is gone: {reason}")
@@ -236,7 +283,10 @@ class Roles:
                 self._peers.tell_when_online(node_id, "lost", lost)
 
     def _end(self, group: str, reason: str) -> None:
-        held = self._held.pop(group, None)
+        admitting = self._admitting.get(group)
+        if admitting is not None:
+            admitting.task.cancel()
+        held = self._pop(group)
         if held is None:
             return
         log.info("role ended", extra={"group": group, "reason": reason})

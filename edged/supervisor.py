@@ -142,6 +142,9 @@ class Supervisor:
         except OSError as error:
             ours.close()
             raise EngineError(f"expected to start a worker; {error}") from error
+        except BaseException:
+            ours.close()  # a worker that was started all the same finds its pipe closed, and ends
+            raise
         finally:
             theirs.close()
         worker = WorkerHandle(process, ours, on_event)
@@ -177,5 +180,6 @@ def _how_it_ended(code: int) -> str:
     if code == -signal.SIGKILL:
         return "killed (signal 9; the kernel does this when memory runs out)"
     if code < 0:
-        return f"killed by signal {-code} ({signal.Signals(-code).name})"
+        known = {number.value: number.name for number in signal.Signals}  # real-time signals have no name
+        return f"killed by signal {-code} ({known.get(-code, 'real-time')})"
     return f"it exited with code {code}"

@@ -20,11 +20,11 @@ from .models import Model, ModelStore
 from .peers import Peers
 from .supervisor import Supervisor
 from .transport import new_keys
-from .types import EngineEntry
+from .types import EngineEntry, ModelDescription
 
 log = logging.getLogger(__name__)
 ASK_S = 10.0
-SERVING_MAX = 4  # transfers out at once
+SERVING_MAX = 16  # transfers out at once
 Progress = Callable[[dict[str, Any]], None]
 
 
@@ -56,6 +56,10 @@ class Transfers:
         if model is None or not model.complete:
             raise EngineError(f"expected model {sha256[:12]} whole in the store; it is not")
         return Path(model.path)
+
+    def description_of(self, sha256: str) -> ModelDescription:
+        """What this node itself knows of a stored model."""
+        return self._store.manifest(sha256).model
 
     async def add(self, name: str, file: int, on_progress: Progress) -> dict[str, Any]:
         """Store an open file; answers with its row and how it was stored."""

@@ -261,7 +261,7 @@ class Transport:
         hang_up = asyncio.Event()
         told = asyncio.ensure_future(hang_up.wait())
         try:
-            sock.connect(endpoint(address, port))
+            _connect(sock, address, port)
             greeting = asyncio.ensure_future(self._greet(node_id, sock, hello))
             await asyncio.wait([ended, greeting], return_when=asyncio.FIRST_COMPLETED)
             if not greeting.done():
@@ -309,7 +309,7 @@ class Transport:
         monitor = sock.get_monitor_socket(zmq.EVENT_HANDSHAKE_FAILED_AUTH)
         refused = asyncio.ensure_future(_until_ended(monitor))
         try:
-            sock.connect(endpoint(address, port))
+            _connect(sock, address, port)
             await sock.send(wire.pack("pair", body, request=1))
             answer = asyncio.ensure_future(sock.recv())
             await asyncio.wait([answer, refused], timeout=5, return_when=asyncio.FIRST_COMPLETED)
@@ -455,6 +455,14 @@ class Transport:
         task = asyncio.get_running_loop().create_task(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _connect(sock: zmq.asyncio.Socket, address: str, port: int) -> None:
+    """Dial; PeerError where the address is none, since a peer may name anything."""
+    try:
+        sock.connect(endpoint(address, port))
+    except zmq.ZMQError as error:
+        raise PeerError(f"expected an address and a port; {address:.64}:{port} came ({error})") from error
 
 
 async def _until_ended(monitor: zmq.asyncio.Socket) -> EdgedError:

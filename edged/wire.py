@@ -32,6 +32,7 @@ key `pair` is the only kind that is read.
     stop        coordinator -> member   end the role
     lost        member -> coordinator   a worker of this group ended
     usage       coordinator -> member   what its worker sent and holds    answer: used
+    draining    member -> coordinator   give my roles no new job; I leave when they are done
     generate    coordinator -> rank 0   begin a job on a loaded group
     cancel      coordinator -> rank 0   end a job
     tokens      rank 0 -> coordinator   new tokens of a job
@@ -47,7 +48,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgpack
 import msgspec
@@ -73,6 +74,7 @@ CONTAINERS_MAX = 1 << 16  # a byte of msgpack makes 60 of Python; a model's tens
 NAME_CHARS_MAX = 64
 PING_S = 1.0
 T = TypeVar("T")
+Reason = Literal["length", "stop", "cancelled", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +257,7 @@ class Finished:
 
     job: str
     epoch: int
-    reason: str
+    reason: Reason
     error: str = ""
 
 
@@ -303,6 +305,7 @@ BODIES: dict[str, type[Any]] = {
     "introduce": Introduce,
     "forget": Forget,
     "leave": Empty,
+    "draining": Empty,
     "describe": Describe,
     "offer": Offer,
     "start": Start,

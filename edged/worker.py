@@ -164,7 +164,9 @@ class Worker:
         return wire.Started((time.monotonic() - started) * 1000, self._usage().memory_bytes)
 
     def _cancel(self, job: str) -> None:
-        self._waiting = [request for request in self._waiting if request.job != job]
+        for request in [request for request in self._waiting if request.job == job]:
+            self._waiting.remove(request)
+            self._event("finished", wire.Finished(request.job, request.epoch, "cancelled"))
         if sequence := self._running.get(job):
             self._finish(sequence, "cancelled")
 
@@ -216,7 +218,7 @@ class Worker:
         if is_last:
             self._finish(sequence, "length")
 
-    def _finish(self, sequence: _Sequence, reason: str, error: str = "") -> None:
+    def _finish(self, sequence: _Sequence, reason: wire.Reason, error: str = "") -> None:
         request = sequence.request
         del self._running[request.job]
         if self._engine is not None and not error:

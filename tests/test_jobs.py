@@ -285,3 +285,14 @@ def test_the_same_id_twice_is_refused(store: JobStore) -> None:
 )
 def test_times_are_rfc_3339_in_utc(seconds: float, text: Any) -> None:
     assert jobs.rfc3339(seconds) == text
+
+
+def test_a_token_that_no_column_holds_leaves_the_store_usable(tmp_path: Path) -> None:
+    store = JobStore(tmp_path / "state.db")
+    store.accept("j", "generate", {}, 1.0)
+    with pytest.raises(EdgedError) as caught:
+        store.add_tokens("j", 0, [2**63], "x")
+    assert caught.value.code == "store"
+    store.add_tokens("j", 0, [7], "x")
+    assert store.tokens("j") == ([7], "x")
+    store.close()

@@ -340,12 +340,16 @@ class History(RuleBasedStateMachine):
         key = data.draw(st.sampled_from(sorted(self.open)))
         expires_at, rights, zone = self.open.pop(key)
         self.closed.append(key)
+        before = self.table.member(node_id)
         try:
             member = self.table.redeem(key, Member(node_id, node_id), self.now)
         except TrustError:
             assert self.now >= expires_at
             return
         assert self.now < expires_at
+        if before is not None and before.state == "member":
+            assert member == before  # the token's holder has not proved that key
+            return
         assert (member.rights, member.zone) == (rights, zone)
         self.granted[node_id] = set(rights)
         self.banned.pop(node_id, None)

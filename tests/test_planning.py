@@ -532,3 +532,21 @@ def test_the_explanation_names_nodes_reasons_and_what_is_unmeasured() -> None:
 def test_a_node_without_any_sensor_is_planned_for_like_another() -> None:
     found = planning.consider(STRATEGIES, MODEL, [NodeView("a", "A", device=DeviceState())], PlanRequest())
     assert [c.strategy for c in found if c.refused_because is None] == ["local"]
+
+
+@pytest.mark.parametrize("speed", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_speed_that_cannot_be_counts_as_unmeasured(speed: float) -> None:
+    node = NodeView("n", "n", speeds=(EngineSpeed("shard", "Q4_0", speed, 1e9),))
+    assert planning.speed_of(node, "Q4_0") is None
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"layers": (-1, 2)}, {"layers": (0, 10**6)}, {"heads": (2, 1)}, {"memory_bytes": -1}],
+    ids=str,
+)
+def test_a_role_outside_its_model_is_told_apart(changed: dict[str, object]) -> None:
+    model = MODEL
+    sound = planning.whole(NodeView("n", "n"), model, "local").roles[0]
+    assert planning.is_within(sound, model)
+    assert not planning.is_within(dataclasses.replace(sound, **changed), model)  # type: ignore[arg-type]
