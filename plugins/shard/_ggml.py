@@ -184,8 +184,9 @@ def _bound_spinning() -> None:
 
     By default they spin for milliseconds: beside one busy process, a token of a 135M model on two
     threads then took 195 ms in the mean and 2.8 s at worst; with this bound, 34 and 60. The price
-    on a nearly idle machine is 0 to 30 percent of a token (135M and 1.1B models, medians). Sleeping at once (passive) cost it threefold. Whoever
-    has the machine alone sets GOMP_SPINCOUNT=300000, OpenMP's own; one thread has no such wait.
+    on a nearly idle machine is 0 to 30 percent of a token (135M and 1.1B models, medians). Sleeping
+    at once (passive) cost it threefold. Whoever has the machine alone sets GOMP_SPINCOUNT=300000,
+    OpenMP's own; one thread has no such wait.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", "1000")
