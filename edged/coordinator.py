@@ -279,7 +279,7 @@ class Coordinator:
             self._store.end(run.job_id, state, time.time(), result=document)
         except BaseException as error:
             self._give_up(run, error)
-            failure = error if isinstance(error, JobError) else _as_failure(error, run.is_cancelled)
+            failure = error if isinstance(error, EdgedError) else _as_failure(error, run.is_cancelled)
             state = "cancelled" if run.is_cancelled or failure.code == "cancelled" else "failed"
             self._end_in_store(run, state, failure)
             self._host.observe("edged_job_finished", job_id=run.job_id, state=state, measured={})
@@ -307,7 +307,7 @@ class Coordinator:
         if isinstance(error, PeerError) and error.code == "stalled":
             self._groups.lose(run.group, rank_0, "no token came")
 
-    def _end_in_store(self, run: _Run, state: State, failure: JobError) -> None:
+    def _end_in_store(self, run: _Run, state: State, failure: EdgedError) -> None:
         """A store that takes nothing must not hide why the job ended; the next start says `interrupted`."""
         try:
             self._store.end(run.job_id, state, time.time(), error=failure)
@@ -343,7 +343,13 @@ class Coordinator:
             request.numerics,
         )
         by_id = {node.node_id: node for node in nodes}
-        run.group, run.load_ms = await self._groups.get(load, by_id, run.job_id)
+        try:
+            run.group, run.load_ms = await self._groups.get(load, by_id, run.job_id)
+        except EdgedError as error:
+            if isinstance(error, JobError):
+                raise
+            # whatever class a peer sent: for whoever asked for the job it is the job that failed
+            raise JobError(str(error), remedy=error.remedy, code=error.code) from error
         if run.group.lost is not None:
             raise run.group.lost
         run.bytes_before = await self._groups.bytes_sent(run.group)
@@ -582,6 +588,4 @@ def _settled(run: _Run, task: asyncio.Task[dict[str, Any]]) -> None:
 def _as_failure(error: BaseException, is_cancelled: bool) -> JobError:
     if isinstance(error, asyncio.CancelledError):
         return JobError("the job was cancelled", code="cancelled") if is_cancelled else _interrupted()
-    if isinstance(error, EdgedError):  # whatever a peer sent: of a job it is a job's error, exit 6
-        return JobError(str(error), remedy=error.remedy, code=error.code)
     return JobError(f"internal error: {type(error).__name__}: {error}", code="internal")

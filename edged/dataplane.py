@@ -221,7 +221,16 @@ class Link:
                 f"expected {self.node} to admit this transfer's key; it refuses it",
                 remedy="pair with `edged invite` and `edged join`",
             )
-        raise GoneError(f"the connection to {self.node} ended")
+        reason = self._last_words()
+        raise GoneError(f"the connection to {self.node} ended{f': {reason}' if reason else ''}")
+
+    def _last_words(self) -> str:
+        """Why the other side gave up, where it said so and the end of the connection was seen first."""
+        while self._sock.poll(0, zmq.POLLIN):
+            message, _ = self._read()
+            if message.kind == "error":
+                return str(message.body.get("message", ""))[:500]
+        return ""
 
     # --- opening and closing ---
 

@@ -147,7 +147,10 @@ class Membership:
         by = self.members.get(introducer)
         if by is None or by.state != "member":
             raise TrustError("expected an introduction by a member")
-        _check_version(newcomer.admission, self.version)
+        if by.zone == "own":
+            _check_version(newcomer.admission, self.version)
+        else:  # a guest says nothing of versions
+            newcomer = dataclasses.replace(newcomer, admission=0)
         known = self.members.get(newcomer.node_id)
         if by.zone == "own":  # a guest's word brings nobody back
             self.version = max(self.version, newcomer.admission)

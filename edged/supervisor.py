@@ -148,7 +148,12 @@ class Supervisor:
         finally:
             theirs.close()
         worker = WorkerHandle(process, ours, on_event)
-        await worker.start()
+        try:
+            await worker.start()
+        except BaseException:
+            worker.kill()
+            ours.close()
+            raise
         self.workers[worker.pid] = worker
         asyncio.ensure_future(process.wait()).add_done_callback(lambda _: self.workers.pop(worker.pid, None))
         return worker
