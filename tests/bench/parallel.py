@@ -2,7 +2,7 @@
 
 Real daemons, real workers, encrypted channels, over loopback. `ratio` is one node's median divided by
 the plan's, round by round: above 1 the plan is faster. Two nodes share this machine's memory and caches,
-which two machines would not.
+which two machines would not. `bytes_per_token` counts the prompt's bytes too.
 """
 
 from __future__ import annotations
