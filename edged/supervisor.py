@@ -17,8 +17,6 @@ from . import framing, wire
 from .errors import EdgedError, EngineError
 
 log = logging.getLogger(__name__)
-GOMP_SPINCOUNT = "10000"  # threads spin for microseconds, then sleep: two workers on the same cores, each
-# spinning at its barriers for the other's time slice, took 400 times longer per token
 STOP_S = 3.0  # a worker that does not end by itself within this is killed
 
 OnEvent = Callable[[wire.Message], None]
@@ -134,7 +132,6 @@ class Supervisor:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, "-m", "edged.worker"),
                 *("--fd", str(theirs.fileno()), "--parent", str(os.getpid())),
-                env={"GOMP_SPINCOUNT": GOMP_SPINCOUNT, **os.environ},
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=2,  # a library that prints must not reach the daemon's standard output
                 pass_fds=(theirs.fileno(), *inherit),
