@@ -157,8 +157,10 @@ class Groups:
             await self._each(load.roles, lambda role: self._start(group, role, offered, listeners))
             if group.lost is not None:
                 raise group.lost
-        except BaseException:
+        except BaseException as error:
             self.end(group)
+            if group.lost is not None:  # it names the node; the error may be of another that was stopped
+                raise group.lost from error
             raise
         group.idle_since = time.monotonic()
         group.load_ms = (group.idle_since - started) * 1000

@@ -106,8 +106,9 @@ class Home:
         if len(os.fsencode(direct)) <= SOCKET_PATH_BYTES_MAX:
             return direct
         digest = hashlib.sha256(os.fsencode(self.path.absolute())).hexdigest()[:16]
-        runtime = os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()
-        return Path(runtime) / f"edged-{os.getuid()}-{digest}" / "control.sock"
+        short = Path(f"edged-{os.getuid()}-{digest}") / "control.sock"
+        runtime = Path(os.environ.get("XDG_RUNTIME_DIR") or tempfile.gettempdir()) / short
+        return runtime if len(os.fsencode(runtime)) <= SOCKET_PATH_BYTES_MAX else Path("/tmp") / short
 
 
 def default_home() -> Home:

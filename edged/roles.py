@@ -46,6 +46,7 @@ class _Admitting:
     offer: wire.Offer
     coordinator: str
     task: asyncio.Task[Any]
+    ended: str = ""  # why it was ended from outside
 
 
 class Roles:
@@ -111,7 +112,7 @@ class Roles:
         entry = self._check_offer(coordinator, offer)
         task = asyncio.current_task()
         assert task is not None
-        self._admitting[offer.group] = _Admitting(offer, coordinator, task)
+        admitting = self._admitting[offer.group] = _Admitting(offer, coordinator, task)
         try:
             await self._device.check(entry)
             await self._transfers.ensure(offer)
@@ -119,6 +120,11 @@ class Roles:
             return await self._prepare(coordinator, offer)
         except EngineError as error:
             raise self._named(error) from error
+        except asyncio.CancelledError:
+            if not admitting.ended:
+                raise
+            task.uncancel()  # the coordinator gets an answer, and stops waiting for it
+            raise PeerError(f"{self._peers.identity.name} ended the role: {admitting.ended}") from None
         finally:
             self._admitting.pop(offer.group, None)
 
@@ -284,7 +290,8 @@ class Roles:
 
     def _end(self, group: str, reason: str) -> None:
         admitting = self._admitting.get(group)
-        if admitting is not None:
+        if admitting is not None and admitting.task is not asyncio.current_task():
+            admitting.ended = reason
             admitting.task.cancel()
         held = self._pop(group)
         if held is None:
