@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -289,10 +291,10 @@ def test_a_home_that_was_never_made_says_how(tmp_path: Path) -> None:
 
 
 def test_a_long_home_gets_its_socket_in_a_short_folder(
-    nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
-    runtime = tmp_path / "run"
-    runtime.mkdir(mode=0o700)
+    runtime = Path(tempfile.mkdtemp(prefix="run-"))  # tmp_path may be too long itself
+    request.addfinalizer(lambda: shutil.rmtree(runtime))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
     folder = tmp_path / "/".join(["a" * 40] * 4) / "laptop"
     folder.parent.mkdir(parents=True)
