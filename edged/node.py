@@ -201,6 +201,7 @@ class Membership:
         by, member = self.members.get(teller), self.members.get(node_id)
         if by is None or by.zone != "own":
             return False
+        _check_version(version or 0, self.version)
         since = member.admission if member is not None else self.forgotten.get(node_id, -1) + 1
         return version is None or version >= since
 
@@ -208,7 +209,6 @@ class Membership:
         """A member says that a node is revoked. True when that ends a member here."""
         if not self.is_revoked_by(teller, node_id, version):
             return False
-        _check_version(version or 0, self.version)
         is_member = node_id in self.members
         self.version = max(self.version, version or 0)
         ours = self.forget(node_id)
