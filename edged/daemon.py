@@ -155,7 +155,7 @@ class Daemon:
         pause = sdnotify.watchdog_s()
         while pause is not None:
             sdnotify.notify("WATCHDOG=1")
-            await asyncio.sleep(pause / 2)
+            await asyncio.sleep(pause)
 
     def spawn(self, work: Coroutine[Any, Any, Any]) -> None:
         task = asyncio.get_running_loop().create_task(work)

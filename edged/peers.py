@@ -247,22 +247,19 @@ class Peers:
             ) from error
 
     def trust(self, text: str, rights: tuple[Right, ...] | None, zone: Zone | None) -> node.Member:
-        member = self.membership.trust(self._member_id(text), rights, zone)
+        member = self.membership.trust(self.membership.find(text), rights, zone)
         self._store()
         return member
 
     def forget(self, text: str) -> str:
         """Revoke a member at once, here and on every member that is online now or later."""
-        node_id = self._member_id(text)
+        node_id = self.membership.find(text)
         self._drop(node_id, "it was forgotten")
         version = self.membership.forget(node_id)
         self._store()
         for member in self.membership.members:
             self.tell_if_online(member, "forget", wire.Forget(node_id, version))
         return node_id
-
-    def _member_id(self, text: str) -> str:
-        return self.membership.find(text)
 
     # --- what comes in ---
 
