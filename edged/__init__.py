@@ -10,6 +10,7 @@ from .errors import (
     ProtocolError,
 )
 from .hookspecs import hookimpl
+from .planning import memory_of
 from .types import (
     RIGHTS,
     Announcement,
@@ -70,4 +71,5 @@ __all__ = [
     "TensorEntry",
     "__version__",
     "hookimpl",
+    "memory_of",
 ]

@@ -1,4 +1,8 @@
-"""How strategies divide whole things among ranks: the largest remainder, at least one each."""
+"""How strategies divide whole things among ranks.
+
+By requested shares: the largest remainder, at least one each. By measured speeds: so that the slowest
+rank is done soonest, and nobody gets more than it can hold.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +48,42 @@ def apportion_all(units: int, weights: Sequence[float]) -> list[int]:
     return counts
 
 
+def balance(
+    units: int, speeds: Sequence[float], caps: Sequence[int] | None = None, least: int = 1
+) -> list[int] | None:
+    """Whole units by speed, `least` to `caps[rank]` each; None where the caps do not hold them all.
+
+    No division within these bounds has a smaller `max(count / speed)`: each unit goes to the rank that
+    would be done with it soonest, ties to the lower rank (D'Hondt's method). What a capped rank cannot
+    take, the others share by speed.
+    """
+    exact = [Fraction(speed) for speed in speeds]
+    bounds = [units] * len(exact) if caps is None else [min(cap, units) for cap in caps]
+    if sum(bounds) < units or min(bounds) < least or least * len(exact) > units:
+        return None
+    counts = _lower_quota(units, exact, bounds, least)
+    for _ in range(units - sum(counts)):
+        able = [rank for rank, count in enumerate(counts) if count < bounds[rank]]
+        counts[min(able, key=lambda rank: (counts[rank] + 1) / exact[rank])] += 1
+    return counts
+
+
+def _lower_quota(units: int, speeds: Sequence[Fraction], caps: Sequence[int], least: int) -> list[int]:
+    """Counts that D'Hondt's method surely reaches, a few units from the end: a vocabulary has 10^5."""
+    counts = list(caps)
+    sharing = list(range(len(speeds)))
+    while sharing:
+        spare = units - sum(caps) + sum(caps[rank] for rank in sharing) - least * len(sharing)
+        total = sum(speeds[rank] for rank in sharing)
+        quota = {rank: math.floor(spare * speeds[rank] / total) for rank in sharing}
+        if all(quota[rank] < caps[rank] for rank in sharing):
+            for rank in sharing:
+                counts[rank] = max(least, quota[rank])
+            break
+        sharing = [rank for rank in sharing if quota[rank] < caps[rank]]
+    return counts
+
+
 def ranges(counts: Sequence[int], unit: int, total: int) -> list[Range]:
     """Half-open ranges that cover 0 to `total`, cut at multiples of `unit`; the last may be shorter."""
     ends = [min(sum(counts[: rank + 1]) * unit, total) for rank in range(len(counts))]
@@ -59,35 +99,43 @@ def weights_of(model: ModelDescription, nodes: Sequence[NodeView], request: Plan
 
 
 def _speed(node: NodeView, weight_type: str) -> float:
-    """The best engine's decode bytes a second for this weight type; 0 where unmeasured."""
-    found = [speed.decode_bytes_s for speed in node.speeds if speed.weight_type == weight_type]
-    return max((speed for speed in found if 0 < speed < math.inf), default=0.0)
+    """The best engine's decode bytes a second; 0 where unmeasured.
+
+    A mixed type ("Q4_K_M") that was not measured itself counts as its main one ("Q4_K").
+    """
+    sound = [speed for speed in node.speeds if 0 < speed.decode_bytes_s < math.inf]
+    same = [speed for speed in sound if speed.weight_type == weight_type]
+    main = [speed for speed in sound if weight_type.startswith(speed.weight_type)]
+    return max((speed.decode_bytes_s for speed in same or main), default=0.0)
 
 
-def groups(strategy: str, nodes: Sequence[NodeView], request: PlanRequest) -> list[Sequence[NodeView]]:
-    """The groups of nodes to propose: the requested one, or the first two and more, to GROUP_MAX.
+def groups(
+    strategy: str, nodes: Sequence[NodeView], request: PlanRequest, least: int = 2
+) -> list[Sequence[NodeView]]:
+    """The groups of nodes to propose: the requested one, or the first `least` and more, to GROUP_MAX.
 
     Shares without nodes say how many of the nodes it shall be. ConfigError on shares that are none
-    or too many, PeerError where the strategy was asked for and there is one node only.
+    or too many, PeerError where the strategy was asked for and there are too few nodes.
     """
+    several = ("two", "three", "four")[least - 2]
     shares = request.shares
     if request.nodes is not None:
         wanted = len(nodes)
     elif shares is not None:
         wanted = min(len(shares), len(nodes))
     else:
-        if request.strategy == strategy and len(nodes) < 2:
+        if request.strategy == strategy and len(nodes) < least:
             raise PeerError(
-                f"expected at least two nodes online for {strategy}; {len(nodes)} came",
-                remedy="start edged on another node, or use --strategy local",
+                f"expected at least {several} nodes online for {strategy}; {len(nodes)} came",
+                remedy="start edged on another node, or use another strategy",
             )
-        return [nodes[:size] for size in range(2, min(GROUP_MAX, len(nodes)) + 1)]
+        return [nodes[:size] for size in range(least, min(GROUP_MAX, len(nodes)) + 1)]
     if shares is not None:
         _check_shares(shares, wanted)
-    if wanted < 2:
+    if wanted < least:
         raise ConfigError(
-            f"expected at least two nodes for {strategy}; {wanted} came",
-            remedy="name another node, or use --strategy local or remote",
+            f"expected at least {several} nodes for {strategy}; {wanted} came",
+            remedy="name another node, or use another strategy",
         )
     return [nodes[:wanted]]
 

@@ -373,7 +373,7 @@ def test_edged_engines() -> None:
 
 def test_edged_strategies() -> None:
     found = first_party("edged_strategies", "layer_parallel", "tensor_parallel")
-    assert set(found) == {"layers", "tensor"}
+    assert set(found) == {"layers", "tensor", "hybrid"}
     assert all(isinstance(entry, Strategy) for entry in found.values())
 
 

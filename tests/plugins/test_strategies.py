@@ -7,54 +7,9 @@ import pytest
 from edged_plugins import _cutting, layer_parallel, tensor_parallel
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from strategy_rig import assert_covers, model, named, view, views
 
-from edged import (
-    ConfigError,
-    EngineSpeed,
-    ModelDescription,
-    NodeView,
-    PeerError,
-    PlanRequest,
-    PolicyViolation,
-)
-
-
-def model(**changes):
-    """SmolLM2-135M's shape in q4_1: three groups of three heads, blocks of 32."""
-    fields = {
-        "architecture": "llama",
-        "parameters": 134_515_008,
-        "layers": 30,
-        "hidden": 576,
-        "heads": 9,
-        "kv_heads": 3,
-        "head_dim": 64,
-        "ffn": 1536,
-        "vocab": 49152,
-        "context_tokens": 8192,
-        "weight_type": "q4_1",
-        "head_unit": 3,
-        "ffn_unit": 32,
-        "vocab_unit": 1,
-        "layer_bytes": (2_211_840,) * 30,
-        "embedding_bytes": 30_081_024,
-        "head_bytes": 0,
-    }
-    return ModelDescription(**{**fields, **changes})
-
-
-def view(number, *speeds):
-    """Node `number`; `speeds` are (weight type, bytes a second)."""
-    measured = tuple(EngineSpeed("shard", kind, speed, 1e9) for kind, speed in speeds)
-    return NodeView(f"node{number}", f"name{number}", speeds=measured)
-
-
-def views(count):
-    return [view(number) for number in range(count)]
-
-
-def named(nodes, **changes):
-    return PlanRequest(nodes=tuple(node.node_id for node in nodes), **changes)
+from edged import ConfigError, PeerError, PlanRequest, PolicyViolation
 
 
 def propose_layers(*arguments):
@@ -64,20 +19,12 @@ def propose_layers(*arguments):
 
 
 def propose_tensor(*arguments):
-    [strategy] = tensor_parallel.edged_strategies(settings={})
-    assert strategy.name == "tensor"
-    return strategy.propose(*arguments)
+    tensor, _ = tensor_parallel.edged_strategies(settings={})
+    assert tensor.name == "tensor"
+    return tensor.propose(*arguments)
 
 
 BOTH = pytest.mark.parametrize("propose", [propose_layers, propose_tensor])
-
-
-def assert_covers(ranges, total, unit=1):
-    """Half-open, in rank order, without a gap, none empty, cut at multiples of `unit`."""
-    assert [begin for begin, _ in ranges] == [0, *[end for _, end in ranges[:-1]]]
-    assert ranges[-1][1] == total
-    assert all(begin < end for begin, end in ranges)
-    assert all(end % unit == 0 for _, end in ranges[:-1])
 
 
 # --- the division itself --------------------------------------------------------------------------
