@@ -21,11 +21,11 @@ import numpy as np
 
 from edged import EngineError, EngineSpec, ModelDescription, Role, Step
 
+from .._tokenizer import silence
 from . import _ggml
 from ._describe import describe
 from ._engine import load
 from ._random import Shape, write_model
-from ._tokenizer import silence
 
 TOLERANCE = 0.0  # on the CPU: the same kernels, bit for bit
 CONTEXT_TOKENS = 512

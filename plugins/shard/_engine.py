@@ -17,15 +17,15 @@ import numpy as np
 
 from edged import Channel, EngineError, EngineSpec, ProtocolError, Sampling, Step
 
+from .._sampling import KEEP_ALL, best, choose, keep_of, kept
+from .._tokenizer import Tokenizer
 from . import Settings, _ggml
 from ._graph import Graph
 from ._layers import Shard
 from ._messages import WIRES, Entry, Mailbox, Work, read_work, send_work
 from ._model import read_model
 from ._place import find_place
-from ._sampling import KEEP_ALL, best, choose, keep_of, kept
 from ._sequences import Sequences
-from ._tokenizer import Tokenizer
 from ._weights import Weights
 
 Candidates = tuple[np.ndarray, np.ndarray]  # ids, logits

@@ -24,7 +24,7 @@ import numpy as np
 
 from edged import Channel, ProtocolError
 
-from ._sampling import KEEP_ALL
+from .._sampling import KEEP_ALL
 
 BATCH_TOKENS = 512  # llama.cpp's n_ubatch
 ENTRIES_MAX = 4096

@@ -13,7 +13,7 @@ from typing import Any
 
 from edged import EngineError
 
-from ._gguf import Head, Tensor, read_head
+from .._gguf import Head, Tensor, read_head
 
 ARCHITECTURES = ("llama",)
 REPACK_ROWS = 32  # rows of a slice: a multiple of every repacked layout's interleave

@@ -16,8 +16,8 @@ import numpy as np
 
 from edged import EngineError
 
+from .._gguf import Tensor
 from . import _ggml
-from ._gguf import Tensor
 from ._model import Model
 from ._place import Place, Range
 

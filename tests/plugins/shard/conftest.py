@@ -38,7 +38,7 @@ def _made(name: str, make: Callable[[str], None]) -> str:
 def _quantise(source: str, file_type: str) -> Callable[[str], None]:
     def make(target: str) -> None:
         import llama_cpp
-        from edged_plugins.shard._tokenizer import silence
+        from edged_plugins._tokenizer import silence
 
         silence()
         parameters = llama_cpp.llama_model_quantize_default_params()

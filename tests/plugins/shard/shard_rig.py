@@ -13,9 +13,9 @@ import llama_cpp
 import msgpack
 import msgspec
 import numpy as np
+from edged_plugins._tokenizer import silence
 from edged_plugins.shard._describe import describe
 from edged_plugins.shard._engine import ShardEngine, load
-from edged_plugins.shard._tokenizer import silence
 
 from edged import EngineSpec, ModelDescription, PeerError, Role, Sampling, Step
 

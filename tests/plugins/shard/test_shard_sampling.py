@@ -6,7 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
-from edged_plugins.shard._sampling import KEEP_ALL, best, choose, keep_of, kept, uniform
+from edged_plugins._sampling import KEEP_ALL, best, choose, keep_of, kept, uniform
 
 from edged import EngineError, Sampling
 

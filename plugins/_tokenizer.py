@@ -14,8 +14,6 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 
 from edged import EngineError
 
-from . import _ggml
-
 PIECE_BYTES = 256
 
 
@@ -25,9 +23,8 @@ def _silent(level: int, text: bytes, user: ctypes.c_void_p) -> None:
 
 
 def silence() -> None:
-    """Drop llama.cpp's log and ggml's, which importing llama_cpp had turned on."""
+    """Drop llama.cpp's log and, by the same call, ggml's; importing llama_cpp had turned both on."""
     llama_cpp.llama_log_set(_silent, ctypes.c_void_p())
-    _ggml.load().silence()
 
 
 class Tokenizer:
