@@ -20,7 +20,7 @@ from .device import Device
 from .errors import ConfigError, EdgedError, EngineError, JobError, PeerError, PolicyViolation
 from .groups import Group, Groups, Load
 from .jobs import ENDED, Job, JobStore, State
-from .models import ModelStore
+from .models import Model, ModelStore
 from .peers import Peers
 from .plugins import Host
 from .requests import GenerateRequest
@@ -341,6 +341,7 @@ class Coordinator:
             engine,
             wanted.context_tokens,
             request.numerics,
+            self._holder_of(model, nodes),
         )
         by_id = {node.node_id: node for node in nodes}
         try:
@@ -391,6 +392,13 @@ class Coordinator:
         if finished.reason == "error":
             raise JobError(finished.error or "the worker failed", code="engine")
         return finished
+
+    def _holder_of(self, model: Model, nodes: Sequence[NodeView]) -> str:
+        """Who gives the file to nodes that lack it: this node, or where it has a part of it another."""
+        mine = self._peers.identity.node_id
+        if model.complete:
+            return mine
+        return next((node.node_id for node in nodes if model.sha256 in node.holds), mine)
 
     def _engine_for(self, engine: str | None, architecture: str) -> str:
         if engine in self._engines:

@@ -39,6 +39,7 @@ class Load:
     engine: str
     context_tokens: int
     numerics: Numerics
+    holder: str  # a node that gives the file to those who lack it
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -189,7 +190,7 @@ class Groups:
             load.context_tokens,
             load.numerics,
             tuple(_other(pair, role.rank) for pair, rank in listeners.items() if rank == role.rank),
-            self._peers.identity.node_id,
+            load.holder,
         )
         timeout_s = OFFER_S + load.manifest.size / FETCH_BYTES_S
         return wire.read_body(wire.Offered, await self._ask(role, "offer", offer, timeout_s))

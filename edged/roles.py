@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,7 @@ class _Held:
     offer: wire.Offer
     coordinator: str
     worker: WorkerHandle
+    path: str  # the model file, as the worker reaches it
 
 
 @dataclass(slots=True)
@@ -174,8 +176,8 @@ class Roles:
 
     async def _prepare(self, coordinator: str, offer: wire.Offer) -> wire.Offered:
         group = offer.group
-        worker = await self._supervisor.spawn(lambda message: self._from_worker(group, message))
-        self._held[group] = _Held(offer, coordinator, worker)
+        worker, path = await self._spawn(offer)
+        self._held[group] = _Held(offer, coordinator, worker, path)
         worker.on_exit = lambda reason: self._worker_ended(group, reason)
         ports = data_ports(self._profile.network.data_ports)
         try:
@@ -195,6 +197,21 @@ class Roles:
             raise
         return wire.read_body(wire.Offered, answer)
 
+    async def _spawn(self, offer: wire.Offer) -> tuple[WorkerHandle, str]:
+        """A worker for the role, and the path of the model file as it sees it."""
+
+        def on_event(message: wire.Message) -> None:
+            self._from_worker(offer.group, message)
+
+        part = self._transfers.open_part(offer)
+        if part is None:
+            path = str(self._transfers.path_of(offer.model_sha256))
+            return await self._supervisor.spawn(on_event), path
+        try:
+            return await self._supervisor.spawn(on_event, (part,)), f"/proc/self/fd/{part}"
+        finally:
+            os.close(part)
+
     async def _start(self, coordinator: str, start: wire.Start) -> wire.Started:
         held = self._of(coordinator, start.group)
         offer = held.offer
@@ -203,7 +220,7 @@ class Roles:
             for end in start.ends
         }
         spec = EngineSpec(
-            str(self._transfers.path_of(offer.model_sha256)),
+            held.path,
             offer.model,
             offer.roles,
             offer.rank,

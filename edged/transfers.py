@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import msgspec
 
 from . import models, wire
 from .config import Profile, data_ports
@@ -20,12 +24,23 @@ from .models import Model, ModelStore
 from .peers import Peers
 from .supervisor import Supervisor
 from .transport import new_keys
-from .types import EngineEntry, ModelDescription
+from .types import EngineEntry, EngineSpec, ModelDescription, Range
 
 log = logging.getLogger(__name__)
 ASK_S = 10.0
+RANGES_S = 60.0  # a child process reads the head of a file
 SERVING_MAX = 16  # transfers out at once
+NEEDS_MAX = 64  # roles whose byte ranges are remembered: more than a node's workers
 Progress = Callable[[dict[str, Any]], None]
+Ranges = tuple[Range, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Fetching:
+    """A transfer on its way. `ranges` None: the whole file."""
+
+    ranges: Ranges | None
+    task: asyncio.Task[Model]
 
 
 class Transfers:
@@ -40,22 +55,41 @@ class Transfers:
     ) -> None:
         self._home, self._profile, self._store = home, profile, store
         self._peers, self._supervisor, self._engines = peers, supervisor, engines
-        self._fetching: dict[str, asyncio.Task[Model]] = {}
+        self._fetching: dict[str, _Fetching] = {}
+        self._needs: dict[Any, Ranges] = {}
         self._serving: set[asyncio.Task[Any]] = set()
         peers.answers("manifest", self._manifest)
         peers.answers("serve", self._serve)
 
     async def close(self) -> None:
-        tasks = [*self._fetching.values(), *self._serving]
+        tasks = [*(fetching.task for fetching in self._fetching.values()), *self._serving]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def path_of(self, sha256: str) -> Path:
-        model = next((model for model in self._store.list() if model.sha256 == sha256), None)
-        if model is None or not model.complete:
+        """The whole file; EngineError where it is not here."""
+        if not self._store.has(sha256):
             raise EngineError(f"expected model {sha256[:12]} whole in the store; it is not")
-        return Path(model.path)
+        return Path(self._store.adopt(self._store.manifest(sha256)).path)
+
+    def open_part(self, offer: wire.Offer) -> int | None:
+        """A descriptor of the file of which a role has its part; None where the whole is here.
+
+        A part is renamed when the rest arrives, perhaps while a worker loads: a descriptor stays.
+        """
+        if self._store.has(offer.model_sha256):
+            return None
+        ranges = self._needs.get(_key(offer))
+        if ranges is None or not self._store.holds(offer.model_sha256, ranges):
+            raise EngineError(
+                f"expected the role's part of model {offer.model_name!r} in the store; it is gone"
+            )
+        path = self._store.adopt(self._store.manifest(offer.model_sha256)).path
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise EngineError(f"expected to read model {offer.model_name!r}; {error.strerror}") from error
 
     def description_of(self, sha256: str) -> ModelDescription:
         """What this node itself knows of a stored model."""
@@ -76,9 +110,35 @@ class Transfers:
     # --- fetching ---
 
     async def ensure(self, offer: wire.Offer) -> None:
-        """Have the model of an offer, from its holder where it is not here yet."""
-        if not self._store.has(offer.model_sha256):
+        """Have what an offered role reads of its model, from the holder where it is not here yet.
+
+        An engine that can say which bytes a role reads is asked, once the head of the file is here.
+        """
+        entry, tensors = self._engines[offer.engine], offer.model.tensors
+        if self._store.has(offer.model_sha256):
+            return
+        if not entry.ranges or not tensors:
             await self.fetch(offer.model_sha256, offer.holder, offer.manifest_sha256)
+            return
+        await self._have(offer, ((0, min(tensor.offset for tensor in tensors)),))
+        await self._have(offer, await self._needed(entry, offer))
+
+    async def _have(self, offer: wire.Offer, ranges: Ranges) -> None:
+        if not self._store.holds(offer.model_sha256, ranges):
+            await self.fetch(offer.model_sha256, offer.holder, offer.manifest_sha256, ranges=ranges)
+
+    async def _needed(self, entry: EngineEntry, offer: wire.Offer) -> Ranges:
+        """The byte ranges that a role reads: its engine says, in a process of its own."""
+        key = _key(offer)
+        if key not in self._needs:
+            model = self._store.adopt(self._store.manifest(offer.model_sha256))
+            spec = EngineSpec(model.path, offer.model, offer.roles, offer.rank, offer.context_tokens)
+            params = {"function": entry.ranges, "spec": wire.to_map(spec)}
+            result = await self._supervisor.run_task("edged.worker:ranges", params, timeout_s=RANGES_S)
+            while len(self._needs) >= NEEDS_MAX:
+                del self._needs[next(iter(self._needs))]
+            self._needs[key] = msgspec.convert(result["ranges"], Ranges)
+        return self._needs[key]
 
     async def fetch(
         self,
@@ -86,20 +146,39 @@ class Transfers:
         holder: str,
         manifest_sha256: str | None,
         on_progress: Progress = lambda event: None,
+        ranges: Ranges | None = None,
     ) -> Model:
-        """One transfer of a model at a time, whoever asks; a second asker waits for the first."""
-        task = self._fetching.get(sha256)
-        if task is None:
-            work = self._fetch(sha256, holder, manifest_sha256, on_progress)
-            task = self._fetching[sha256] = asyncio.get_running_loop().create_task(work)
-            task.add_done_callback(lambda _: self._fetching.pop(sha256, None))
-        return await asyncio.shield(task)
+        """Bring the whole file, or the chunks that `ranges` touch. One transfer of a model at a time:
+        who wants the same bytes shares it, who wants others waits and looks again."""
+        while (running := self._fetching.get(sha256)) is not None and not running.task.done():
+            if running.ranges in (None, ranges):
+                return await asyncio.shield(running.task)
+            await asyncio.wait([running.task])  # its error is told to those who asked for it
+            if ranges is not None and self._store.holds(sha256, ranges):
+                return self._store.adopt(self._store.manifest(sha256))
+        work = self._fetch(sha256, holder, manifest_sha256, on_progress, ranges)
+        fetching = _Fetching(ranges, asyncio.get_running_loop().create_task(work))
+        self._fetching[sha256] = fetching
+        fetching.task.add_done_callback(lambda _: self._fetched(sha256, fetching))
+        return await asyncio.shield(fetching.task)
+
+    def _fetched(self, sha256: str, fetching: _Fetching) -> None:
+        if self._fetching.get(sha256) is fetching:
+            del self._fetching[sha256]
 
     async def _fetch(
-        self, sha256: str, holder: str, manifest_sha256: str | None, on_progress: Progress
+        self,
+        sha256: str,
+        holder: str,
+        manifest_sha256: str | None,
+        on_progress: Progress,
+        ranges: Ranges | None,
     ) -> Model:
         if holder == self._peers.identity.node_id:
-            raise EngineError(f"expected model {sha256[:12]} in this node's store; it is gone")
+            raise EngineError(
+                f"expected all that the role reads of model {sha256[:12]} in this node's store; it is not",
+                remedy="start a node that has the whole model, or add it again",
+            )
         name = self._peers.name_of(holder)
         answer = await self._peers.ask(holder, "manifest", wire.ManifestRequest(sha256), ASK_S)
         offered = wire.read_body(wire.ManifestOf, answer)
@@ -121,7 +200,7 @@ class Transfers:
                 "port": serving.port,
                 "public_key": serving.public_key,
             },
-            "ranges": None,
+            "ranges": ranges,
             "bytes_s": self._profile.budget.transfer_bytes_s,
             "engine": offered.engine,
         }
@@ -183,3 +262,9 @@ class Transfers:
         member = self._peers.membership.member(node_id)
         if member is None or not {"serve", "submit"} & set(member.rights):
             raise PolicyViolation(f"{self._peers.identity.name} gives no models to this node")
+
+
+def _key(offer: wire.Offer) -> tuple[object, ...]:
+    """What decides which bytes a role reads."""
+    cuts = tuple((role.stage, role.layers, role.heads, role.ffn, role.vocab) for role in offer.roles)
+    return offer.model_sha256, offer.engine, cuts, offer.rank

@@ -278,6 +278,8 @@ class EngineEntry:
     describe(path: str) -> ModelDescription as a dict; EngineError where it cannot run it
     measure(settings: dict) -> list of EngineSpeed as dicts
     check(settings: dict) -> dict {"version": str, "max_error": float}; EngineError when unusable
+    ranges(spec: EngineSpec) -> byte ranges of the model file that `load` reads for this role, given a
+        file of which only the head, up to its first tensor, need be there. Empty: all of the file.
     """
 
     name: str
@@ -286,6 +288,7 @@ class EngineEntry:
     measure: str
     check: str
     settings: Mapping[str, Any] = field(default_factory=dict)
+    ranges: str = ""
 
 
 class Propose(Protocol):

@@ -254,6 +254,12 @@ def call(params: dict[str, Any], report: object) -> dict[str, Any]:
     return {"answer": _resolve(params["function"])(params["settings"])}
 
 
+def ranges(params: dict[str, Any], report: object) -> dict[str, Any]:
+    """A task: {function, spec} -> {ranges}, the bytes of its file that an engine's role reads."""
+    found = _resolve(params["function"])(wire.read_body(EngineSpec, params["spec"]))
+    return {"ranges": [[start, stop] for start, stop in found]}
+
+
 def _resolve(dotted: str) -> Callable[..., Any]:
     """ "package.module:attribute", imported here and nowhere else."""
     module, _, attribute = dotted.partition(":")

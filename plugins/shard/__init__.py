@@ -56,6 +56,7 @@ def edged_engines(settings: Mapping[str, Any]) -> Sequence[EngineEntry]:
             describe="edged_plugins.shard._describe:describe",
             measure="edged_plugins.shard._measure:measure",
             check="edged_plugins.shard._check:check",
+            ranges="edged_plugins.shard._ranges:ranges",
             settings=chosen,
         )
     ]

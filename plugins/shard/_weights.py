@@ -55,6 +55,11 @@ def parts_of(model: Model, place: Place) -> list[Part]:
     return parts
 
 
+def mapped_of(model: Model, place: Place) -> list[Tensor]:
+    """What `place` reads by single rows, from the mapped file."""
+    return [model.tensor("token_embd")] if place.is_first else []
+
+
 def _layer_parts(model: Model, place: Place, layer: int) -> list[Part]:
     prefix, size = f"blk.{layer}.", model.head_dim
     q = (place.heads[0] * size, place.heads[1] * size)
@@ -101,8 +106,8 @@ class Weights:
         self._file = np.frombuffer(self._map, dtype=np.uint8)
         try:
             self._load(parts_of(model, place))
-            if place.is_first:
-                self.embedding = self._map_tensor(model.tensor("token_embd"))
+            for tensor in mapped_of(model, place):
+                self.embedding = self._map_tensor(tensor)
         except BaseException:
             self.close()
             raise
