@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from edged_plugins.shard._gguf import read_head
+from edged_plugins._gguf import read_head
 from edged_plugins.shard._ranges import ranges
 from shard_rig import Shares, greedy_run, running, specs_of
 
