@@ -2,7 +2,7 @@
 
 The price is a first simple model. A rank's time per token is the bytes of weights it reads divided by
 the measured bytes/s of that weight type; ranks of a stage work at once (the slowest counts), stages one
-after the other. Each of the two all-reduces a layer costs one round trip of the slowest link in the
+after the other. Each all-reduce, one or two a layer, costs one round trip of the slowest link in the
 group, each hop between stages half of one.
 """
 
@@ -140,11 +140,18 @@ def weight_bytes_of(role: Role, model: ModelDescription) -> int:
     """Bytes of weights a rank reads for each token, in the file's types (the embedding is one row)."""
     heads = (role.heads[1] - role.heads[0]) / model.heads
     ffn = (role.ffn[1] - role.ffn[0]) / model.ffn
+    layers = sum(a * heads + f * ffn + kept for a, f, kept in _layer_cuts(model)[slice(*role.layers)])
+    return round(layers + model.head_bytes * (role.vocab[1] - role.vocab[0]) / model.vocab)
+
+
+def _layer_cuts(model: ModelDescription) -> Sequence[tuple[float, float, float]]:
+    """As described; else as a gated feed-forward beside attention divides a layer."""
+    if model.layer_cuts:
+        return model.layer_cuts
     attention = 2 * model.hidden * model.head_dim * (model.heads + model.kv_heads)
     feed_forward = 3 * model.hidden * model.ffn
-    fraction = (attention * heads + feed_forward * ffn) / (attention + feed_forward)
-    layers = sum(model.layer_bytes[role.layers[0] : role.layers[1]]) * fraction
-    return round(layers + model.head_bytes * (role.vocab[1] - role.vocab[0]) / model.vocab)
+    part = attention / (attention + feed_forward)
+    return [(total * part, total * (1 - part), 0.0) for total in model.layer_bytes]
 
 
 def memory_of(role: Role, model: ModelDescription, request: PlanRequest) -> int:
@@ -176,7 +183,7 @@ def price(
             return Predicted(bytes_per_token=traffic)
         decode += max(time[0] for time in times if time)
         prefill += max(time[1] for time in times if time)
-    latency = _latency(stages, nodes, submitter)
+    latency = _latency(stages, model.reductions, nodes, submitter)
     if latency is None:
         return Predicted(bytes_per_token=traffic)
     tpot_ms = 1000 * decode + latency
@@ -205,7 +212,9 @@ def speed_of(node: NodeView, weight_type: str) -> EngineSpeed | None:
     return next((s for s in sound if weight_type.startswith(s.weight_type)), None)
 
 
-def _latency(stages: Sequence[Sequence[Role]], nodes: Mapping[str, NodeView], submitter: str) -> float | None:
+def _latency(
+    stages: Sequence[Sequence[Role]], reductions: int, nodes: Mapping[str, NodeView], submitter: str
+) -> float | None:
     """Milliseconds of waiting for links in one token."""
     total = 0.0
     for roles in stages:
@@ -215,7 +224,7 @@ def _latency(stages: Sequence[Sequence[Role]], nodes: Mapping[str, NodeView], su
             if None in times:
                 return None
             layers = roles[0].layers[1] - roles[0].layers[0]
-            total += 2 * layers * max(time for time in times if time is not None)
+            total += reductions * layers * max(time for time in times if time is not None)
     hops = [(a[0].node_id, b[0].node_id) for a, b in itertools.pairwise(stages)]
     if len(stages) > 1:
         hops.append((stages[-1][0].node_id, stages[0][0].node_id))
@@ -243,7 +252,7 @@ def _bytes_per_token(stages: Sequence[Sequence[Role]], model: ModelDescription) 
     total = 0
     for roles in stages:
         layers = roles[0].layers[1] - roles[0].layers[0]
-        total += 2 * layers * len(roles) * (len(roles) - 1) * row
+        total += model.reductions * layers * len(roles) * (len(roles) - 1) * row
     for _, later in itertools.pairwise(stages):
         total += len(later) * row
     return total

@@ -61,6 +61,8 @@ class ModelDescription:
     head_bytes: int
     tensors: tuple[TensorEntry, ...] = ()
     chat_template: bool = False
+    layer_cuts: tuple[tuple[int, int, int], ...] = ()  # of `layer_bytes`: cut by heads, by ffn, by nothing
+    reductions: int = 2  # sums over a tensor group in each layer
 
 
 # --- the plan -----------------------------------------------------------------------------------

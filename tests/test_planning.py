@@ -235,6 +235,23 @@ def test_memory_is_weights_cache_and_worker() -> None:
     assert exact == round(667 * 4 * 2200 / stored) + 4 * cache + WORKER_BYTES
 
 
+def test_a_description_that_says_what_is_cut_is_believed() -> None:
+    """Half of 300 bytes cut by heads, a quarter of 600 by columns, 100 that every rank holds; and one sum
+    a layer halves the waiting and the traffic."""
+    told = dataclasses.replace(MODEL, layer_cuts=((300, 600, 100),) * 4, reductions=1)
+    part = role(0, "a", layers=(0, 2), heads=(0, 2), ffn=(0, 4), vocab=(0, 0))
+    assert planning.weight_bytes_of(part, told) == 2 * (150 + 150 + 100)
+    halves = (role(0, "a", heads=(0, 2), ffn=(0, 8), vocab=(0, 16)), role(1, "b", heads=(2, 4), ffn=(8, 16)))
+    nodes = {"a": node("a", {"b": 1.0}), "b": node("b", {"a": 1.0})}
+    one, two = (
+        planning.price(Candidate("tensor", halves), model, nodes, PlanRequest())
+        for model in (told, dataclasses.replace(told, reductions=2))
+    )
+    assert one.tpot_ms is not None
+    assert two.tpot_ms == pytest.approx(one.tpot_ms + 4 * 1.0)
+    assert two.bytes_per_token == 2 * one.bytes_per_token
+
+
 def test_the_output_head_counts_by_its_rows() -> None:
     part = role(0, "a", layers=(0, 1), vocab=(8, 32))
     assert planning.weight_bytes_of(part, MODEL) == 1000 + 300

@@ -1,9 +1,9 @@
-"""The shard engine: ggml, driven from Python, running a Llama GGUF or any part of it.
+"""The shard engine: ggml, driven from Python, running a GGUF or any part of it.
 
 Provides one engine, `shard`: the whole model, a range of its layers, or a tensor slice of those (a
 share of the heads, the feed-forward's columns and the vocabulary), at llama.cpp's speed. It does
-not know: other architectures than `llama`, other devices than the CPU, adapters, how plans are
-made, or what carries its messages (it is handed a `Channel`).
+not know: architectures without a record in `_architectures`, other devices than the CPU, adapters,
+how plans are made, or what carries its messages (it is handed a `Channel`).
 
 This module is light; ggml and numpy are loaded by the underscore modules, in a worker only.
 """

@@ -1,7 +1,7 @@
 """The self-test: does this engine compute what libllama computes, on this machine, with this build?
 
-The binding trusts signatures that ctypes cannot check, so at first start one small random model
-runs through both, prompt and single tokens. On the CPU the logits must be bit-equal: the same
+The binding trusts signatures that ctypes cannot check, so at first start small random models
+run through both, prompt and single tokens. On the CPU the logits must be bit-equal: the same
 kernels run on the same numbers. The caller keeps the result under `check_key`.
 """
 
@@ -30,7 +30,13 @@ from ._random import Shape, write_model
 TOLERANCE = 0.0  # on the CPU: the same kernels, bit for bit
 CONTEXT_TOKENS = 512
 PROMPT_TOKENS, TOKENS = 33, 8
-SHAPES = (Shape(), Shape(is_tied=True, rope_factors=True))
+SHAPES = (  # between them, every operation that some architecture uses
+    Shape(),
+    Shape(is_tied=True, rope_factors=("rope_freqs",)),
+    Shape("gemma2", is_tied=True, keys={"attention.sliding_window": 16}),
+    Shape("gptneox", kv_heads=4, has_fused_qkv=True, keys={"use_parallel_residual": True}),
+    Shape("bloom", kv_heads=4, has_fused_qkv=True),
+)
 
 
 def check(settings: Mapping[str, Any]) -> dict[str, Any]:

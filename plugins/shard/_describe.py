@@ -9,18 +9,23 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from edged import ModelDescription, TensorEntry
 
-from ._model import LAYER_TENSORS, Model, read_model
+from ._model import Model, read_model
+from ._tensors import Piece
+
+_CUT_BY = {"heads": "heads", "kv": "heads", "ffn": "ffn"}
 
 
 def describe(path: str) -> dict[str, Any]:
     """The ModelDescription of the model in `path`, as a map."""
     model = read_model(path)
     tensors = model.head.tensors
-    output = model.output()
+    pieces = model.pieces
+    cuts = tuple(_layer_cuts(model, i) for i in range(model.layers))
     return dataclasses.asdict(
         ModelDescription(
             architecture=str(model.head.keys["general.architecture"]),
@@ -37,9 +42,11 @@ def describe(path: str) -> dict[str, Any]:
             head_unit=model.head_unit,
             ffn_unit=model.ffn_unit,
             vocab_unit=model.vocab_unit,
-            layer_bytes=tuple(_layer_bytes(model, i) for i in range(model.layers)),
-            embedding_bytes=model.tensor("token_embd").bytes,
-            head_bytes=output.bytes + model.tensor("output_norm").bytes,
+            layer_bytes=tuple(map(sum, cuts)),
+            embedding_bytes=model.tensor("token_embd").bytes + _bytes(model, pieces.embedding()),
+            head_bytes=_bytes(model, pieces.head()),
+            layer_cuts=cuts,
+            reductions=1 if model.is_parallel else 2,
             tensors=tuple(
                 TensorEntry(t.name, t.type_name, t.shape, t.offset, t.bytes) for t in tensors.values()
             ),
@@ -48,8 +55,21 @@ def describe(path: str) -> dict[str, Any]:
     )
 
 
-def _layer_bytes(model: Model, layer: int) -> int:
-    return sum(model.tensor(f"blk.{layer}.{name}").bytes for name in LAYER_TENSORS)
+def _layer_cuts(model: Model, layer: int) -> tuple[int, int, int]:
+    """Bytes of the layer that are cut by heads, by the feed-forward's columns, and not at all."""
+    by_axis: Counter[str] = Counter()
+    for piece in model.pieces.layer(layer):
+        axis = next((_CUT_BY[a] for a in piece.axes if a in _CUT_BY), "")
+        by_axis[axis] += _bytes(model, [piece])
+    return by_axis["heads"], by_axis["ffn"], by_axis[""]
+
+
+def _bytes(model: Model, pieces: Iterable[Piece]) -> int:
+    total = 0
+    for piece in pieces:
+        tensor = model.head.tensors[piece.source]
+        total += tensor.bytes * math.prod(model.pieces.shape(piece)) // math.prod(tensor.shape)
+    return total
 
 
 def _weight_type(model: Model) -> str:

@@ -49,6 +49,11 @@ class ShardEngine:
             )
         if spec.context_tokens < 1 or spec.threads < 1:
             raise EngineError("expected a context and threads of at least 1")
+        if "position_embd" in model.architecture.embedding and spec.context_tokens > model.context_tokens:
+            raise EngineError(
+                f"expected a context of at most {model.context_tokens}, for which this model learned "
+                f"positions; got {spec.context_tokens}"
+            )
         place = find_place(model, spec.roles, spec.rank)
         lib = _ggml.load()
         exact = spec.numerics == "exact"
@@ -59,7 +64,8 @@ class ShardEngine:
         self._weights = Weights(lib, model, place, exact)
         self._backend = lib.backend_cpu_init()
         lib.backend_cpu_set_n_threads(self._backend, spec.threads)
-        shard = Shard(lib, self._backend, model, place, self._weights, exact)
+        factors = model.rope_factors(spec.context_tokens) if model.rope else None
+        shard = Shard(lib, self._backend, model, place, self._weights, exact, factors)
         self._sequences = Sequences(shard, spec.context_tokens, settings.sequences_max)
         self.hidden: np.ndarray | None = None  # the last batch's, valid until the next
         self._is_closed = False

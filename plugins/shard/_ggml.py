@@ -27,7 +27,7 @@ LLAMA_CPP_VERSION = "0.3.36"
 F32, F16, I32, I64 = 0, 1, 26, 27
 PREC_F32 = 10
 USAGE_WEIGHTS, USAGE_COMPUTE = 1, 2
-ROPE_NORMAL = 0
+ROPE_NORMAL, ROPE_NEOX = 0, 2
 STATUS_SUCCESS = 0
 
 P = c_void_p
@@ -69,6 +69,7 @@ _BASE: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_get_data": (P, (P,)),
     "ggml_new_tensor_1d": (P, (P, c_int, c_int64)),
     "ggml_new_tensor_2d": (P, (P, c_int, c_int64, c_int64)),
+    "ggml_new_tensor_3d": (P, (P, c_int, c_int64, c_int64, c_int64)),
     "ggml_new_graph_custom": (P, (P, c_size_t, c_bool)),
     "ggml_build_forward_expand": (None, (P, P)),
     "ggml_graph_n_nodes": (c_int, (P,)),
@@ -81,7 +82,12 @@ _BASE: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_cont": (P, (P, P)),
     "ggml_cont_2d": (P, (P, P, c_int64, c_int64)),
     "ggml_mul_mat": (P, (P, P, P)),
+    "ggml_norm": (P, (P, P, c_float)),
     "ggml_rms_norm": (P, (P, P, c_float)),
+    "ggml_scale": (P, (P, P, c_float)),
+    "ggml_tanh": (P, (P, P)),
+    "ggml_gelu": (P, (P, P)),
+    "ggml_geglu_split": (P, (P, P, P)),
     "ggml_swiglu_split": (P, (P, P, P)),
     "ggml_get_rows": (P, (P, P, P)),
     "ggml_set_rows": (P, (P, P, P, P)),

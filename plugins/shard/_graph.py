@@ -6,7 +6,9 @@ inputs. A rank that is alone in its stage gets one graph. A rank of a tensor gro
     [attn norm, qkv, rope, attention, output projection] sum [ffn norm, gate, up, down] sum ...
 
 each ending in a partial that `run` hands to `reduce`, which adds the group's sum to the hidden
-states. Batch sizes and KV lengths are llama.cpp's, so that a lone rank's logits are bit-equal.
+states. Where a norm follows the sum, it is added to zeros, and the next segment goes on from there;
+where attention and feed-forward are parallel, their partials are added and summed once a layer.
+Batch sizes and KV lengths are llama.cpp's, so that a lone rank's logits are bit-equal.
 """
 
 from __future__ import annotations
@@ -28,12 +30,13 @@ Reduce = Callable[[np.ndarray, np.ndarray], None]  # (partial, hidden states to 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One ggml graph and its last tensor. `rows`: how many, the last ones of the batch, it covers."""
+    """One ggml graph and its last tensor. `rows`: how many, the last ones of the batch, it covers.
+    `target`: the input that takes the group's sum of the result, where that is a partial."""
 
     graph: int
     result: int
     rows: int
-    is_partial: bool
+    target: int | None
 
 
 class Graph:
@@ -47,7 +50,7 @@ class Graph:
     def __init__(self, shard: Shard, cache: Cache, count: int, kv_length: int, keep: bool) -> None:
         self._shard, self._lib, self._place = shard, shard.lib, shard.place
         self.count, self.kv_length, self.keep = count, kv_length, keep
-        self._is_split = len(shard.place.group) > 1
+        self._is_split, self._masks = len(shard.place.group) > 1, shard.masks
         layers = shard.place.layers[1] - shard.place.layers[0]
         nodes = layers * NODES_PER_LAYER + 64
         graphs, self._graph_nodes = (2 * layers + 2, NODES_PER_LAYER) if self._is_split else (1, nodes)
@@ -83,26 +86,32 @@ class Graph:
         positions = np.arange(position, position + self.count)
         self._positions[:] = positions
         self._rows[:] = positions
-        self._mask[:] = np.where(np.arange(self.kv_length) <= positions[:, None], 0.0, -np.inf)
+        for mask, target in zip(self._masks, self._mask_arrays, strict=True):
+            target[...] = mask.values(positions, self.kv_length)
         (self._tokens if self._place.is_first else self._x)[...] = given
         for graph, partial, target in self._steps:
             if self._lib.backend_graph_compute(self._shard.backend, graph) != _ggml.STATUS_SUCCESS:
                 raise EngineError("ggml could not compute a graph; memory may be short")
             if partial is not None:
                 assert reduce is not None
+                if self._has_post_norms:
+                    target[...] = 0
                 reduce(partial, target)
 
     # --- building --------------------------------------------------------------------------------
 
     def _make_inputs(self) -> Inputs:
-        lib, context = self._lib, self._inputs_context
+        lib, context, hidden = self._lib, self._inputs_context, self._shard.model.hidden
         mask = _ggml.F32 if self._shard.exact else _ggml.F16
         inputs = Inputs(
             positions=lib.new_tensor_1d(context, _ggml.I32, self.count),
             rows=lib.new_tensor_1d(context, _ggml.I64, self.count),
-            mask=lib.new_tensor_2d(context, mask, self.kv_length, self.count),
+            masks=tuple(
+                lib.new_tensor_3d(context, mask, self.kv_length, self.count, m.planes) for m in self._masks
+            ),
             tokens=lib.new_tensor_1d(context, _ggml.I32, self.count),
-            x=lib.new_tensor_2d(context, _ggml.F32, self._shard.model.hidden, self.count),
+            x=lib.new_tensor_2d(context, _ggml.F32, hidden, self.count),
+            added=lib.new_tensor_2d(context, _ggml.F32, hidden, self.count),
         )
         self._buffer = lib.backend_alloc_ctx_tensors_from_buft(context, lib.backend_cpu_buffer_type())
         if not self._buffer:
@@ -125,20 +134,34 @@ class Graph:
             attention = layers.attention(normed, layer)
             if is_final and rows > 1:
                 rows, attention, x = 1, layers.last_row(attention), layers.last_row(x)
-            x = self._join(attention, x, rows)
-            x = self._join(layers.feed_forward(layers.normed(x, f"blk.{layer}.ffn_norm"), layer), x, rows)
+            beside = attention if self._shard.model.is_parallel else None
+            if beside is None:
+                x = self._join(attention, x, rows, layer, "post_attention_norm")
+            half = layers.feed_forward(layers.normed(x, f"blk.{layer}.ffn_norm"), layer)
+            x = self._join(half, x, rows, layer, "post_ffw_norm", beside)
         if place.is_last:
             self._end_segment(layers.logits(x), rows)
-        elif not self._is_split:
+        elif not self._is_split or self._has_post_norms:
             self._end_segment(x, rows)
 
-    def _join(self, partial: int, x: int, rows: int) -> int:
-        """x + partial: here for a lone rank; for a group, by `reduce` when the segment has run."""
+    def _join(self, half: int, x: int, rows: int, layer: int, norm: str, beside: int | None = None) -> int:
+        """x + half + beside: here for a lone rank; for a group, by `reduce` when the segment has run,
+        which adds to `x` itself, or makes a whole of the half for a norm to follow."""
+        layers, inputs = self._layers, self._inputs
         if not self._is_split:
-            return self._layers.add(partial, x)
-        self._end_segment(partial, rows, is_partial=True)
-        whole = self._inputs.x
-        return self._layers.last_row(whole) if rows < self.count else whole
+            x = layers.add(layers.residual(half, layer, norm), x)
+            return x if beside is None else layers.add(x, beside)
+        partial = half if beside is None else layers.add(half, beside)
+        target = inputs.added if self._has_post_norms else inputs.x
+        self._end_segment(partial, rows, target)
+        whole, made = (layers.last_row(t) if rows < self.count else t for t in (inputs.x, target))
+        if target == inputs.x:
+            return whole
+        return layers.copy(layers.add(layers.residual(made, layer, norm), whole), whole)
+
+    @property
+    def _has_post_norms(self) -> bool:
+        return "post_ffw_norm" in self._shard.model.architecture.layer_norms
 
     def _expand(self, tensor: int) -> int:
         if self._open is None:
@@ -146,8 +169,8 @@ class Graph:
         self._lib.build_forward_expand(self._open, tensor)
         return self._open
 
-    def _end_segment(self, result: int, rows: int, is_partial: bool = False) -> None:
-        self._segments.append(Segment(self._expand(result), result, rows, is_partial))
+    def _end_segment(self, result: int, rows: int, target: int | None = None) -> None:
+        self._segments.append(Segment(self._expand(result), result, rows, target))
         self._open = None
 
     def _allocate(self) -> None:
@@ -170,14 +193,19 @@ class Graph:
         mask_type = np.float32 if self._shard.exact else np.float16
         self._positions = _ggml.array(lib, inputs.positions, np.int32, (count,))
         self._rows = _ggml.array(lib, inputs.rows, np.int64, (count,))
-        self._mask = _ggml.array(lib, inputs.mask, mask_type, (count, self.kv_length))
+        self._mask_arrays = [
+            _ggml.array(lib, tensor, mask_type, (mask.planes, count, self.kv_length))
+            for mask, tensor in zip(self._masks, inputs.masks, strict=True)
+        ]
         self._tokens = _ggml.array(lib, inputs.tokens, np.int32, (count,))
-        self._x = _ggml.array(lib, inputs.x, np.float32, (count, hidden))
+        self._x, self._added = (
+            _ggml.array(lib, tensor, np.float32, (count, hidden)) for tensor in (inputs.x, inputs.added)
+        )
         self._steps = [
             (
                 s.graph,
-                _ggml.array(lib, s.result, np.float32, (s.rows, hidden)) if s.is_partial else None,
-                self._x[count - s.rows :],
+                None if s.target is None else _ggml.array(lib, s.result, np.float32, (s.rows, hidden)),
+                (self._x if s.target == inputs.x else self._added)[count - s.rows :],
             )
             for s in self._segments
         ]

@@ -1,47 +1,74 @@
-"""Writes small random Llama GGUFs: the compute of a real model, never its text.
+"""Writes small random GGUFs of any architecture: the compute of a real model, never its text.
 
-Used by the self-test, which needs a model that libllama loads too. Values are scaled so that
+Used by the self-test, which needs models that libllama loads too. Values are scaled so that
 logits spread as a real model's do, which is what makes a wrong kernel visible.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFWriter, quants
 
+from ._architectures import ARCHITECTURES, Architecture
+from ._tensors import AXES, fused_of, layer_names
+
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """Sizes of the model, and keys beyond the usual ones (`rope.scaling.type`, ...)."""
+    """Sizes of the model, and keys beyond the usual ones (`rope.scaling.type`, ...).
 
+    `biases`: those that the architecture may do without; the needed ones are always there.
+    """
+
+    architecture: str = "llama"
     hidden: int = 256
     layers: int = 2
     heads: int = 4
     kv_heads: int = 2
+    head_dim: int = 0  # 0: hidden / heads
     ffn: int = 512
     vocab: int = 512
     context_tokens: int = 1024
     is_tied: bool = False
-    rope_factors: bool = False
+    has_fused_qkv: bool = False
+    biases: tuple[str, ...] = ()
+    rope_factors: tuple[str, ...] = ()
     keys: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Of the axes of `_tensors.AXES`."""
+        head = self.head_dim or self.hidden // self.heads
+        return {
+            "hidden": self.hidden,
+            "heads": self.heads * head,
+            "kv": self.kv_heads * head,
+            "head": head,
+            "ffn": self.ffn,
+            "vocab": self.vocab,
+            "context": self.context_tokens,
+            "rotary": self.keys.get("rope.dimension_count", head) // 2,
+        }
 
 
 def write_model(path: str, shape: Shape, weight_type: str, seed: int = 0) -> None:
     """A model of `shape` with matrices of `weight_type` (what gguf quantises) and no vocabulary."""
     random = np.random.default_rng(seed)
-    writer = GGUFWriter(path, "llama")
+    writer = GGUFWriter(path, shape.architecture)
     _write_keys(writer, shape)
-    for name, size in _matrices(shape):
-        values = random.standard_normal(size, dtype=np.float32) * (2.0 / np.sqrt(size[1]))
-        _add_matrix(writer, name, values, GGMLQuantizationType[weight_type])
-    for name in _norms(shape):
-        writer.add_tensor(name, random.uniform(0.5, 1.5, shape.hidden).astype(np.float32))
-    if shape.rope_factors:
-        half = shape.hidden // shape.heads // 2
-        writer.add_tensor("rope_freqs.weight", np.linspace(1, 8, half, dtype=np.float32))
+    for name, size in _tensors(shape):
+        if len(size) == 2:
+            values = random.standard_normal(size, dtype=np.float32) * (2.0 / np.sqrt(size[1]))
+            _add_matrix(writer, name, values, GGMLQuantizationType[weight_type])
+        elif name in ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight"):
+            writer.add_tensor(name, np.linspace(1, random.uniform(2, 8), size[0], dtype=np.float32))
+        else:
+            low, high = (-0.5, 0.5) if name.endswith(".bias") else (0.5, 1.5)
+            writer.add_tensor(name, random.uniform(low, high, size).astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file(progress=False)
@@ -49,45 +76,51 @@ def write_model(path: str, shape: Shape, weight_type: str, seed: int = 0) -> Non
 
 
 def _write_keys(writer: GGUFWriter, shape: Shape) -> None:
+    architecture = ARCHITECTURES[shape.architecture]
     writer.add_context_length(shape.context_tokens)
     writer.add_embedding_length(shape.hidden)
     writer.add_block_count(shape.layers)
     writer.add_feed_forward_length(shape.ffn)
     writer.add_head_count(shape.heads)
     writer.add_head_count_kv(shape.kv_heads)
-    writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(shape.vocab)
     writer.add_tokenizer_model("no_vocab")
-    for name, value in shape.keys.items():
-        add: dict[type, Any] = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}
-        add[type(value)]("llama." + name, value)
-
-
-def _matrices(shape: Shape) -> list[tuple[str, tuple[int, int]]]:
-    """Names and (rows, columns)."""
-    hidden, kv = shape.hidden, shape.hidden // shape.heads * shape.kv_heads
-    found = [("token_embd.weight", (shape.vocab, hidden))]
-    if not shape.is_tied:
-        found.append(("output.weight", (shape.vocab, hidden)))
-    for i in range(shape.layers):
-        layer = {
-            "attn_q": (hidden, hidden),
-            "attn_k": (kv, hidden),
-            "attn_v": (kv, hidden),
-            "attn_output": (hidden, hidden),
-            "ffn_gate": (shape.ffn, hidden),
-            "ffn_up": (shape.ffn, hidden),
-            "ffn_down": (hidden, shape.ffn),
+    keys: dict[str, Any] = {architecture.epsilon_key: 1e-5}
+    if shape.head_dim:
+        keys |= {"attention.key_length": shape.head_dim, "attention.value_length": shape.head_dim}
+    for name, value in (keys | shape.keys).items():
+        add: dict[type, Any] = {
+            bool: writer.add_bool,
+            str: writer.add_string,
+            int: writer.add_uint32,
+            float: writer.add_float32,
         }
-        found += [(f"blk.{i}.{name}.weight", size) for name, size in layer.items()]
-    return found
+        add[type(value)](f"{shape.architecture}.{name}", value)
 
 
-def _norms(shape: Shape) -> list[str]:
-    layers = range(shape.layers)
-    return ["output_norm.weight"] + [
-        f"blk.{i}.{name}.weight" for i in layers for name in ("attn_norm", "ffn_norm")
-    ]
+def _tensors(shape: Shape) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes, in numpy's order: rows before columns."""
+    architecture = ARCHITECTURES[shape.architecture]
+    outer = ("token_embd", *architecture.embedding, *shape.rope_factors, "output_norm")
+    for name in outer if shape.is_tied else (*outer, "output"):
+        yield from _tensor(shape, architecture, "", name)
+    for i in range(shape.layers):
+        for name in layer_names(architecture):
+            yield from _tensor(shape, architecture, f"blk.{i}.", name)
+
+
+def _tensor(
+    shape: Shape, architecture: Architecture, prefix: str, name: str
+) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """The tensor of the file that begins with `name`, and its bias."""
+    source, members = fused_of(architecture, name, shape.has_fused_qkv)
+    if members[0] != name:
+        return
+    sizes = shape.sizes
+    rows = sum(sizes[AXES[member][-1]] for member in members)
+    yield f"{prefix}{source}.weight", (rows, *(sizes[axis] for axis in AXES[name][-2::-1]))
+    if name in shape.biases or (architecture.needs_biases and name in architecture.biases):
+        yield f"{prefix}{source}.bias", (rows,)
 
 
 def _add_matrix(writer: GGUFWriter, name: str, values: np.ndarray, kind: GGMLQuantizationType) -> None:

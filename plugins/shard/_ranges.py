@@ -25,7 +25,7 @@ def ranges(spec: EngineSpec) -> list[Range]:
 def ranges_of(model: Model, place: Place) -> list[Range]:
     """As `ranges`: the head holds the tensor table, and the vocabulary that rank 0 speaks."""
     found = [(0, min(t.offset for t in model.head.tensors.values()))]
-    found += [(t.offset, t.offset + t.bytes) for t in mapped_of(model, place)]
+    found += [(t.offset, t.offset + t.bytes) for t in mapped_of(model, place).values()]
     found += [_rows_of(part) for part in parts_of(model, place)]
     return _joined(found)
 

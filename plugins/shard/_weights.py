@@ -20,6 +20,7 @@ from .._gguf import Tensor
 from . import _ggml
 from ._model import Model
 from ._place import Place, Range
+from ._tensors import Piece
 
 SLAB_ROWS = 256  # rows converted to F32 at a time
 PROBE_COLUMNS = 512  # batch of the mul_mat asked about, as in llama.cpp
@@ -45,43 +46,46 @@ class Part:
 
 
 def parts_of(model: Model, place: Place) -> list[Part]:
-    """Everything `place` computes with, but for the embedding."""
-    parts = [part for i in range(*place.layers) for part in _layer_parts(model, place, i)]
-    if "rope_freqs.weight" in model.head.tensors:
-        parts.append(_part("rope_freqs", model.tensor("rope_freqs")))
+    """Everything `place` computes with, but for what `mapped_of` names."""
+    pieces = model.pieces
+    found = [piece for layer in range(*place.layers) for piece in pieces.layer(layer)]
+    found += pieces.rope()
+    if place.is_first:
+        found += [piece for piece in pieces.embedding() if not _is_table(piece)]
     if place.is_last:
-        parts.append(_part("output_norm", model.tensor("output_norm")))
-        parts.append(_part("output", model.output(), rows=place.vocab))
-    return parts
+        found += pieces.head()
+    cuts = _cuts(model, place)
+    return [_part(model, piece, cuts) for piece in found if not cuts.get(piece.once, (0, 0))[0]]
 
 
-def mapped_of(model: Model, place: Place) -> list[Tensor]:
-    """What `place` reads by single rows, from the mapped file."""
-    return [model.tensor("token_embd")] if place.is_first else []
+def mapped_of(model: Model, place: Place) -> dict[str, Tensor]:
+    """Tables that `place` reads by single rows, from the mapped file."""
+    if not place.is_first:
+        return {}
+    tables = {p.key: model.head.tensors[p.source] for p in model.pieces.embedding() if _is_table(p)}
+    return {"token_embd": model.tensor("token_embd")} | tables
 
 
-def _layer_parts(model: Model, place: Place, layer: int) -> list[Part]:
-    prefix, size = f"blk.{layer}.", model.head_dim
-    q = (place.heads[0] * size, place.heads[1] * size)
-    # KV heads: every slice holds whole groups of query heads
-    kv = (place.heads[0] // model.group * size, -(-place.heads[1] // model.group) * size)
-    cuts: dict[str, dict[str, Range]] = {
-        "attn_norm": {},
-        "attn_q": {"rows": q},
-        "attn_k": {"rows": kv},
-        "attn_v": {"rows": kv},
-        "attn_output": {"columns": q},
-        "ffn_norm": {},
-        "ffn_gate": {"rows": place.ffn},
-        "ffn_up": {"rows": place.ffn},
-        "ffn_down": {"columns": place.ffn},
+def _is_table(piece: Piece) -> bool:
+    return len(piece.axes) == 2
+
+
+def _cuts(model: Model, place: Place) -> dict[str, Range]:
+    """The place's range of each axis that a group shares out; every slice holds whole KV groups."""
+    size, heads = model.head_dim, place.heads
+    return {
+        "heads": (heads[0] * size, heads[1] * size),
+        "kv": (heads[0] // model.group * size, -(-heads[1] // model.group) * size),
+        "ffn": place.ffn,
+        "vocab": place.vocab,
     }
-    return [_part(prefix + name, model.tensor(prefix + name), **cut) for name, cut in cuts.items()]
 
 
-def _part(key: str, tensor: Tensor, rows: Range | None = None, columns: Range | None = None) -> Part:
-    height = tensor.shape[1] if len(tensor.shape) > 1 else 1
-    part = Part(key, tensor, rows or (0, height), columns or (0, tensor.shape[0]))
+def _part(model: Model, piece: Piece, cuts: dict[str, Range]) -> Part:
+    tensor = model.head.tensors[piece.source]
+    *row, last = (cuts.get(axis, (0, model.sizes[axis])) for axis in piece.axes)
+    moved = (piece.first + last[0], piece.first + last[1])
+    part = Part(piece.key, tensor, moved if row else (0, 1), row[0] if row else moved)
     if part.columns[0] % tensor.block or part.columns[1] % tensor.block:
         raise EngineError(
             f"columns {part.columns[0]} to {part.columns[1]} of {tensor.name} cut through its "
@@ -91,7 +95,8 @@ def _part(key: str, tensor: Tensor, rows: Range | None = None, columns: Range | 
 
 
 class Weights:
-    """Tensors by name (`blk.0.attn_q`, `output`, ...), and `embedding` where this rank embeds."""
+    """Tensors by name: `blk.0.attn_q`, `blk.0.attn_q.bias`, `output`, ...; `token_embd` where this
+    rank embeds."""
 
     def __init__(self, lib: _ggml.Ggml, model: Model, place: Place, exact: bool) -> None:
         self._lib, self._exact = lib, exact
@@ -99,21 +104,24 @@ class Weights:
         self._mapped: list[int] = []
         self._contexts: list[int] = []
         self.tensors: dict[str, int] = {}
-        self.embedding: int | None = None
         self.repacked_bytes = 0
         with open(model.head.path, "rb") as file:
             self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._file = np.frombuffer(self._map, dtype=np.uint8)
         try:
             self._load(parts_of(model, place))
-            for tensor in mapped_of(model, place):
-                self.embedding = self._map_tensor(tensor)
+            for key, tensor in mapped_of(model, place).items():
+                self.tensors[key] = self._map_tensor(tensor)
         except BaseException:
             self.close()
             raise
 
     def __getitem__(self, name: str) -> int:
         return self.tensors[name]
+
+    def get(self, name: str) -> int | None:
+        """The tensor, or None where the model has none of that name."""
+        return self.tensors.get(name)
 
     @property
     def bytes(self) -> int:
@@ -126,7 +134,7 @@ class Weights:
         for context in self._contexts:
             self._lib.free(context)
         self._buffers, self._mapped, self._contexts = [], [], []
-        self.tensors, self.embedding = {}, None
+        self.tensors = {}
         if self._map is not None:
             del self._file
             self._map.close()

@@ -65,14 +65,15 @@ def test_a_file_that_is_no_gguf_is_refused(tmp_path: pathlib.Path) -> None:
 def test_another_architecture_is_refused_by_name(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "model.gguf"
     write_model(str(path), Shape(), "F16")
-    path.write_bytes(path.read_bytes().replace(b"llama", b"gemma"))
-    refused(path, "architecture 'gemma'; the shard engine runs llama")
+    path.write_bytes(path.read_bytes().replace(b"llama", b"mamba"))
+    refused(path, "architecture 'mamba'; the shard engine runs llama, minicpm, qwen2")
 
 
 @pytest.mark.parametrize(
     ("keys", "match"),
     [
-        ({"rope.scaling.type": "longrope"}, "rope scaling 'longrope'"),
+        ({"rope.scaling.type": "dynamic"}, "rope scaling 'dynamic'"),
+        ({"attention.causal": False}, "attends to later tokens"),
         ({"expert_count": 8}, "mixture of experts"),
         ({"attention.value_length": 32}, "value heads"),
         ({"rope.dimension_count": 66}, "rope over 66"),

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from edged_plugins import shard
 from edged_plugins.shard import _check, _ggml, _measure, _messages
+from edged_plugins.shard._architectures import ARCHITECTURES
 from edged_plugins.shard._engine import load
 from edged_plugins.shard._measure import WEIGHT_TYPES
 from edged_plugins.shard._random import Shape, write_model
@@ -334,7 +335,8 @@ def test_the_self_test_is_bit_equal_here() -> None:
 
 
 def test_the_self_test_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_ggml, "ROPE_NORMAL", 2)  # the other way to pair dimensions
+    llama = dataclasses.replace(ARCHITECTURES["llama"], rope=_ggml.ROPE_NEOX)  # pairs other dimensions
+    monkeypatch.setitem(ARCHITECTURES, "llama", llama)
     with pytest.raises(EngineError, match=r"differ from libllama's by 0?\.?\d"):
         _check.check({})
 
@@ -350,7 +352,7 @@ def test_the_self_test_finds_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch) -> 
                 "rope.scaling.original_context_length": 16,
             }
         },
-        {"keys": {"rope.freq_base": 500000.0}, "rope_factors": True},
+        {"keys": {"rope.freq_base": 500000.0}, "rope_factors": ("rope_freqs",)},
         {"heads": 8, "kv_heads": 1},
         {"heads": 4, "kv_heads": 4, "is_tied": True},
     ],
