@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,7 @@ from support import smol_or_skip
 
 BENCH = Path(__file__).parent / "bench"
 NAMES = sorted(file.stem for file in BENCH.glob("*.py") if not file.stem.startswith("_"))
-NEED_ROOT = {"codecs", "scaling", "uneven"}  # namespaces, cgroups
+NEED_ROOT = ("codecs", "scaling")  # network namespaces
 RUN_S = 240.0
 
 
@@ -74,14 +75,36 @@ def test_a_ratio_is_taken_round_by_round(record: Any) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in NAMES if name not in NEED_ROOT])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.network) if name in NEED_ROOT else name for name in NAMES]
+)
 def test_a_benchmark_runs_through_with_tiny_settings(name: str, tmp_path: Path) -> None:
     smol_or_skip()
+    if name in NEED_ROOT:
+        skip_without_namespaces()
     document = run(name, tmp_path / "out.json")
     assert document["complete"]
     assert document["rows"]
     again = run(name, tmp_path / "out.json", is_complete=False)  # a second run of all rows measures none
     assert again["rows"] == document["rows"]
+
+
+@pytest.mark.network
+def test_the_relay_holds_every_frame_back_as_long_as_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_without_namespaces()
+    monkeypatch.syspath_prepend(str(BENCH))
+    with importlib.import_module("_network").network(2, has_relay=True) as link:
+        for delay_ms in (0.0, 5.0, 10.0):
+            link.delay(delay_ms)
+            assert link.rtt_ms() >= 2 * delay_ms
+        link.delay(0.0, mbit=1)  # a datagram of one byte is a frame of 43 bytes: 0.344 ms each way
+        assert link.rtt_ms() >= 2 * 0.344
+        assert link.relay_seconds() > 0
+
+
+def skip_without_namespaces() -> None:
+    if os.geteuid() != 0 or shutil.which("ip") is None or not Path("/dev/net/tun").exists():
+        pytest.skip("needs root, iproute2 and /dev/net/tun: network namespaces")
 
 
 def run(name: str, out: Path, is_complete: bool = True) -> Any:

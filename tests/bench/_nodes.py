@@ -149,6 +149,12 @@ def request(
     }
 
 
+def mean_tpot_ms(document: dict[str, Any]) -> float:
+    """Mean time per token after the first. The median that edged reports hides the tokens during
+    which the kernel had stopped a rank for its quota."""
+    return float(1000 / document["measured"]["tokens_per_s"])
+
+
 def cpu_seconds(process: psutil.Process) -> dict[str, float]:
     """Processor time so far of a daemon and of its workers together, by kind."""
     spent = {"daemon": 0.0, "workers": 0.0}

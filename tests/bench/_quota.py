@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path("/sys/fs/cgroup")
-PERIOD_US = 10_000  # the kernel's default of 100 ms would stop a rank for several tokens at a time
+PERIOD_US = 5_000  # the kernel's default of 100 ms would stop a rank for several tokens at a time
 REMOVE_S = 10.0
 
 

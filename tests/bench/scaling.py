@@ -1,0 +1,176 @@
+"""How time per token grows with the nodes and with the round-trip time, for tensor and layers. Needs root.
+
+Every node is in a network namespace of its own and in a cgroup with half a processor: four nodes have two
+in all. A quota is a cap over a period of some milliseconds, not a slower processor: a stage that waited for
+the others may then run at full speed, so layers can do better here than on slow processors. The 1.1B shape
+in Q4_0, one thread a node, decode after a short prompt.
+
+- Nodes: 1 to 4 on a bridge of bare veth pairs.
+- RTT: two nodes whose frames go through a relay process that delays them (this kernel has no netem), from
+  the relay's own time to 20 ms; the plans and the delays in turns, over the same workers.
+
+`predicted_ms` is the formula of tensor parallelism with direct exchange, T(n) = T(1)/n + 2 L (RTT/2 + h),
+and for layers T(1) + n (RTT/2 + h): n - 1 hops and the candidates back to rank 0. L is the model's layers,
+T(1) one node's time under the same quota in this run, h = 0.065 ms an encrypted exchange of 8 KiB over
+loopback (a bare loop between two pinned processes). RTT is what a datagram took in the run. `ratio` is the
+measured over the predicted time. CPU is per token, of all daemons, of all workers and of the relay; the
+workers' has their waiting in it where they poll.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+from _models import model
+from _network import Network, network
+from _nodes import Place, cpu_seconds, generate, mean_tpot_ms, running
+from _quota import quota
+from _record import Record, quick, ratios, spread
+
+from edged.cli.demo import add_model
+from edged.cli.demo_nodes import Node
+
+CORES = 0.5  # of each node
+EXCHANGE_MS = 0.065
+NODES = quick((1, 2), (1, 2, 3, 4))
+RTTS_MS = quick((0, 2), (0, 0.5, 1, 2, 5, 10, 20))
+PLANS = ("tensor", "layers")
+ROUNDS, PROMPT = quick(2, 5), 16
+TOKENS, RTT_TOKENS = quick(4, 24), quick(3, 10)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a plan over so many nodes at a nominal round-trip time."""
+
+    row: str
+    plan: str
+    nodes: int
+    rtt_ms: float = 0.0
+
+
+def main(out: Path | None = None) -> dict[str, Any]:
+    record = Record("scaling", out)
+    by_nodes = [Case(f"{count} nodes {plan}", plan, count) for count in NODES[1:] for plan in PLANS]
+    by_nodes.insert(0, Case("1 node", "local", 1))
+    by_rtt = [Case(f"relay {rtt:g} ms {plan}", plan, 2, rtt) for rtt in RTTS_MS for plan in PLANS]
+    by_rtt.insert(0, Case("relay 1 node", "local", 1))
+    for cases, has_relay, tokens in ((by_nodes, False, TOKENS), (by_rtt, True, RTT_TOKENS)):
+        if not record.has(*(case.row for case in cases)):
+            with _nodes(max(case.nodes for case in cases), has_relay) as (link, nodes):
+                _measure(record, cases, link, nodes, tokens)
+    return record.done()
+
+
+@contextlib.contextmanager
+def _nodes(count: int, has_relay: bool) -> Iterator[tuple[Network, list[Node]]]:
+    with contextlib.ExitStack() as stack:
+        link = stack.enter_context(network(count, has_relay))
+        places = [
+            Place(
+                f"node{number}",
+                link.prefix(number),
+                link.address(number),
+                stack.enter_context(quota(str(number), CORES)),
+            )
+            for number in range(count)
+        ]
+        yield link, stack.enter_context(running(places))
+
+
+def _measure(
+    record: Record, cases: Sequence[Case], link: Network, nodes: Sequence[Node], tokens: int
+) -> None:
+    path = model("1.1b")
+    name, *_ = (add_model(node, path) for node in nodes)  # each has the file: none fetches it
+    for plan, count in dict.fromkeys((case.plan, case.nodes) for case in cases):
+        generate(nodes[0], name, plan, nodes[:count], 3, PROMPT)
+    rtts = {case.rtt_ms: _set_rtt(link, case.rtt_ms) for case in cases} if len(nodes) > 1 else {0.0: 0.0}
+    runs: dict[str, list[dict[str, float]]] = {case.row: [] for case in cases}
+    for number in range(1, ROUNDS + 1):
+        for case in cases:
+            if link.relay is not None:
+                link.delay(case.rtt_ms / 2)
+            runs[case.row].append(
+                _run(
+                    link,
+                    nodes,
+                    lambda case=case: generate(
+                        nodes[0], name, case.plan, nodes[: case.nodes], tokens, PROMPT
+                    ),
+                )
+            )
+        for case in cases:
+            _put(record, case, runs, cases[0].row, rtts[case.rtt_ms], _layers(nodes[0], name), number)
+
+
+def _set_rtt(link: Network, rtt_ms: float) -> float:
+    """Have the relay delay so much; what a datagram really takes."""
+    if link.relay is not None:
+        link.delay(rtt_ms / 2)
+    return link.rtt_ms()
+
+
+def _layers(node: Node, name: str) -> int:
+    (held,) = node.ask("models.ls")["models"]
+    return int(held["layers"])
+
+
+def _run(link: Network, nodes: Sequence[Node], work: Callable[[], dict[str, Any]]) -> dict[str, float]:
+    """One generation's time per token, and the processor time of everybody for each of its tokens."""
+    processes = [psutil.Process(node.process.pid) for node in nodes]
+    before, relay_before = [cpu_seconds(each) for each in processes], link.relay_seconds()
+    document = work()
+    after, relay_after = [cpu_seconds(each) for each in processes], link.relay_seconds()
+    made = len(document["tokens"])
+    spent = {
+        kind: 1000 * sum(b[kind] - a[kind] for a, b in zip(before, after, strict=True)) / made
+        for kind in ("daemon", "workers")
+    }
+    return {
+        "tpot_ms": mean_tpot_ms(document),
+        "relay": 1000 * (relay_after - relay_before) / made,
+        **spent,
+    }
+
+
+def _put(
+    record: Record,
+    case: Case,
+    runs: dict[str, list[dict[str, float]]],
+    alone: str,
+    rtt_ms: float,
+    layers: int,
+    rounds: int,
+) -> None:
+    mine, one = ([run["tpot_ms"] for run in runs[row]] for row in (case.row, alone))
+    predicted = [_predicted(case, time, rtt_ms, layers) for time in one]
+    record.put(
+        case.row,
+        is_partial=rounds < ROUNDS,
+        rounds=rounds,
+        plan=case.plan,
+        nodes=case.nodes,
+        rtt_ms=round(rtt_ms, 3),
+        tpot_ms=spread(mine),
+        over_one_node=ratios(mine, one),
+        predicted_ms=spread(predicted),
+        ratio=ratios(mine, predicted),
+        **{
+            f"cpu_ms_{kind}": spread([run[kind] for run in runs[case.row]])
+            for kind in ("daemon", "workers", "relay")
+        },
+    )
+
+
+def _predicted(case: Case, one_ms: float, rtt_ms: float, layers: int) -> float:
+    """Time per token by the formula above."""
+    step = rtt_ms / 2 + EXCHANGE_MS
+    if case.plan == "tensor":
+        return one_ms / case.nodes + 2 * layers * step
+    return one_ms + (case.nodes * step if case.nodes > 1 else 0)
