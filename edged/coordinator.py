@@ -214,7 +214,8 @@ class Coordinator:
         self, sha256: str, nodes: Sequence[NodeView], request: PlanRequest
     ) -> tuple[list[Candidate], int | None]:
         description = self._models.manifest(sha256).model
-        candidates = planning.consider(self._strategies, description, nodes, request)
+        engines = self._engines_for(sha256)
+        candidates = planning.consider(self._strategies, description, nodes, request, engines)
         answer = self._host.decide("edged_select_plan", candidates=candidates, request=request)
         if (
             isinstance(answer, int)
@@ -333,12 +334,11 @@ class Coordinator:
         run.candidate = candidates[chosen]
         run.epoch += 1
         self._store.begin_epoch(run.job_id, run.epoch, self._plan_row(run))
-        engine = self._engine_for(model.engine, manifest.model.architecture)
         load = Load(
             run.candidate.roles,
             manifest,
             models.manifest_hash(manifest),
-            engine,
+            run.candidate.engine,
             wanted.context_tokens,
             request.numerics,
             self._holder_of(model, nodes),
@@ -400,13 +400,18 @@ class Coordinator:
             return mine
         return next((node.node_id for node in nodes if model.sha256 in node.holds), mine)
 
-    def _engine_for(self, engine: str | None, architecture: str) -> str:
-        if engine in self._engines:
-            assert engine is not None
-            return engine
+    def _engines_for(self, sha256: str) -> list[EngineEntry]:
+        """Loaded engines that run a model: the one it is stored under, then those that take its models."""
+        stored = next((model.engine for model in self._models.list() if model.sha256 == sha256), None)
+        loaded = sorted(self._engines.values(), key=lambda entry: len(entry.takes))
+        able = [entry for entry in loaded if entry.name == stored]
+        able += [entry for entry in loaded if stored in entry.takes]
+        if able:
+            return able
+        architecture = self._models.manifest(sha256).model.architecture
         known = ", ".join(sorted(self._engines)) or "none"
         raise EngineError(
-            f"expected an engine for architecture {architecture!r} ({engine}); loaded: {known}",
+            f"expected an engine for architecture {architecture!r} ({stored}); loaded: {known}",
             remedy="load the plugin that brings it",
         )
 

@@ -41,6 +41,7 @@ from .types import ModelDescription
 
 FICLONE = 0x40049409  # ioctl_ficlone(2): share the source's blocks, copy on write
 STAGING = ".ingest-"
+REASON_CHARS = 2000  # of an engine's refusal: a list of a hundred architectures and more fits
 REPORT_S = 0.25  # a progress map at most this often
 
 Report = Callable[[dict[str, Any]], None]
@@ -170,7 +171,7 @@ def _describe(path: str, want: _Ingest) -> tuple[ModelDescription, str]:
             return wire.read_body(ModelDescription, dict(found)), engine
         except Exception as error:  # a plugin's code on a stranger's file: any failure is its refusal
             text = str(error) if isinstance(error, EdgedError) else f"{type(error).__name__}: {error}"
-            reasons.append(f"{engine}: {' '.join(text.split())[:300]}")
+            reasons.append(f"{engine}: {' '.join(text.split())[:REASON_CHARS]}")
     raise EngineError(
         f"expected a model that an engine can run as {want.name!r}; "
         + ("; ".join(reasons) or "no loaded plugin brings an engine"),

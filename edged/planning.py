@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from .errors import ConfigError, EdgedError, PeerError, PolicyViolation
 from .types import (
     Candidate,
+    EngineEntry,
     EngineSpeed,
     ModelDescription,
     NodeView,
@@ -65,10 +66,13 @@ def consider(
     model: ModelDescription,
     nodes: Sequence[NodeView],
     request: PlanRequest,
+    engines: Sequence[EngineEntry] = (),
 ) -> list[Candidate]:
     """Every candidate, priced and checked; `nodes` has the submitter first.
 
-    With a strategy named by hand its errors pass through; with `auto` they become refused candidates.
+    `engines`: those that run the model, the preferred first; each candidate names the first that does
+    its strategy. Empty: none is named, and none is asked. With a strategy named by hand its errors
+    pass through; with `auto` they become refused candidates.
     """
     by_id = {node.node_id: node for node in nodes}
     ordered = [by_id[node_id] for node_id in request.nodes] if request.nodes else list(nodes)
@@ -85,13 +89,38 @@ def consider(
     found: list[Candidate] = []
     for name in names:
         try:
-            proposed = strategies[name].propose(model, ordered, request)
+            engine = _engine_of(name, engines, request)
+            proposed = [
+                dataclasses.replace(candidate, engine=engine)
+                for candidate in strategies[name].propose(model, ordered, request)
+            ]
         except EdgedError as error:
             if request.strategy != "auto":
                 raise
             proposed = [Candidate(name, (), refused_because=_with_remedy(error))]
         found += [finish(candidate, model, by_id, request) for candidate in proposed]
     return found
+
+
+def _engine_of(strategy: str, engines: Sequence[EngineEntry], request: PlanRequest) -> str:
+    """The first engine that does the strategy with the numerics asked for, or PolicyViolation."""
+    if not engines:
+        return ""
+    able = [e for e in engines if e.strategies is None or strategy in e.strategies]
+    if not able:
+        said = "; ".join(f"{e.name} runs {' or '.join(e.strategies or ())}" for e in engines)
+        raise PolicyViolation(
+            f"no loaded engine runs this model by {strategy}: {said}",
+            remedy=next((e.remedy for e in engines if e.remedy), "choose another --strategy"),
+        )
+    for engine in able:
+        if request.numerics in engine.numerics:
+            return engine.name
+    raise PolicyViolation(
+        f"no loaded engine runs this model with {request.numerics} numerics: "
+        + "; ".join(f"{e.name} has {' or '.join(e.numerics)}" for e in able),
+        remedy="drop --numerics",
+    )
 
 
 def _with_remedy(error: EdgedError) -> str:
@@ -281,6 +310,9 @@ def validate(
             return f"node {role.node_id[:8]} is not known"
         if reason := _refusal(node, role, request, is_submitter=node is next(iter(nodes.values()))):
             return f"{node.name}: {reason}"
+        if candidate.engine and candidate.engine not in node.engines:
+            known = ", ".join(node.engines) or "none"
+            return f"{node.name}: it has no engine {candidate.engine!r}; loaded: {known}"
     for a, b in itertools.combinations(roles, 2):
         if not _are_linked(nodes[a.node_id], nodes[b.node_id]):
             return f"{nodes[a.node_id].name} and {nodes[b.node_id].name} have no connection to each other"

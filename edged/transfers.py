@@ -97,11 +97,12 @@ class Transfers:
 
     async def add(self, name: str, file: int, on_progress: Progress) -> dict[str, Any]:
         """Store an open file; answers with its row and how it was stored."""
+        ordered = sorted(self._engines.values(), key=lambda entry: len(entry.takes))  # the special first
         params = {
             "source_fd": file,
             "name": models.check_model_name(name),
             "models": str(self._home.models),
-            "describe": [[entry.name, entry.describe] for entry in self._engines.values()],
+            "describe": [[entry.name, entry.describe] for entry in ordered],
         }
         return await self._supervisor.run_task(
             "edged.transfer:ingest", params, timeout_s=None, on_progress=on_progress, inherit=(file,)

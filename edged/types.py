@@ -102,6 +102,7 @@ class Candidate:
     roles: tuple[Role, ...]
     predicted: Predicted = Predicted()
     refused_because: str | None = None
+    engine: str = ""  # that shall run it; filled in by the core
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,6 +283,10 @@ class EngineEntry:
     check(settings: dict) -> dict {"version": str, "max_error": float}; EngineError when unusable
     ranges(spec: EngineSpec) -> byte ranges of the model file that `load` reads for this role, given a
         file of which only the head, up to its first tensor, need be there. Empty: all of the file.
+
+    A model is stored under the engine that described it first. `takes`: engines whose models this one
+    runs too. `strategies`, `numerics`: what it can do (None: every strategy); `remedy`: what helps
+    whoever asked for more.
     """
 
     name: str
@@ -291,6 +296,10 @@ class EngineEntry:
     check: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     ranges: str = ""
+    takes: tuple[str, ...] = ()
+    strategies: tuple[str, ...] | None = None
+    numerics: tuple[Numerics, ...] = ("fast", "exact")
+    remedy: str = ""
 
 
 class Propose(Protocol):

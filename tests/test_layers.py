@@ -69,10 +69,13 @@ PLUGIN_DOORS = {
     "zeroconf": ("mdns", "one speaker of multicast DNS"),
     "ifaddr": ("mdns", "interfaces, as zeroconf sees them"),
     "socket": ("mdns", "only a discoverer opens sockets; an engine has its channel"),
-    "numpy": ("shard _sampling", "arrays live in an engine's worker"),
-    "llama_cpp": ("shard _tokenizer", "libllama lives in an engine's worker"),
-    "gguf": ("shard _gguf", "model files are read in a worker"),
-    "ctypes": ("shard _tokenizer", "ggml and libllama through their C headers"),
+    "numpy": ("shard _sampling _llama_engine", "arrays live in an engine's worker"),
+    "llama_cpp": (
+        "shard _tokenizer _libllama _llama_describe _llama_engine",
+        "libllama lives in an engine's worker",
+    ),
+    "gguf": ("shard _gguf _libllama", "model files are read in a worker"),
+    "ctypes": ("shard _tokenizer _libllama _llama_engine", "ggml and libllama through their C headers"),
 }
 HEAVY = ("torch", "numpy", "llama_cpp", "gguf", "transformers", "scipy")
 NEVER_ANYWHERE = {

@@ -18,6 +18,7 @@ from edged.planning import CORE_STRATEGIES, WORKER_BYTES
 from edged.types import (
     Candidate,
     DeviceState,
+    EngineEntry,
     EngineSpeed,
     LinkState,
     ModelDescription,
@@ -516,6 +517,55 @@ def test_what_a_strategy_proposes_is_checked_whoever_it_is() -> None:
     strategies = {"rash": Strategy("rash", lambda *_: [Candidate("rash", (part,))])}
     [found] = planning.consider(strategies, MODEL, [node("a")], PlanRequest("rash"))
     assert found.refused_because == "its stages do not cover the layers 0 to 4 in order"
+
+
+WHOLE = EngineEntry(
+    "whole", "", "", "", "", strategies=("local", "remote"), numerics=("fast",), remedy="load pieces"
+)
+PIECES = EngineEntry("pieces", "", "", "", "", strategies=("layers",), takes=("whole",))
+ANY = EngineEntry("any", "", "", "", "")
+
+
+def with_engines(nodes: list[NodeView], *names: str) -> list[NodeView]:
+    return [dataclasses.replace(found, engines=names) for found in nodes]
+
+
+def test_each_strategy_gets_the_first_engine_that_does_it() -> None:
+    nodes = with_engines(group(0.2, 5e9, 5e9), "whole", "pieces", "any")
+    found = planning.consider(STRATEGIES, BILLION, nodes, PlanRequest(), (WHOLE, PIECES, ANY))
+    engines = {c.strategy: c.engine for c in found}
+    expected = {"local": "whole", "remote": "whole", "layers": "pieces"}
+    assert engines == dict.fromkeys(engines, "any") | expected
+    exact = PlanRequest("local", numerics="exact")
+    [local] = planning.consider(STRATEGIES, BILLION, nodes, exact, (WHOLE, ANY))
+    assert local.engine == "any"
+
+
+def test_what_no_engine_does_is_refused_with_what_helps() -> None:
+    nodes = with_engines(group(0.2, 5e9, 5e9), "whole")
+    with pytest.raises(PolicyViolation, match="by layers: whole runs local or remote") as caught:
+        planning.consider(STRATEGIES, BILLION, nodes, PlanRequest("layers"), [WHOLE])
+    assert caught.value.remedy == "load pieces"
+    with pytest.raises(PolicyViolation, match="exact numerics: whole has fast"):
+        planning.consider(STRATEGIES, BILLION, nodes, PlanRequest("local", numerics="exact"), [WHOLE])
+    found = planning.consider(STRATEGIES, BILLION, nodes, PlanRequest(), [WHOLE])
+    refused = {c.strategy: c.refused_because for c in found if c.refused_because}
+    assert (
+        refused["tensor"]
+        == "no loaded engine runs this model by tensor: whole runs local or remote; load pieces"
+    )
+    assert {c.strategy for c in found if not c.refused_because} == {"local", "remote"}
+
+
+def test_a_node_without_the_engine_gets_no_role() -> None:
+    near, far = group(0.2, 5e9, 5e9)
+    nodes = [*with_engines([near], "any"), *with_engines([far], "whole")]
+    [local, remote] = [
+        planning.consider(STRATEGIES, BILLION, nodes, PlanRequest(name), [ANY])[0]
+        for name in ("local", "remote")
+    ]
+    assert local.refused_because is None
+    assert remote.refused_because == "B: it has no engine 'any'; loaded: whole"
 
 
 def test_no_plan_says_every_reason_once() -> None:

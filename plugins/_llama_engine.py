@@ -1,0 +1,222 @@
+"""The engine over libllama: a whole model, several sequences in one `llama_batch`.
+
+Sampling is not libllama's: the logits go through the rule the shard engine uses, so that a job draws
+the same tokens wherever it runs. The context begins with room for one sequence, which is what a plan
+counts, and grows by copying what the sequences hold when more come at once.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+
+import llama_cpp
+import numpy as np
+
+from edged import Channel, EngineError, EngineSpec, Step
+
+from . import _libllama
+from ._llama_settings import Settings
+from ._sampling import best, choose, keep_of
+from ._tokenizer import Tokenizer
+
+BATCH_TOKENS = 512  # of one llama_decode: llama.cpp's own n_ubatch
+
+
+def load(spec: EngineSpec, channel: Channel) -> LlamaEngine:
+    """Load the whole model of `spec`; EngineError where the plan wants a part of it."""
+    if len(spec.roles) != 1:
+        raise EngineError(f"llama_cpp runs a model whole, on one node; a plan of {len(spec.roles)} came")
+    return LlamaEngine(spec, _libllama.open_model(spec.model_path, n_gpu_layers=0))
+
+
+class LlamaEngine:
+    """edged's `Engine` over a loaded llama_model, which it owns."""
+
+    def __init__(self, spec: EngineSpec, model: int) -> None:
+        self._model: int | None = model
+        self._vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(model))
+        try:
+            if spec.numerics != "fast":
+                raise EngineError("llama_cpp computes in the file's own types; exact numerics need shard")
+            most = Settings(**spec.settings).sequences_max
+            self._text = Tokenizer(spec.model_path)
+            self._sequences = Sequences(model, spec.context_tokens, spec.threads, most)
+        except BaseException:
+            llama_cpp.llama_model_free(model)
+            raise
+        self._batch = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
+
+    @property
+    def end_tokens(self) -> frozenset[int]:
+        return self._text.end_tokens
+
+    def encode(self, prompt: str | Sequence[Mapping[str, str]], raw: bool) -> list[int]:
+        """Token ids of a prompt. `raw`: as it stands; otherwise through the model's chat template."""
+        return self._text.encode(prompt, raw)
+
+    def decode(self, tokens: Sequence[int]) -> bytes:
+        return self._text.decode(tokens)
+
+    def step(self, steps: Sequence[Step]) -> list[int | None]:
+        """Run each step's tokens; the next token of each that has a sampling."""
+        self._check(steps)
+        places = [self._sequences.place(step.sequence, step.position) for step in steps]
+        found: dict[int, int] = {}  # by step, the token drawn
+        rows = [
+            (index, at, at == len(step.tokens) - 1)
+            for index, step in enumerate(steps)
+            for at in range(len(step.tokens))
+        ]
+        for start in range(0, len(rows), BATCH_TOKENS):
+            self._run(steps, places, rows[start : start + BATCH_TOKENS], found)
+        for step in steps:
+            self._sequences.wrote(step.sequence, step.position + len(step.tokens))
+        return [found.get(index) for index in range(len(steps))]
+
+    def release(self, sequence: int) -> None:
+        self._sequences.release(sequence)
+
+    def follow(self, timeout_s: float) -> None:
+        raise EngineError("a model that runs whole has no other ranks")
+
+    def close(self) -> None:
+        """Give all memory back; a second call does nothing."""
+        if self._model is None:
+            return
+        llama_cpp.llama_batch_free(self._batch)
+        self._sequences.close()
+        self._text.close()
+        llama_cpp.llama_model_free(self._model)
+        self._model = None
+
+    def _check(self, steps: Sequence[Step]) -> None:
+        """libllama aborts or answers with a number where these do not hold."""
+        if len({step.sequence for step in steps}) != len(steps):
+            raise EngineError("expected each sequence once in a batch")
+        for step in steps:
+            if not step.tokens or not all(0 <= token < self._vocab for token in step.tokens):
+                raise EngineError(f"expected one token or more, with ids below {self._vocab}")
+            self._sequences.check(step.sequence, step.position, len(step.tokens))
+
+    def _run(
+        self,
+        steps: Sequence[Step],
+        places: Sequence[int],
+        rows: Sequence[tuple[int, int, bool]],
+        found: dict[int, int],
+    ) -> None:
+        """One llama_decode of `rows` (step, token of it, whether it is the last), and what it draws."""
+        batch = self._batch
+        batch.n_tokens = len(rows)
+        for row, (index, at, is_last) in enumerate(rows):
+            step = steps[index]
+            batch.token[row] = step.tokens[at]
+            batch.pos[row] = step.position + at
+            batch.n_seq_id[row] = 1
+            batch.seq_id[row][0] = places[index]
+            batch.logits[row] = is_last and step.sampling is not None
+        context = self._sequences.context
+        if code := llama_cpp.llama_decode(context, batch):
+            raise EngineError(f"libllama could not run a batch of {len(rows)} tokens (code {code})")
+        for row, (index, _, _) in enumerate(rows):
+            sampling = steps[index].sampling
+            if batch.logits[row] and sampling is not None:
+                ids, values = best(self._logits(row), keep_of(sampling, self._vocab))
+                end = steps[index].position + len(steps[index].tokens)
+                found[index] = choose(ids, values, sampling, end)
+
+    def _logits(self, row: int) -> np.ndarray:
+        """A row's logits, (vocabulary) float32, uncopied: valid until the next batch."""
+        found = llama_cpp.llama_get_logits_ith(self._sequences.context, row)
+        return np.ctypeslib.as_array(ctypes.cast(found, ctypes.POINTER(ctypes.c_float)), (self._vocab,))
+
+
+class Sequences:
+    """The sequences a context holds: which place of libllama's each has, and how long it is."""
+
+    def __init__(self, model: int, context_tokens: int, threads: int, most: int) -> None:
+        self._model, self._tokens, self._threads, self._max = model, context_tokens, threads, most
+        self._places: dict[int, int] = {}
+        self._lengths: dict[int, int] = {}
+        self._room = 1
+        self.context = self._open(1)
+
+    def check(self, sequence: int, position: int, count: int) -> None:
+        """EngineError unless `count` tokens can run from `position` of `sequence`."""
+        length = self._lengths.get(sequence, 0)
+        if not 0 <= position <= length:
+            raise EngineError(
+                f"sequence {sequence} holds {length} positions; tokens cannot start at {position}"
+            )
+        if position + count > self._tokens:
+            raise EngineError(
+                f"sequence {sequence} would have {position + count} tokens; the context is {self._tokens}",
+                remedy="shorten the prompt or ask for a larger context",
+            )
+        if sequence not in self._places and len(self._places) >= self._max:
+            raise EngineError(f"{self._max} sequences are held already", remedy="run fewer jobs at a time")
+
+    def place(self, sequence: int, position: int) -> int:
+        """libllama's number of the sequence, cut to `position`; a new one gets a free place."""
+        if sequence not in self._places:
+            self._places[sequence] = self._free_place()
+            self._lengths[sequence] = 0
+        place = self._places[sequence]
+        if position < self._lengths[sequence]:
+            memory = llama_cpp.llama_get_memory(self.context)
+            if not llama_cpp.llama_memory_seq_rm(memory, place, position, -1):
+                raise EngineError("this architecture's state cannot go back to an earlier position")
+            self._lengths[sequence] = position
+        return place
+
+    def wrote(self, sequence: int, length: int) -> None:
+        self._lengths[sequence] = length
+
+    def release(self, sequence: int) -> None:
+        place = self._places.pop(sequence, None)
+        self._lengths.pop(sequence, None)
+        if place is not None:
+            llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.context), place, -1, -1)
+
+    def close(self) -> None:
+        llama_cpp.llama_free(self.context)
+        self._places.clear()
+        self._lengths.clear()
+
+    def _free_place(self) -> int:
+        taken = set(self._places.values())
+        if len(taken) == self._room:
+            self._grow()
+        return next(place for place in range(self._room) if place not in taken)
+
+    def _grow(self) -> None:
+        """A context with twice the room, with what the sequences hold copied into it."""
+        room = min(2 * self._room, self._max)
+        larger = self._open(room)
+        for place in self._places.values():
+            _copy(self.context, larger, place)
+        llama_cpp.llama_free(self.context)
+        self.context, self._room = larger, room
+
+    def _open(self, room: int) -> int:
+        return _libllama.open_context(
+            self._model,
+            n_ctx=self._tokens * room,
+            n_seq_max=room,
+            kv_unified=True,  # else a sequence's state fits only a context of as many sequences
+            n_batch=BATCH_TOKENS,
+            n_ubatch=BATCH_TOKENS,
+            n_outputs_max=room,
+            n_threads=self._threads,
+            n_threads_batch=self._threads,
+            flash_attn_type=llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO,
+        )
+
+
+def _copy(source: int, target: int, place: int) -> None:
+    size = llama_cpp.llama_state_seq_get_size(source, place)
+    state = (ctypes.c_uint8 * size)()
+    taken = llama_cpp.llama_state_seq_get_data(source, state, size, place)
+    if taken != size or not llama_cpp.llama_state_seq_set_data(target, state, size, place):
+        raise EngineError("libllama could not move a sequence to a larger context")

@@ -1,0 +1,36 @@
+"""Engine `llama_cpp`: libllama itself, for every architecture that the shard engine does not run.
+
+A model runs whole, on one node, in a worker: Falcon, StableLM, Phi-2, mixtures of experts, Mamba and
+whatever else this libllama knows. It does not know parts of a model (`llama_rpc` spreads one over
+several nodes), the exact numerics, other devices than the CPU, adapters or images.
+
+This module is light; libllama and numpy are loaded by the underscore modules, in a worker only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edged import EngineEntry, hookimpl
+
+from ._llama_settings import read
+
+
+@hookimpl
+def edged_engines(settings: Mapping[str, Any]) -> Sequence[EngineEntry]:
+    return [
+        EngineEntry(
+            name="llama_cpp",
+            load="edged_plugins._llama_engine:load",
+            describe="edged_plugins._llama_describe:describe",
+            measure="edged_plugins._llama_describe:measure",
+            check="edged_plugins._llama_describe:check",
+            settings=read("llama_cpp", settings),
+            takes=("shard",),
+            strategies=("local", "remote"),
+            numerics=("fast",),
+            remedy='use --strategy local or remote, or load "llama_rpc" and set '
+            "`[plugin.llama_rpc] allow = true` on every node",
+        )
+    ]
