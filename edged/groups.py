@@ -209,7 +209,12 @@ class Groups:
             their = offered[other.rank]
             listens = listeners[_pair(role.rank, other.rank)] == other.rank
             port = their.ports[role.rank] if listens else 0
-            ends.append(wire.PeerEnd(other.rank, other.node_id, their.public_key, port))
+            stream_port = their.stream_ports.get(role.rank, 0) if listens else 0
+            ends.append(
+                wire.PeerEnd(
+                    other.rank, other.node_id, their.public_key, port, their.certificate, stream_port
+                )
+            )
         timeout_s = START_S + role.memory_bytes / 10e6
         answer = await self._ask(role, "start", wire.Start(group.group_id, tuple(ends)), timeout_s)
         return wire.read_body(wire.Started, answer)

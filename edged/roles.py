@@ -184,6 +184,7 @@ class Roles:
             answer = await worker.call(
                 "prepare",
                 {
+                    "group": group,
                     "rank": offer.rank,
                     "size": len(offer.roles),
                     "listens_for": list(offer.listens_for),
@@ -216,9 +217,16 @@ class Roles:
         held = self._of(coordinator, start.group)
         offer = held.offer
         ends = {
-            end.rank: [end.public_key, self._peers.address_of(end.node_id) if end.port else "", end.port]
+            end.rank: [
+                end.public_key,
+                self._peers.address_of(end.node_id) if end.port else "",
+                end.port,
+                end.certificate,
+                end.stream_port,
+            ]
             for end in start.ends
         }
+        battery = self._device.read().battery
         spec = EngineSpec(
             held.path,
             offer.model,
@@ -234,6 +242,7 @@ class Roles:
             "load": self._engines[offer.engine].load,
             "spec": wire.to_map(spec),
             "ends": ends,
+            "may_spin": battery is None or battery.plugged is not False,
         }
         timeout_s = LOAD_S + offer.roles[offer.rank].memory_bytes / LOAD_BYTES_S
         try:

@@ -97,7 +97,7 @@ def endpoint(address: str, port: int) -> str:
 def bind(sock: zmq.Socket[Any], interfaces: Sequence[str], ports: range) -> int:
     """Bind to one port of `ports` on every given interface (names or addresses); the port."""
     # a name is resolved here: libzmq would take its IPv6 address alone
-    addresses = [_ipv4(name) or name for name in interfaces] or ["*"]
+    addresses = [ipv4_of(name) or name for name in interfaces] or ["*"]
     for port in ports:
         bound: list[bytes] = []
         try:
@@ -123,7 +123,7 @@ def bind(sock: zmq.Socket[Any], interfaces: Sequence[str], ports: range) -> int:
 def local_addresses(interfaces: Sequence[str]) -> tuple[str, ...]:
     """Addresses of the given interfaces (names or addresses), or of all but loopback; at least one."""
     given = [name for name in interfaces if "." in name or ":" in name]
-    by_name = {name: address for _, name in socket.if_nameindex() if (address := _ipv4(name))}
+    by_name = {name: address for _, name in socket.if_nameindex() if (address := ipv4_of(name))}
     named = [by_name[name] for name in interfaces if name in by_name]
     if interfaces:
         return tuple(given + named)
@@ -131,7 +131,8 @@ def local_addresses(interfaces: Sequence[str]) -> tuple[str, ...]:
     return tuple(outer) or ("127.0.0.1",)
 
 
-def _ipv4(interface: str) -> str | None:
+def ipv4_of(interface: str) -> str | None:
+    """The IPv4 address of an interface by its name; None where it has none."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:  # SIOCGIFADDR, netdevice(7)
             reply = fcntl.ioctl(probe.fileno(), 0x8915, struct.pack("256s", interface.encode()[:15]))

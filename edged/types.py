@@ -245,6 +245,20 @@ class Channel(Protocol):
         """True when a message of `source` waits."""
         ...
 
+    def exchange(self, ranks: Sequence[int], frame: Any, timeout_s: float) -> list[memoryview]:
+        """Send `frame` to each of `ranks` and take one of the same size from each, all at once."""
+        ...
+
+    def move(
+        self, sends: Sequence[tuple[int, Any]], takes: Sequence[tuple[int, int]], timeout_s: float
+    ) -> list[memoryview]:
+        """Send a frame to each (rank, frame), take one from each (rank, size in bytes), all at once.
+
+        Frames moved this way are counted apart from messages, in strict lock-step: a frame of another
+        size or number is a ProtocolError. What is taken stands until the next frame of its rank.
+        """
+        ...
+
 
 @runtime_checkable
 class Engine(Protocol):

@@ -47,8 +47,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, TypeVar
 
 import msgpack
 import msgspec
@@ -72,8 +72,10 @@ FRAMES_MAX = 8
 DEPTH_MAX = 16
 CONTAINERS_MAX = 1 << 16  # a byte of msgpack makes 60 of Python; a model's tensors need thousands
 NAME_CHARS_MAX = 64
+CERTIFICATE_BYTES_MAX = 2048  # DER of a P-256 key and two short names takes about 400
 PING_S = 1.0
 T = TypeVar("T")
+Certificate = Annotated[bytes, msgspec.Meta(max_length=CERTIFICATE_BYTES_MAX)]
 Reason = Literal["length", "stop", "cancelled", "error"]
 
 
@@ -173,20 +175,26 @@ class Offer:
 
 @dataclass(frozen=True, slots=True)
 class Offered:
-    """The worker stands. `ports`: rank -> port it listens on for that rank."""
+    """The worker stands. `ports`: rank -> port it listens on for that rank. `certificate` (DER) and
+    `stream_ports`: of its TLS streams, where it offers any."""
 
     public_key: bytes
     ports: dict[int, int]
+    certificate: Certificate = b""
+    stream_ports: dict[int, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
 class PeerEnd:
-    """Where and as whom a rank is reached; port 0 where that rank dials us."""
+    """Where and as whom a rank is reached; ports 0 where that rank dials us. Without a certificate it
+    offers no TLS stream."""
 
     rank: int
     node_id: str
     public_key: bytes
     port: int
+    certificate: Certificate = b""
+    stream_port: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,9 @@ The main thread owns engine and channel; a second thread reads the daemon's requ
 process when the daemon is gone. A request is one of
 
     task      {function, params}     call a dotted function, answer with its result, end
-    prepare   {rank, size, listens_for, interfaces, ports}   answer {public_key, ports}
-    load      {group, load, spec, ends}   connect, load the engine; answer {load_ms, memory_bytes}
+    prepare   {group, rank, size, listens_for, interfaces, ports}   answer {public_key, ports, certificate,
+              stream_ports}
+    load      {group, load, spec, ends, may_spin}   connect, load the engine; answer {load_ms, memory_bytes}
     generate  {wire.Generate}        rank 0 only: begin a sequence; events tokens, finished follow
     cancel    {job}
     usage     {}                     answer {bytes_sent, memory_bytes}, also during a computation
@@ -32,8 +33,10 @@ from dataclasses import dataclass, field
 from typing import Any, cast
 
 from . import framing, wire
-from .channel import ZmqChannel
+from .certificate import new_credential
+from .channel import End, ZmqChannel
 from .errors import ConfigError, EdgedError, EngineError, PeerError, ProtocolError
+from .streams import Streams
 from .types import Engine, EngineSpec, Step
 
 log = logging.getLogger(__name__)
@@ -150,8 +153,15 @@ class Worker:
     def _prepare(self, body: dict[str, Any]) -> dict[str, Any]:
         ports = range(*body["ports"])
         self._rank = body["rank"]
-        self._channel = ZmqChannel(body["rank"], body["size"], body["interfaces"], ports)
-        return {"ports": self._channel.listen(body["listens_for"]), "public_key": self._channel.public_key}
+        streams = _streams(body["group"], body["rank"]) if body["size"] > 1 else None
+        self._channel = ZmqChannel(body["rank"], body["size"], body["interfaces"], ports, streams)
+        ports_taken = self._channel.listen(body["listens_for"])
+        return {
+            "public_key": self._channel.public_key,
+            "ports": ports_taken,
+            "certificate": self._channel.certificate,
+            "stream_ports": self._channel.stream_ports,
+        }
 
     def _load(self, body: dict[str, Any]) -> wire.Started:
         if self._channel is None:
@@ -159,7 +169,8 @@ class Worker:
         started = time.monotonic()
         spec = wire.read_body(EngineSpec, body["spec"])
         self._context = spec.context_tokens
-        self._channel.open(body["group"], {rank: tuple(end) for rank, end in body["ends"].items()})
+        self._channel.open(body["group"], {rank: End(*end) for rank, end in body["ends"].items()})
+        self._channel.spin(body["may_spin"])
         self._engine = cast(Engine, _resolve(body["load"])(spec, self._channel))
         return wire.Started((time.monotonic() - started) * 1000, self._usage().memory_bytes)
 
@@ -240,6 +251,15 @@ class Worker:
     def _send(self, packed: bytes) -> None:
         with self._sending:
             self._pipe.sendall(framing.frame(packed))
+
+
+def _streams(group: str, rank: int) -> Streams | None:
+    """TLS streams to offer; None where `cryptography` is missing: then everything goes over ZeroMQ."""
+    try:
+        return Streams(new_credential(group, rank))
+    except (ImportError, ValueError) as error:  # ValueError: a group's name that no certificate can hold
+        log.info("no streams", extra={"reason": str(error)})
+        return None
 
 
 def _peak_bytes() -> int:

@@ -17,7 +17,7 @@ import zmq
 
 from edged import channel as channels
 from edged import wire
-from edged.channel import ZmqChannel
+from edged.channel import End, ZmqChannel
 from edged.errors import PeerError, ProtocolError
 from edged.transport import endpoint, new_keys, secure_client
 
@@ -25,7 +25,7 @@ LO = ("127.0.0.1",)
 ANY = range(1)
 PATIENCE_S = 30.0  # a hang, not a slow machine
 
-Ends = dict[int, tuple[bytes, str, int]]
+Ends = dict[int, End]
 
 
 def channel(rank: int, size: int = 2) -> ZmqChannel:
@@ -41,7 +41,7 @@ def opened(size: int = 2, relay: Callable[[int], int] = lambda port: port) -> It
 
         def ends_of(rank: int) -> Ends:
             return {
-                other: (
+                other: End(
                     ranks[other].public_key,
                     LO[0],
                     relay(ports[other][rank]) if other < rank else 0,
@@ -140,7 +140,7 @@ def test_a_rank_that_never_comes_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     try:
         alone.listen([1])
         with pytest.raises(PeerError, match=r"rank 1 took no message for 0\.1 s"):
-            alone.open("group", {1: (new_keys()[0], LO[0], 0)})
+            alone.open("group", {1: End(new_keys()[0], LO[0], 0)})
     finally:
         alone.close()
 
@@ -165,7 +165,7 @@ def test_a_rank_that_greets_from_elsewhere_is_not_listened_to(said: dict[str, An
         other._links[0] = sock
         other.send(0, said)
         with pytest.raises(ProtocolError, match="expected the greeting of rank 1"):
-            listener.open("group", {1: (other.public_key, LO[0], 0)})
+            listener.open("group", {1: End(other.public_key, LO[0], 0)})
     finally:
         listener.close()
         other.close()
@@ -211,10 +211,10 @@ def test_a_wrong_key_never_gets_in_before_or_after_the_right_one(keys: str) -> N
                 threads.submit(
                     listener.open,
                     "group",
-                    {1: (right.public_key, LO[0], 0), 2: (third.public_key, LO[0], 0)},
+                    {1: End(right.public_key, LO[0], 0), 2: End(third.public_key, LO[0], 0)},
                 ),
-                threads.submit(right.open, "group", {0: (key, LO[0], ports[1])}),
-                threads.submit(third.open, "group", {0: (key, LO[0], ports[2])}),
+                threads.submit(right.open, "group", {0: End(key, LO[0], ports[1])}),
+                threads.submit(third.open, "group", {0: End(key, LO[0], ports[2])}),
             ]
             for future in opening:
                 future.result()
@@ -259,11 +259,11 @@ def test_a_channel_that_was_knocked_at_and_never_opened_closes_at_once() -> None
 
 ECHO = """
 import sys
-from edged.channel import ZmqChannel
+from edged.channel import End, ZmqChannel
 port, key, frames = int(sys.argv[1]), bytes.fromhex(sys.argv[2]), int(sys.argv[3])
 channel = ZmqChannel(1, 2, ("127.0.0.1",), range(1))
 print(channel.public_key.hex(), flush=True)
-channel.open("group", {0: (key, "127.0.0.1", port)})
+channel.open("group", {0: End(key, "127.0.0.1", port)})
 for _ in range(frames):
     header, frames = channel.receive(0, 30.0)
     channel.send(0, header, frames)
@@ -284,7 +284,7 @@ def echo_process(here: ZmqChannel, messages: int) -> Iterator[subprocess.Popen[s
     )
     try:
         assert process.stdout
-        here.open("group", {1: (bytes.fromhex(process.stdout.readline()), LO[0], 0)})
+        here.open("group", {1: End(bytes.fromhex(process.stdout.readline()), LO[0], 0)})
         yield process
     finally:
         process.kill()

@@ -134,6 +134,16 @@ class Alone:
     def poll(self, source: int, timeout_s: float) -> bool:
         return False
 
+    def exchange(self, ranks: Sequence[int], frame: Any, timeout_s: float) -> list[memoryview]:
+        return self.move([(rank, frame) for rank in ranks], [], timeout_s)
+
+    def move(
+        self, sends: Sequence[tuple[int, Any]], takes: Sequence[tuple[int, int]], timeout_s: float
+    ) -> list[memoryview]:
+        if sends or takes:
+            raise EngineError("there is no other rank")
+        return []
+
 
 def _processor() -> str:
     """Model and flags of the processor, which decide the kernels."""

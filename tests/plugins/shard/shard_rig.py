@@ -17,7 +17,7 @@ from edged_plugins._tokenizer import silence
 from edged_plugins.shard._describe import describe
 from edged_plugins.shard._engine import ShardEngine, load
 
-from edged import EngineSpec, ModelDescription, PeerError, Role, Sampling, Step
+from edged import EngineSpec, ModelDescription, PeerError, ProtocolError, Role, Sampling, Step
 
 GREEDY = Sampling(temperature=0)
 CONTEXT = 1024
@@ -160,6 +160,23 @@ class MemoryChannel:
             except queue.Empty:
                 return False
         return True
+
+    def exchange(self, ranks: Sequence[int], frame: Any, timeout_s: float) -> list[memoryview]:
+        size = memoryview(frame).nbytes
+        return self.move([(rank, frame) for rank in ranks], [(rank, size) for rank in ranks], timeout_s)
+
+    def move(
+        self, sends: Sequence[tuple[int, Any]], takes: Sequence[tuple[int, int]], timeout_s: float
+    ) -> list[memoryview]:
+        for rank, frame in sends:
+            self.send(rank, {"k": "frame"}, [frame])
+        found = []
+        for rank, size in takes:
+            header, frames = self.receive(rank, timeout_s)
+            if header != {"k": "frame"} or [frame.nbytes for frame in frames] != [size]:
+                raise ProtocolError(f"expected a frame of {size} bytes of rank {rank}")
+            found += frames
+        return found
 
 
 def connect(size: int) -> list[MemoryChannel]:

@@ -1,0 +1,270 @@
+"""The TLS streams of one worker: how ranks find each other's, and how frames move over several at once.
+
+Streams are offered beside ZeroMQ and never instead of it: a rank that cannot be reached by one within
+OPEN_S is talked to over ZeroMQ, which both sides agree on (`ZmqChannel.open`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import socket
+import ssl
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from .certificate import Credential
+from .errors import ConfigError, EdgedError, PeerError
+from .stream import Stream, context_for
+from .transport import ipv4_of
+
+log = logging.getLogger(__name__)
+OPEN_S = 6.0  # for all streams of a plan; whoever is not there by then is talked to over ZeroMQ
+HANDSHAKE_S = 2.0  # of one connection; a stranger who says nothing holds its place no longer
+PENDING_MAX = 16  # handshakes at once, strangers' included; more wait in the kernel's queue
+BACKLOG = 16
+# A peer that is computing its half of a layer is tens of microseconds away; waking up costs as much again.
+SPIN_S = 200e-6
+WAIT_CAP_S = 8 * SPIN_S  # of one wait in the running mean, so that one bad one is forgotten after a few
+
+
+@dataclass(frozen=True, slots=True)
+class StreamEnd:
+    """Where a rank's stream is: `port` 0 where that rank dials us."""
+
+    certificate: bytes  # DER
+    address: str
+    port: int
+
+
+@dataclass(slots=True)
+class _Pending:
+    stream: Stream
+    certificate: bytes
+    until: float
+
+
+class Streams:
+    """`listen`, then `open`, then `move`. `spins`: whether a wait may burn the processor first."""
+
+    def __init__(self, own: Credential) -> None:
+        self.certificate = own.certificate
+        self.spins = True
+        self._own = own
+        self._listeners: dict[int, list[socket.socket]] = {}
+        self._streams: dict[int, Stream] = {}
+
+    @property
+    def bytes_sent(self) -> int:
+        """Everything handed to TCP: frames, their prefixes, TLS records and handshakes."""
+        return sum(stream.bytes_sent for stream in self._streams.values())
+
+    def __contains__(self, rank: int) -> bool:
+        return rank in self._streams
+
+    def listen(self, ranks: Sequence[int], interfaces: Sequence[str], ports: range) -> dict[int, int]:
+        """Listen for each rank that will dial; rank -> port. ConfigError when no port is free."""
+        taken = {}
+        for rank in ranks:
+            port, sockets = _listen(interfaces, ports)
+            taken[rank], self._listeners[rank] = port, sockets
+        return taken
+
+    def open(self, ends: Mapping[int, StreamEnd]) -> set[int]:
+        """Meet every rank of `ends` that can be met within OPEN_S; those that were."""
+        try:
+            self._meet(ends, time.monotonic() + OPEN_S)
+        finally:
+            for rank in list(self._listeners):
+                self._stop_listening(rank)
+        return set(self._streams)
+
+    def drop(self, rank: int) -> None:
+        """Do without this rank's stream: the other side does."""
+        self._streams.pop(rank).close()
+
+    def close(self) -> None:
+        for rank in list(self._listeners):
+            self._stop_listening(rank)
+        for stream in self._streams.values():
+            stream.close()
+
+    # --- frames ---
+
+    def move(
+        self,
+        sends: Iterable[tuple[int, memoryview]],
+        takes: Iterable[tuple[int, int]],
+        timeout_s: float,
+    ) -> list[memoryview]:
+        """Send a frame to each rank of `sends` and take one of the given size from each of `takes`, all
+        at once; the frames taken, each valid until the next from its rank."""
+        taken = []
+        for rank, size in takes:
+            stream = self._streams[rank]
+            stream.expect(size)
+            taken.append(stream)
+        sending = []
+        for rank, frame in sends:
+            stream = self._streams[rank]
+            if not stream.send(frame):
+                sending.append(stream)
+        taking = [stream for stream in taken if not stream.fill()]
+        if sending or taking:
+            self._wait(sending, taking, timeout_s)
+        return [stream.frame for stream in taken]
+
+    def _wait(self, sending: list[Stream], taking: list[Stream], timeout_s: float) -> None:
+        """Until all are done: spin for SPIN_S where the ranks are usually quick, then sleep in poll().
+
+        A rank whose waits are longer than the bound in the mean is slept for at once: spinning for it
+        gains nothing, and takes the core from whoever it waits for when they share one.
+        """
+        begun, waited = time.perf_counter(), taking
+        is_quick = self.spins and all(stream.wait_s < SPIN_S for stream in taking)
+        while is_quick and (sending or taking) and time.perf_counter() - begun < SPIN_S:
+            os.sched_yield()
+            sending, taking = _go_on(sending, taking)
+        while sending or taking:
+            left_s = begun + timeout_s - time.perf_counter()
+            if left_s <= 0 or not _sleep(sending, taking, left_s):
+                raise _silent(sending, taking, timeout_s)
+            sending, taking = _go_on(sending, taking)
+        wait_s = min(time.perf_counter() - begun, WAIT_CAP_S)
+        for stream in waited:
+            stream.wait_s += (wait_s - stream.wait_s) / 4
+
+    # --- meeting ---
+
+    def _meet(self, ends: Mapping[int, StreamEnd], until: float) -> None:
+        contexts = self._contexts(ends)
+        pending = [
+            _Pending(stream, ends[rank].certificate, until)
+            for rank, context in contexts.items()
+            if rank not in self._listeners and (stream := _dial(rank, ends[rank], context)) is not None
+        ]
+        awaited = {rank for rank in contexts if rank in self._listeners}
+        while (pending or awaited - self._streams.keys()) and time.monotonic() < until:
+            poller = select.poll()
+            if len(pending) < PENDING_MAX:
+                for rank in awaited - self._streams.keys():
+                    for listener in self._listeners[rank]:
+                        poller.register(listener, select.POLLIN)
+            for entry in pending:
+                poller.register(entry.stream, select.POLLIN)
+            poller.poll(50)
+            for rank in awaited - self._streams.keys():
+                pending += self._accept(rank, ends[rank], contexts[rank], PENDING_MAX - len(pending))
+            pending = [entry for entry in pending if self._is_still_pending(entry)]
+        for entry in pending:
+            entry.stream.close()
+
+    def _contexts(self, ends: Mapping[int, StreamEnd]) -> dict[int, ssl.SSLContext]:
+        """TLS for each rank whose certificate is one."""
+        found = {}
+        for rank, end in ends.items():
+            try:
+                found[rank] = context_for(self._own, end.certificate, is_server=rank in self._listeners)
+            except ssl.SSLError as error:
+                log.info("no stream", extra={"rank": rank, "reason": str(error)})
+        return found
+
+    def _accept(self, rank: int, end: StreamEnd, context: ssl.SSLContext, room: int) -> list[_Pending]:
+        """Connections that wait for `rank`'s place, at most `room`."""
+        found: list[_Pending] = []
+        for listener in self._listeners[rank]:
+            while len(found) < room:
+                try:
+                    sock, _ = listener.accept()
+                except OSError:  # none waits, or it left
+                    break
+                stream = Stream(sock, context, rank, is_server=True)
+                found.append(_Pending(stream, end.certificate, time.monotonic() + HANDSHAKE_S))
+        return found
+
+    def _is_still_pending(self, entry: _Pending) -> bool:
+        """Go on with a handshake; whoever is not the one is closed, before a frame of its is read."""
+        stream = entry.stream
+        try:
+            if not stream.handshake():
+                if time.monotonic() < entry.until:
+                    return True
+                raise PeerError("expected the handshake to be done by now")
+            stream.check_peer(entry.certificate, self._own.group)
+        except (OSError, EdgedError) as error:  # ssl.SSLError is an OSError
+            log.info("stream refused", extra={"rank": stream.rank, "reason": str(error)})
+            stream.close()
+            return False
+        if stream.rank in self._streams:
+            stream.close()
+        else:
+            self._streams[stream.rank] = stream
+        return False
+
+    def _stop_listening(self, rank: int) -> None:
+        for sock in self._listeners.pop(rank):
+            sock.close()
+
+
+def _go_on(sending: list[Stream], taking: list[Stream]) -> tuple[list[Stream], list[Stream]]:
+    """Those that are not done after another try."""
+    if sending:
+        sending = [stream for stream in sending if not stream.flush()]
+    return sending, [stream for stream in taking if not stream.fill()]
+
+
+def _sleep(sending: list[Stream], taking: list[Stream], timeout_s: float) -> bool:
+    """Until one of them can go on; False when none could."""
+    wanted: dict[int, int] = {}
+    for streams, event in ((sending, select.POLLOUT), (taking, select.POLLIN)):
+        for stream in streams:
+            wanted[stream.fileno()] = wanted.get(stream.fileno(), 0) | event
+    poller = select.poll()
+    for number, events in wanted.items():
+        poller.register(number, events)
+    return bool(poller.poll(max(1, round(timeout_s * 1000))))
+
+
+def _silent(sending: list[Stream], taking: list[Stream], timeout_s: float) -> PeerError:
+    if taking:
+        return PeerError(f"rank {taking[0].rank} sent nothing for {timeout_s:g} s")
+    return PeerError(f"rank {sending[0].rank} took no frame for {timeout_s:g} s")
+
+
+def _dial(rank: int, end: StreamEnd, context: ssl.SSLContext) -> Stream | None:
+    """A connection on its way to `rank`; None where its port cannot be reached."""
+    try:
+        sock = socket.create_connection((end.address, end.port), HANDSHAKE_S)
+    except OSError as error:
+        log.info("no stream", extra={"rank": rank, "reason": str(error)})
+        return None
+    return Stream(sock, context, rank, is_server=False)
+
+
+def _listen(interfaces: Sequence[str], ports: range) -> tuple[int, list[socket.socket]]:
+    """Listening sockets on one port of `ports` on every given interface (names or addresses)."""
+    addresses = [ipv4_of(name) or name for name in interfaces] or [""]
+    reason: OSError | None = None
+    for wanted in ports:
+        made: list[socket.socket] = []
+        port = wanted
+        try:
+            for address in addresses:
+                made.append(_listen_at(address, port))
+                port = made[0].getsockname()[1]
+            return port, made
+        except OSError as error:
+            reason = error
+            for sock in made:
+                sock.close()
+    raise ConfigError(f"expected a free port in {ports.start}-{ports.stop - 1} for a stream; {reason}")
+
+
+def _listen_at(address: str, port: int) -> socket.socket:
+    is_any = not address and socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if is_any or ":" in address else socket.AF_INET
+    sock = socket.create_server((address, port), family=family, backlog=BACKLOG, dualstack_ipv6=is_any)
+    sock.setblocking(False)
+    return sock
