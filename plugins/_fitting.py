@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 
 from edged import ModelDescription, NodeView, PlanRequest, Role, memory_of
 
+NEAR = 3  # units to either side
+
 
 def fits(
     roles: Sequence[Role], nodes: Sequence[NodeView], model: ModelDescription, request: PlanRequest
@@ -27,9 +29,21 @@ def largest(
 ) -> int:
     """The most of `units` whose role the node's budget holds; 0 where not even one's."""
     budget = node.memory_budget
-    if budget is None:
+
+    def need(count: int) -> int:
+        return memory_of(role(count), model, request)
+
+    if budget is None or need(units) <= budget:
         return units
-    return bisect_right(range(1, units + 1), budget, key=lambda count: memory_of(role(count), model, request))
+    least = need(1)
+    if least > budget:
+        return 0
+    # Needs grow evenly but for rounding, so the answer is near; a vocabulary has 10^5 units.
+    guess = 1 + (budget - least) * (units - 1) // (need(units) - least)
+    low, high = max(1, guess - NEAR), min(units, guess + NEAR)
+    if not need(low) <= budget < need(high):
+        low, high = 1, units
+    return low + bisect_right(range(low + 1, high), budget, key=need)
 
 
 def heaviest_run(model: ModelDescription, count: int) -> tuple[int, int]:

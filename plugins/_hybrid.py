@@ -7,11 +7,10 @@ members' weights, and the members divide heads, columns and rows as a tensor gro
 from __future__ import annotations
 
 import math
-from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
-from edged import Candidate, ModelDescription, NodeView, PlanRequest, PolicyViolation, Role
+from edged import Candidate, ModelDescription, NodeView, PlanRequest, PolicyViolation, Role, memory_of
 
 from . import _cutting, _fitting
 from ._tensor_group import Group, groups_max
@@ -19,6 +18,8 @@ from ._tensor_group import Group, groups_max
 NAME = "hybrid"
 NODES_MIN = 3  # two nodes are one group, or two stages of one
 NODES_OF_PAIRS = 4  # from here on two groups are worth a look, also where one could take all
+
+TRIALS = 5  # heads, columns and rows are cut in units, so a stage may hold a layer less than its bytes say
 
 
 def propose(model: ModelDescription, nodes: Sequence[NodeView], request: PlanRequest) -> list[Candidate]:
@@ -80,22 +81,38 @@ def _candidate(
         layers = pairwise([0, *accumulate(counts)])
         return [role for stage, run in enumerate(layers) for role in group(stage, run).roles()]
 
-    def held(stage: int) -> int:
-        """The most layers that the stage's members hold together."""
-
-        def is_too_much(count: int) -> bool:
-            trial = group(stage, _fitting.heaviest_run(model, count))
-            return not _fitting.fits(trial.roles(), trial.nodes, model, request)
-
-        return bisect_left(range(1, model.layers + 1), True, key=is_too_much)
-
     speeds = [sum(weights[start:end]) for start, end in members]
     if request.shares is not None:
         return Candidate(NAME, tuple(roles(_cutting.apportion_all(model.layers, speeds))))
     counts = _cutting.balance(model.layers, speeds)
     assert counts is not None  # there is a layer for every stage
     by_speed = roles(counts)
-    if not _fitting.fits(by_speed, nodes, model, request):
-        capped = _cutting.balance(model.layers, speeds, [held(stage) for stage in range(stages)])
-        by_speed = roles(capped) if capped is not None else by_speed
+    if _fitting.fits(by_speed, nodes, model, request):
+        return Candidate(NAME, tuple(by_speed))
+    caps = [_held(model, nodes[start:end], request, is_last=end == len(nodes)) for start, end in members]
+    for _ in range(TRIALS):
+        counts = _cutting.balance(model.layers, speeds, caps)
+        if counts is None:
+            break
+        capped = roles(counts)
+        fitting = [_fitting.fits(capped[a:b], nodes[a:b], model, request) for a, b in members]
+        if all(fitting):
+            return Candidate(NAME, tuple(capped))
+        caps = [count - (not fits) for count, fits in zip(counts, fitting, strict=True)]
     return Candidate(NAME, tuple(by_speed))
+
+
+def _held(model: ModelDescription, members: Sequence[NodeView], request: PlanRequest, is_last: bool) -> int:
+    """The most layers that a stage's members could hold if they were cut to the byte."""
+    budgets = [member.memory_budget for member in members]
+    if None in budgets:
+        return model.layers
+
+    def need(layers: int, head: int) -> int:
+        parts = ((0, layers), (0, model.heads), (0, model.ffn), (0, head))
+        return memory_of(Role(0, members[0].node_id, 0, *parts, share=1.0), model, request)
+
+    worker, bare = need(0, 0), need(0, model.vocab if is_last else 0)
+    layer = (need(model.layers, 0) - worker) / model.layers
+    room = sum(budget - worker for budget in budgets if budget is not None) - (bare - worker)
+    return max(0, min(model.layers, math.floor(room / layer)))

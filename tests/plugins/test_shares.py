@@ -3,12 +3,12 @@
 from itertools import product
 
 import pytest
-from edged_plugins import _cutting, layer_parallel, tensor_parallel
+from edged_plugins import _cutting, _fitting, layer_parallel, tensor_parallel
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from strategy_rig import assert_covers, model, named, view
 
-from edged import NodeView, PlanRequest, memory_of, planning
+from edged import NodeView, PlanRequest, Role, memory_of, planning
 
 MIB = 1 << 20
 SPEEDS = st.lists(st.integers(1, 9), min_size=1, max_size=4)
@@ -72,6 +72,21 @@ def fits(candidate, shape, nodes, request):
         node.memory_budget is None or memory_of(role, shape, request) <= node.memory_budget
         for role, node in zip(candidate.roles, nodes, strict=True)
     ]
+
+
+@given(st.integers(90, 800), st.integers(1, 60), st.sampled_from([1, 32, 1000]))
+def test_the_most_that_a_budget_holds_is_found_as_by_counting(budget, units, unit):
+    shape = model(vocab=units * unit, head_bytes=500 * MIB)
+    node = view(0, budget=budget * MIB)
+
+    def role(count):
+        return Role(0, "node0", 0, (0, 2), (0, 9), (0, 1536), (0, count * unit), 1.0)
+
+    held = [
+        count for count in range(units + 1) if memory_of(role(count), shape, PlanRequest()) <= budget * MIB
+    ]
+    found = _fitting.largest(units, role, node, shape, PlanRequest())
+    assert found == max(held, default=0)
 
 
 def test_a_fast_node_with_little_memory_gets_the_layers_that_it_holds():
