@@ -218,6 +218,8 @@ class EngineSpec:
     numerics: Numerics = "fast"
     threads: int = 1
     settings: Mapping[str, Any] = field(default_factory=dict)
+    weights_bytes: int = 0  # memory that the weights may take; 0: as much as they are
+    cache_folder: str = ""  # where an engine may keep what it makes of the model
 
     @property
     def role(self) -> Role:

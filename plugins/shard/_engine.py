@@ -26,7 +26,7 @@ from ._messages import WIRES, Entry, Mailbox, Work, read_work, send_work
 from ._model import read_model
 from ._place import find_place
 from ._sequences import Sequences
-from ._weights import Weights
+from ._weights import Limit, Weights
 
 Candidates = tuple[np.ndarray, np.ndarray]  # ids, logits
 
@@ -61,7 +61,8 @@ class ShardEngine:
         self._model, self._place = model, place
         self._mailbox = Mailbox(channel, settings.timeout_s)
         self._tokenizer: Tokenizer | None = None
-        self._weights = Weights(lib, model, place, exact)
+        limit = Limit(spec.weights_bytes, spec.cache_folder) if spec.weights_bytes else None
+        self._weights = Weights(lib, model, place, exact, limit)
         self._backend = lib.backend_cpu_init()
         lib.backend_cpu_set_n_threads(self._backend, spec.threads)
         factors = model.rope_factors(spec.context_tokens) if model.rope else None

@@ -92,6 +92,7 @@ class Graph:
         for graph, partial, target in self._steps:
             if self._lib.backend_graph_compute(self._shard.backend, graph) != _ggml.STATUS_SUCCESS:
                 raise EngineError("ggml could not compute a graph; memory may be short")
+            self._shard.weights.settle()
             if partial is not None:
                 assert reduce is not None
                 if self._has_post_norms:

@@ -71,7 +71,7 @@ class Layers:
     ) -> None:
         self._shard, self._cache, self._inputs = shard, cache, inputs
         self._count, self._kv_length = count, kv_length
-        self._ops = _ggml.Ops(shard.lib, context)
+        self._ops = shard.weights.ops(context)
         self._weights, self._masks = shard.weights, shard.masks
 
     def embed(self) -> int:

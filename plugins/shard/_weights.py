@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 
@@ -18,9 +19,10 @@ from edged import EngineError
 
 from .._gguf import Tensor
 from . import _ggml
-from ._model import Model
+from ._model import REPACK_ROWS, Model
 from ._place import Place, Range
 from ._tensors import Piece
+from ._window import UNIT_BYTES, Window
 
 SLAB_ROWS = 256  # rows converted to F32 at a time
 PROBE_COLUMNS = 512  # batch of the mul_mat asked about, as in llama.cpp
@@ -94,12 +96,24 @@ def _part(model: Model, piece: Piece, cuts: dict[str, Range]) -> Part:
     return part
 
 
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """Bytes of memory for a rank's weights, and the folder where those that do not fit are kept."""
+
+    bytes: int
+    folder: str
+
+
 class Weights:
     """Tensors by name: `blk.0.attn_q`, `blk.0.attn_q.bias`, `output`, ...; `token_embd` where this
     rank embeds."""
 
-    def __init__(self, lib: _ggml.Ggml, model: Model, place: Place, exact: bool) -> None:
+    def __init__(
+        self, lib: _ggml.Ggml, model: Model, place: Place, exact: bool, limit: Limit | None = None
+    ) -> None:
+        """`limit`: what they may take of the memory; the rest passes through a window over them."""
         self._lib, self._exact = lib, exact
+        self._window: Window | None = None
         self._buffers: list[int] = []
         self._mapped: list[int] = []
         self._contexts: list[int] = []
@@ -109,8 +123,9 @@ class Weights:
             self._map: mmap.mmap | None = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self._file = np.frombuffer(self._map, dtype=np.uint8)
         try:
-            self._load(parts_of(model, place))
-            for key, tensor in mapped_of(model, place).items():
+            self._load_within(parts_of(model, place), limit)
+            self._tables = mapped_of(model, place)
+            for key, tensor in self._tables.items():
                 self.tensors[key] = self._map_tensor(tensor)
         except BaseException:
             self.close()
@@ -126,9 +141,24 @@ class Weights:
     @property
     def bytes(self) -> int:
         """Memory of the copied weights; the mapped embedding is the page cache's."""
-        return sum(self._lib.backend_buffer_get_size(b) for b in self._buffers)
+        windowed = self._window.bytes if self._window else 0
+        return windowed + sum(self._lib.backend_buffer_get_size(b) for b in self._buffers)
+
+    def ops(self, context: int) -> _ggml.Ops:
+        """Operations of a graph that uses these weights."""
+        return self._window.ops(context) if self._window else _ggml.Ops(self._lib, context)
+
+    def settle(self) -> None:
+        """After a graph ran: EngineError where weights that it used could not be loaded."""
+        if self._window is not None:
+            self._window.check()
+            for tensor in self._tables.values():
+                self._drop_pages(tensor)
 
     def close(self) -> None:
+        if self._window is not None:
+            self._window.close()
+            self._window = None
         for buffer in self._buffers + self._mapped:
             self._lib.backend_buffer_free(buffer)
         for context in self._contexts:
@@ -142,6 +172,41 @@ class Weights:
 
     # --- placing ---------------------------------------------------------------------------------
 
+    def _load_within(self, parts: list[Part], limit: Limit | None) -> None:
+        """All in memory; or, above the limit, vectors in memory and matrices through a window."""
+        if limit is None or sum(map(self._bytes_of, parts)) <= limit.bytes:
+            self._load(parts)
+            return
+        vectors = [part for part in parts if part.is_vector]
+        bands = [_bands(part, self._row_bytes(part)) for part in parts if not part.is_vector]
+        self._load(vectors)
+        room = limit.bytes - sum(map(self._bytes_of, vectors))
+        spilled = sum(self._bytes_of(band) + mmap.PAGESIZE for matrix in bands for band in matrix)
+        self._window = Window(self._lib, limit.folder, room, spilled)
+        for matrix in bands:
+            self._add_to(self._window, matrix)
+        self._window.start()
+
+    def _add_to(self, window: Window, bands: list[Part]) -> None:
+        plain = self._lib.backend_cpu_buffer_type()
+        kind = self._buffer_type(_joined(bands)) or plain
+        context = _ggml.new_context(self._lib, len(bands))
+        self._contexts.append(context)
+        tensors = [self._lib.new_tensor_2d(context, self._type(band), *band.shape) for band in bands]
+
+        def fill(band: int, tensor: int) -> None:
+            self._fill(bands[band], tensor, is_plain=kind == plain)
+            self._drop_pages(bands[band].tensor)
+
+        self.tensors[bands[0].key] = window.add([(tensor, kind) for tensor in tensors], fill)
+
+    def _row_bytes(self, part: Part) -> int:
+        kind = self._type(part)
+        return int(self._lib.type_size(kind) * part.shape[0] // self._lib.blck_size(kind))
+
+    def _bytes_of(self, part: Part) -> int:
+        return self._row_bytes(part) * part.shape[1]
+
     def _load(self, parts: list[Part]) -> None:
         plain = self._lib.backend_cpu_buffer_type()
         by_type: dict[int, list[Part]] = {}
@@ -151,7 +216,7 @@ class Weights:
             self._allocate(kind, members)
         for kind, members in by_type.items():
             for part in members:
-                self._fill(part, is_plain=kind == plain)
+                self._fill(part, self.tensors[part.key], is_plain=kind == plain)
                 self._drop_pages(part.tensor)
 
     def _buffer_type(self, part: Part) -> int | None:
@@ -188,9 +253,8 @@ class Weights:
 
     # --- filling ---------------------------------------------------------------------------------
 
-    def _fill(self, part: Part, is_plain: bool) -> None:
+    def _fill(self, part: Part, tensor: int, is_plain: bool) -> None:
         source = self._slice(part)
-        tensor = self.tensors[part.key]
         if self._exact and part.tensor.type != _ggml.F32:
             self._fill_converted(part, source, tensor)
         elif is_plain:
@@ -234,6 +298,18 @@ class Weights:
         length = (tensor.offset + tensor.bytes) // page * page - start
         if length > 0 and self._map is not None and hasattr(mmap, "MADV_DONTNEED"):
             self._map.madvise(mmap.MADV_DONTNEED, start, length)
+
+
+def _bands(part: Part, row_bytes: int) -> list[Part]:
+    """The part in bands of rows of at most `UNIT_BYTES`, where rows are not too long for that."""
+    rows = max(REPACK_ROWS, UNIT_BYTES // row_bytes // REPACK_ROWS * REPACK_ROWS)
+    first, last = part.rows
+    edges = [*range(first, last, rows), last]
+    return [replace(part, rows=edge) for edge in pairwise(edges)]
+
+
+def _joined(bands: list[Part]) -> Part:
+    return replace(bands[0], rows=(bands[0].rows[0], bands[-1].rows[1]))
 
 
 def takes_weight(lib: _ggml.Ggml, buffer_type: int, weight_type: int, shape: tuple[int, int]) -> bool:
