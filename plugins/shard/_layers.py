@@ -16,8 +16,9 @@ import numpy as np
 from . import _ggml
 from ._cache import Cache
 from ._masks import Mask, masks_of
-from ._model import Model, Rope
+from ._model import Model
 from ._place import Place
+from ._rope import Rope
 from ._weights import Weights
 
 

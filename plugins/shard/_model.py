@@ -1,8 +1,7 @@
 """What a GGUF says of itself: its architecture, its sizes, its rope, and where it can be cut.
 
-`read_model` refuses, in one line each, whatever the graph in `_graph` does not compute. The rules
-for rope are llama.cpp's (its hyperparameter loading and context creation), and so is arithmetic in
-float32 where it computes a constant of the graph.
+`read_model` refuses, in one line each, whatever the graph in `_graph` does not compute. Constants of
+the graph are computed in float32, as llama.cpp does.
 """
 
 from __future__ import annotations
@@ -11,7 +10,6 @@ import dataclasses
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -19,25 +17,12 @@ from edged import EngineError
 
 from .._gguf import Head, Tensor, read_head
 from ._architectures import ARCHITECTURES, Architecture, Scales
+from ._keys import Keys
+from ._rope import Rope, read_rope
 from ._tensors import Piece, Pieces
 
 REPACK_ROWS = 32  # rows of a slice: a multiple of every repacked layout's interleave
 CONTEXT_UNIT = 256  # llama.cpp's contexts are multiples of it
-
-
-@dataclass(frozen=True, slots=True)
-class Rope:
-    """The arguments of ggml_rope_ext."""
-
-    dimensions: int
-    kind: int
-    base: float
-    scale: float
-    extrapolation: float
-    attention: float
-    beta_fast: float
-    beta_slow: float
-    original_context: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,48 +115,6 @@ class Model:
         return next((n for n in ("rope_freqs", f"rope_factors_{by_length}") if n in held), None)
 
 
-class _Keys:
-    """Typed access to a file's keys; a missing or misfit one is an EngineError that names it."""
-
-    def __init__(self, head: Head, architecture: str) -> None:
-        self.head, self.prefix = head, architecture + "."
-
-    def whole(self, name: str, default: int | None = None, least: int = 1) -> int:
-        value = self._get(name, default)
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**31:
-            raise self._misfit(name, value)
-        return value
-
-    def real(self, name: str, default: float | None = None) -> float:
-        value = self._get(name, default)
-        if not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise self._misfit(name, value)
-        return float(value)
-
-    def text(self, name: str, default: str) -> str:
-        value = self._get(name, default)
-        if not isinstance(value, str):
-            raise self._misfit(name, value)
-        return value
-
-    def flag(self, name: str, default: bool | None = None) -> bool:
-        value = self._get(name, default)
-        if not isinstance(value, bool):
-            raise self._misfit(name, value)
-        return value
-
-    def _get(self, name: str, default: Any) -> Any:
-        value = self.head.keys.get(self.prefix + name, default)
-        if value is None:
-            raise EngineError(f"{self.head.path} lacks the key {self.prefix + name}")
-        return value
-
-    def _misfit(self, name: str, value: Any) -> EngineError:
-        return EngineError(
-            f"{self.head.path}: {self.prefix + name} is {value!r}, which this engine cannot use"
-        )
-
-
 def read_model(path: str) -> Model:
     """The model in `path`, every tensor present and of the shape its keys promise."""
     head = read_head(path)
@@ -182,7 +125,7 @@ def read_model(path: str) -> Model:
         )
     if head.keys.get("split.count", 0) not in (0, 1):
         raise EngineError(f"{path} is one part of a split model; merge it with llama-gguf-split first")
-    architecture, keys = ARCHITECTURES[name], _Keys(head, name)
+    architecture, keys = ARCHITECTURES[name], Keys(head, name)
     layers, hidden, heads = (
         keys.whole(key) for key in ("block_count", "embedding_length", "attention.head_count")
     )
@@ -201,7 +144,7 @@ def read_model(path: str) -> Model:
         vocab=head.tensors["token_embd.weight"].shape[1],
         context_tokens=keys.whole("context_length"),
         norm_epsilon=keys.real(architecture.epsilon_key),
-        rope=None if architecture.rope is None else _rope(keys, head_dim, architecture),
+        rope=None if architecture.rope is None else read_rope(keys, head_dim, architecture),
         attention=_attention(keys, architecture, layers, hidden // heads, head_dim),
         scales=_scales(keys, architecture, hidden, layers),
         final_softcap=_softcap(keys, "final_logit_softcapping", architecture.final_softcap),
@@ -214,7 +157,7 @@ def read_model(path: str) -> Model:
     return _with_units(model)
 
 
-def _check_variant(keys: _Keys, head_dim: int) -> None:
+def _check_variant(keys: Keys, head_dim: int) -> None:
     """Refuse what no record of `_architectures` describes."""
     path, tensors = keys.head.path, keys.head.tensors
     if keys.whole("attention.value_length", head_dim) != head_dim:
@@ -227,7 +170,7 @@ def _check_variant(keys: _Keys, head_dim: int) -> None:
         raise EngineError(f"{path} lacks the tensor token_embd.weight")
 
 
-def _attention(keys: _Keys, architecture: Architecture, layers: int, wide: int, head_dim: int) -> Attention:
+def _attention(keys: Keys, architecture: Architecture, layers: int, wide: int, head_dim: int) -> Attention:
     width = wide if layers == architecture.wide_scale_layers else head_dim
     scale = float(np.float32(1) / np.sqrt(np.float32(width)))
     softcap = _softcap(keys, "attn_logit_softcapping", architecture.attention_softcap)
@@ -241,7 +184,7 @@ def _attention(keys: _Keys, architecture: Architecture, layers: int, wide: int, 
     return Attention(scale, softcap, window, pattern)
 
 
-def _softcap(keys: _Keys, name: str, default: float) -> float:
+def _softcap(keys: Keys, name: str, default: float) -> float:
     """0 where the architecture has none."""
     if not default:
         return 0.0
@@ -251,7 +194,7 @@ def _softcap(keys: _Keys, name: str, default: float) -> float:
     return value
 
 
-def _scales(keys: _Keys, architecture: Architecture, hidden: int, layers: int) -> Scales:
+def _scales(keys: Keys, architecture: Architecture, hidden: int, layers: int) -> Scales:
     """As the architecture sets them, or as the file does; 0 of the file means none."""
     scales = architecture.scales(hidden, layers)
     if not architecture.has_scale_keys:
@@ -260,38 +203,6 @@ def _scales(keys: _Keys, architecture: Architecture, hidden: int, layers: int) -
         embedding=keys.real("embedding_scale", scales.embedding) or 1.0,
         residual=keys.real("residual_scale", scales.residual) or 1.0,
         logits=keys.real("logit_scale", scales.logits) or 1.0,
-    )
-
-
-def _rope(keys: _Keys, head_dim: int, architecture: Architecture) -> Rope:
-    kind = keys.text("rope.scaling.type", "linear")
-    known = ("none", "linear", "yarn") + (("longrope",) if architecture.rope_factors else ())
-    if kind not in known:
-        raise EngineError(f"{keys.head.path}: rope scaling {kind!r} is not supported; {', '.join(known)} are")
-    factor = keys.real("rope.scaling.factor", keys.real("rope.scale_linear", 0.0))
-    scale = 1.0 if kind == "none" or factor <= 0 else 1.0 / factor
-    attention = keys.real("rope.scaling.attn_factor", 1.0)
-    if kind == "yarn":
-        # llama.cpp takes the magnitude ggml will apply out again and puts its own in: both are
-        # 1 + 0.1 ln(1 / scale), so what is left is one but for rounding.
-        magnitude = 1.0 + 0.1 * math.log(1.0 / scale)
-        attention *= (magnitude if 1.0 / scale > 1.0 else 1.0) / magnitude
-    dimensions = keys.whole("rope.dimension_count", head_dim)
-    if dimensions > head_dim or dimensions % 2:
-        raise EngineError(
-            f"{keys.head.path}: rope over {dimensions} of {head_dim} dimensions is not supported"
-        )
-    assert architecture.rope is not None
-    return Rope(
-        dimensions=dimensions,
-        kind=architecture.rope,
-        base=keys.real("rope.freq_base", 10000.0),
-        scale=scale,
-        extrapolation=1.0 if kind == "yarn" else 0.0,
-        attention=attention,
-        beta_fast=32.0,
-        beta_slow=1.0,
-        original_context=keys.whole("rope.scaling.original_context_length", keys.whole("context_length")),
     )
 
 

@@ -50,6 +50,18 @@ def _quantise(source: str, file_type: str) -> Callable[[str], None]:
     return make
 
 
+@pytest.fixture
+def quantised(tmp_path: pathlib.Path) -> Callable[[str, str], str]:
+    """A copy of the model at a path, of another type."""
+
+    def make(source: str, file_type: str) -> str:
+        target = str(tmp_path / f"{file_type}.gguf")
+        _quantise(source, file_type)(target)
+        return target
+
+    return make
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> str:
     """SmolLM2-135M-Instruct Q4_1: 9 heads, 3 KV heads, so every split of it is uneven."""

@@ -81,6 +81,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gptneox in sequence": FULL | {"keys": PARALLEL | {"use_parallel_residual": False}},
     "bloom of six heads, tied": FULL | {"heads": 6, "kv_heads": 6, "hidden": 192, "is_tied": True},
 }
+KQUANTS = {  # of widths that are multiples of 256
+    "gptneox": FULL | {"hidden": 512, "ffn": 1024, "keys": PARALLEL},
+    "phi3": {"hidden": 512, "ffn": 1024, "has_fused_qkv": True},
+}
 SPLITS = {"1:1": [(1, 1)], "2:1:1": [(2, 1, 1)], "1:1 then 1, then 1:1": [(1, 1), (1,), (1, 1)]}
 
 
@@ -114,6 +118,16 @@ def test_logits_are_bit_equal_to_llama_cpp(
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_are_bit_equal_to_llama_cpp(made: Callable[..., str], variant: str) -> None:
     assert _check.compare(made(variant.split()[0], "Q8_0", **VARIANTS[variant]), {}) == 0.0
+
+
+@pytest.mark.parametrize("weight_type", ["Q4_K_M", "Q2_K", "IQ4_NL"])
+@pytest.mark.parametrize("architecture", ["gptneox", "phi3"])
+def test_quantised_rows_of_a_fused_tensor_are_bit_equal(
+    made: Callable[..., str], quantised: Callable[[str, str], str], architecture: str, weight_type: str
+) -> None:
+    """Whichever layout the whole and its pieces are rearranged to."""
+    path = quantised(made(architecture, **KQUANTS[architecture]), weight_type)
+    assert _check.compare(path, {}) == 0.0
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "bloom", "gpt2", "phi3"])

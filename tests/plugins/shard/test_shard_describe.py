@@ -98,9 +98,11 @@ def test_a_missing_key_or_tensor_is_named(tmp_path: pathlib.Path) -> None:
     refused(path, "lacks the tensor blk.1.attn_q.weight")
 
 
-def test_no_damaged_head_does_worse_than_an_engine_error(tmp_path: pathlib.Path) -> None:
+@pytest.mark.parametrize("architecture", ["llama", "gemma2", "phi3", "gptneox", "bloom"])
+def test_no_damaged_head_does_worse_than_an_engine_error(tmp_path: pathlib.Path, architecture: str) -> None:
     path = tmp_path / "model.gguf"
-    write_model(str(path), Shape(layers=1), "F16")
+    keys = {"use_parallel_residual": True} if architecture == "gptneox" else {}
+    write_model(str(path), Shape(architecture, layers=1, keys=keys), "F16")
     whole = path.read_bytes()
     huge = struct.pack("<Q", 2**63)
     for at in range(4, 1400, 3):
@@ -109,3 +111,50 @@ def test_no_damaged_head_does_worse_than_an_engine_error(tmp_path: pathlib.Path)
             describe(str(path))
         except EngineError:
             continue
+
+
+@pytest.mark.parametrize(
+    ("architecture", "keys", "match"),
+    [
+        ("gemma2", {"attention.sliding_window": 0}, "attention.sliding_window is 0"),
+        ("gemma2", {"final_logit_softcapping": 0.0}, "expected more than 0"),
+        ("gemma2", {"rope.freq_base_swa": 5000.0}, "windowed layers"),
+        ("qwen2", {"rope.scaling.type": "longrope"}, "rope scaling 'longrope'"),
+        ("gptneox", {}, "lacks the key gptneox.use_parallel_residual"),
+        ("gptneox", {"use_parallel_residual": 1}, "use_parallel_residual is 1"),
+    ],
+)
+def test_a_variant_of_another_architecture_is_refused(
+    tmp_path: pathlib.Path, architecture: str, keys: dict[str, Any], match: str
+) -> None:
+    path = tmp_path / "model.gguf"
+    write_model(str(path), Shape(architecture, keys=keys), "F16")
+    refused(path, match)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "tensor", "other", "match"),
+    [
+        (
+            "qwen3",
+            "blk.1.attn_q_norm.weight",
+            "blk.1.attn_x_norm.weight",
+            "lacks the tensor blk.1.attn_q_norm",
+        ),
+        ("gpt2", "blk.0.ffn_up.bias", "blk.0.ffn_ux.bias", "lacks the tensor blk.0.ffn_up.bias"),
+        ("bloom", "token_embd_norm.bias", "token_embx_norm.bias", "lacks the tensor token_embd_norm.bias"),
+    ],
+)
+def test_tensors_that_a_record_lacks_or_needs_are_named(
+    tmp_path: pathlib.Path, architecture: str, tensor: str, other: str, match: str
+) -> None:
+    path = tmp_path / "model.gguf"
+    write_model(str(path), Shape(architecture), "F16")
+    path.write_bytes(path.read_bytes().replace(tensor.encode(), other.encode()))
+    refused(path, match)
+
+
+def test_a_tensor_that_no_record_names_is_refused(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_model(str(path), Shape("qwen3", biases=("attn_output",)), "F16")
+    refused(path, "tensor blk.0.attn_output.bias belongs to a variant of qwen3")
