@@ -66,6 +66,11 @@ class Device:
         return allowed if budget.memory is None else max(0, min(allowed, budget.memory - taken))
 
     @property
+    def cache_folder(self) -> Path:
+        """Where engines keep what they can make again."""
+        return self._cache
+
+    @property
     def threads(self) -> int:
         """Per worker."""
         return self._profile.budget.threads or physical_cores() or os.cpu_count() or 1

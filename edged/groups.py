@@ -215,7 +215,7 @@ class Groups:
                     other.rank, other.node_id, their.public_key, port, their.certificate, stream_port
                 )
             )
-        timeout_s = START_S + role.memory_bytes / 10e6
+        timeout_s = START_S + max(role.memory_bytes, group.load.manifest.size) / 10e6
         answer = await self._ask(role, "start", wire.Start(group.group_id, tuple(ends)), timeout_s)
         return wire.read_body(wire.Started, answer)
 

@@ -3,7 +3,8 @@
 The price is a first simple model. A rank's time per token is the bytes of weights it reads divided by
 the measured bytes/s of that weight type; ranks of a stage work at once (the slowest counts), stages one
 after the other. Each all-reduce, one or two a layer, costs one round trip of the slowest link in the
-group, each hop between stages half of one.
+group, each hop between stages half of one. Weights that pass through a window because a budget does not
+hold them are read again for every token, which counts on top.
 """
 
 from __future__ import annotations
@@ -29,6 +30,9 @@ from .types import (
 WORKER_BYTES = 96 << 20  # interpreter, libraries and graph buffers of one worker (measured: 50 to 90 MiB)
 KV_BYTES = {"fast": 2, "exact": 4}  # per element: F16, F32
 F32_BYTES = 4
+DISK_BYTES_S = 100e6  # at which dropped weights are read again: nothing measures disks, so a slow one's
+BUDGET_MARGIN = 16  # a windowed role leaves this part of a budget free, which moves with the node's memory
+PROMPT_BATCH = 512  # tokens of a prompt that one reading of the weights serves
 INFINITE = float("inf")
 GAIN_MIN = 0.9  # more nodes must predict at most this share of the time of fewer (hysteresis)
 
@@ -98,7 +102,8 @@ def consider(
             if request.strategy != "auto":
                 raise
             proposed = [Candidate(name, (), refused_because=_with_remedy(error))]
-        found += [finish(candidate, model, by_id, request) for candidate in proposed]
+        windows = {entry.name: entry.window_bytes for entry in engines}
+        found += [finish(c, model, by_id, request, windows.get(c.engine, 0)) for c in proposed]
     return found
 
 
@@ -149,14 +154,23 @@ def _check_alone(request: PlanRequest, submitter: str) -> None:
 
 
 def finish(
-    candidate: Candidate, model: ModelDescription, nodes: Mapping[str, NodeView], request: PlanRequest
+    candidate: Candidate,
+    model: ModelDescription,
+    nodes: Mapping[str, NodeView],
+    request: PlanRequest,
+    window_bytes: int = 0,
 ) -> Candidate:
-    """With memory and price filled in, or with the reason why it is refused."""
+    """With memory and price filled in, or with the reason why it is refused. `window_bytes`: of the
+    engine that shall run it."""
     if candidate.refused_because:
         return candidate
-    roles = tuple(
-        dataclasses.replace(role, memory_bytes=memory_of(role, model, request)) for role in candidate.roles
-    )
+
+    def sized_role(role: Role) -> Role:
+        node = nodes.get(role.node_id)
+        given = granted(role, model, request, node.memory_budget if node else None, window_bytes)
+        return dataclasses.replace(role, memory_bytes=given)
+
+    roles = tuple(map(sized_role, candidate.roles))
     sized = dataclasses.replace(candidate, roles=roles)
     reason = validate(sized, model, nodes, request)
     return dataclasses.replace(sized, predicted=price(sized, model, nodes, request), refused_because=reason)
@@ -183,19 +197,59 @@ def _layer_cuts(model: ModelDescription) -> Sequence[tuple[float, float, float]]
     return [(total * part, total * (1 - part), 0.0) for total in model.layer_bytes]
 
 
+def held_bytes_of(role: Role, model: ModelDescription, request: PlanRequest) -> int:
+    """Bytes of a rank's weights in memory: the file's types, or F32 with exact numerics."""
+    weights = weight_bytes_of(role, model)
+    if request.numerics == "fast":
+        return weights
+    stored = (
+        sum(model.layer_bytes)
+        + model.embedding_bytes
+        + (model.head_bytes if model.head_bytes != model.embedding_bytes else 0)
+    )
+    return round(weights * F32_BYTES * model.parameters / stored)
+
+
 def memory_of(role: Role, model: ModelDescription, request: PlanRequest) -> int:
     """Weights, one sequence's KV cache and the worker itself, in bytes."""
-    weights = weight_bytes_of(role, model)
-    if request.numerics == "exact":
-        stored = (
-            sum(model.layer_bytes)
-            + model.embedding_bytes
-            + (model.head_bytes if model.head_bytes != model.embedding_bytes else 0)
-        )
-        weights = round(weights * F32_BYTES * model.parameters / stored)
+    weights = held_bytes_of(role, model, request)
     kv_heads = model.kv_heads * (role.heads[1] - role.heads[0]) / model.heads
     cache = 2 * (role.layers[1] - role.layers[0]) * request.context_tokens * kv_heads * model.head_dim
     return round(weights + cache * KV_BYTES[request.numerics] + WORKER_BYTES)
+
+
+def least_memory_of(role: Role, model: ModelDescription, request: PlanRequest, window_bytes: int) -> int:
+    """As `memory_of`, with the smallest window over the weights that the engine has (0: it has none).
+
+    Vectors, a few thousandths of a model, are not windowed."""
+    full, weights = memory_of(role, model, request), held_bytes_of(role, model, request)
+    vectors = sum(tensor.bytes for tensor in model.tensors if len(tensor.shape) == 1)
+    return full if not window_bytes else full - weights + min(weights, window_bytes + vectors)
+
+
+def granted(
+    role: Role, model: ModelDescription, request: PlanRequest, budget: int | None, window_bytes: int
+) -> int:
+    """Memory to plan a role with: all that it needs, or most of a smaller budget where a window fits
+    into that. Above the budget where nothing helps: then it is the least that would."""
+    full = memory_of(role, model, request)
+    if budget is None or full <= budget:
+        return full
+    return max(budget - budget // BUDGET_MARGIN, least_memory_of(role, model, request, window_bytes))
+
+
+def weights_room(role: Role, model: ModelDescription, request: PlanRequest) -> int:
+    """Bytes that a planned role's memory leaves to its weights; 0: as much as they are."""
+    full = memory_of(role, model, request)
+    if not role.memory_bytes or role.memory_bytes >= full:
+        return 0
+    return max(1, role.memory_bytes - (full - held_bytes_of(role, model, request)))
+
+
+def _rereading_s(role: Role, model: ModelDescription, request: PlanRequest) -> float:
+    """Seconds to read again what does not fit, on top of computing: an upper bound, since both overlap."""
+    room = weights_room(role, model, request)
+    return max(0, held_bytes_of(role, model, request) - room) / DISK_BYTES_S if room else 0.0
 
 
 def price(
@@ -207,7 +261,7 @@ def price(
     submitter = next(iter(nodes))
     decode = prefill = 0.0
     for roles in stages:
-        times = [_rank_times(role, model, nodes[role.node_id], request.prompt_tokens) for role in roles]
+        times = [_rank_times(role, model, nodes[role.node_id], request) for role in roles]
         if any(time is None for time in times):
             return Predicted(bytes_per_token=traffic)
         decode += max(time[0] for time in times if time)
@@ -220,7 +274,7 @@ def price(
 
 
 def _rank_times(
-    role: Role, model: ModelDescription, node: NodeView, prompt_tokens: int
+    role: Role, model: ModelDescription, node: NodeView, request: PlanRequest
 ) -> tuple[float, float] | None:
     """Seconds for one token and for the prompt on one rank."""
     speed = speed_of(node, model.weight_type)
@@ -228,8 +282,11 @@ def _rank_times(
         return None
     weights = weight_bytes_of(role, model)
     of_model = weights / max(1, sum(model.layer_bytes) + model.head_bytes)
-    operations = 2 * model.parameters * of_model * prompt_tokens
-    return weights / speed.decode_bytes_s, operations / speed.prefill_flops_s
+    operations = 2 * model.parameters * of_model * request.prompt_tokens
+    rereading_s = _rereading_s(role, model, request)
+    batches = -(-request.prompt_tokens // PROMPT_BATCH)
+    decode_s = weights / speed.decode_bytes_s + rereading_s
+    return decode_s, operations / speed.prefill_flops_s + batches * rereading_s
 
 
 def speed_of(node: NodeView, weight_type: str) -> EngineSpeed | None:

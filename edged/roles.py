@@ -164,13 +164,16 @@ class Roles:
         name, role = self._peers.identity.name, offer.roles[offer.rank]
         if not 1 <= offer.context_tokens <= model.context_tokens or not planning.is_within(role, model):
             raise ProtocolError("expected a role and a context within the model's size")
-        request = PlanRequest(context_tokens=offer.context_tokens, numerics=offer.numerics)
-        needed = max(role.memory_bytes, planning.memory_of(role, model, request))
+        request, entry = _request_of(offer), self._engines[offer.engine]
+        full = planning.memory_of(role, model, request)
+        least = planning.least_memory_of(role, model, request, entry.window_bytes)
+        needed = max(role.memory_bytes or full, least)
         admitting = role.memory_bytes if offer.group in self._admitting else 0
         budget = self._device.memory_budget(self.memory_taken - admitting)
         if budget is not None and needed > budget:
             raise PolicyViolation(
-                f"{name}: its part needs {needed >> 20} MiB, and the budget is {budget >> 20} MiB",
+                f"{name}: its part needs {needed >> 20} MiB (at least {least >> 20}), and the budget is "
+                f"{budget >> 20} MiB",
                 remedy="free memory there, or give it a smaller share",
             )
 
@@ -226,7 +229,7 @@ class Roles:
             ]
             for end in start.ends
         }
-        battery = self._device.read().battery
+        role, battery = offer.roles[offer.rank], self._device.read().battery
         spec = EngineSpec(
             held.path,
             offer.model,
@@ -236,6 +239,8 @@ class Roles:
             offer.numerics,
             self._device.threads,
             self._engines[offer.engine].settings,
+            planning.weights_room(role, offer.model, _request_of(offer)),
+            str(self._device.cache_folder),
         )
         body = {
             "group": offer.group,
@@ -244,7 +249,7 @@ class Roles:
             "ends": ends,
             "may_spin": battery is None or battery.plugged is not False,
         }
-        timeout_s = LOAD_S + offer.roles[offer.rank].memory_bytes / LOAD_BYTES_S
+        timeout_s = LOAD_S + planning.memory_of(role, offer.model, _request_of(offer)) / LOAD_BYTES_S
         try:
             return wire.read_body(wire.Started, await held.worker.call("load", body, timeout_s))
         except EdgedError as error:
@@ -326,3 +331,8 @@ class Roles:
         task = asyncio.get_running_loop().create_task(held.worker.stop())
         self._stopping.add(task)
         task.add_done_callback(self._stopping.discard)
+
+
+def _request_of(offer: wire.Offer) -> PlanRequest:
+    """What of a plan's request decides a role's memory."""
+    return PlanRequest(context_tokens=offer.context_tokens, numerics=offer.numerics)

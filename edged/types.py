@@ -300,6 +300,8 @@ class EngineEntry:
     ranges(spec: EngineSpec) -> byte ranges of the model file that `load` reads for this role, given a
         file of which only the head, up to its first tensor, need be there. Empty: all of the file.
 
+    `window_bytes`: memory in which the engine computes with weights of any size, read again for every
+    token (`EngineSpec.weights_bytes`); 0: they must all fit.
     A model is stored under the engine that described it first. `takes`: engines whose models this one
     runs too. `strategies`, `numerics`: what it can do (None: every strategy); `remedy`: what helps
     whoever asked for more.
@@ -312,6 +314,7 @@ class EngineEntry:
     check: str
     settings: Mapping[str, Any] = field(default_factory=dict)
     ranges: str = ""
+    window_bytes: int = 0
     takes: tuple[str, ...] = ()
     strategies: tuple[str, ...] | None = None
     numerics: tuple[Numerics, ...] = ("fast", "exact")

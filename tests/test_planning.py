@@ -28,6 +28,7 @@ from edged.types import (
     Range,
     Role,
     Strategy,
+    TensorEntry,
 )
 
 settings.register_profile("patient", deadline=None)  # a busy machine is slow, not wrong
@@ -617,3 +618,94 @@ def test_a_role_outside_its_model_is_told_apart(changed: dict[str, object]) -> N
     sound = planning.whole(NodeView("n", "n"), model, "local").roles[0]
     assert planning.is_within(sound, model)
     assert not planning.is_within(dataclasses.replace(sound, **changed), model)  # type: ignore[arg-type]
+
+
+# --- windows over weights ---------------------------------------------------------------------------
+
+BIG = dataclasses.replace(
+    MODEL,
+    parameters=2_200_000_000,
+    layer_bytes=(250 << 20,) * 4,
+    head_bytes=100 << 20,
+    embedding_bytes=100 << 20,
+)
+WINDOWED = EngineEntry("shard", "", "", "", "", window_bytes=16 << 20)
+NO_WINDOW = EngineEntry("plain", "", "", "", "")
+ENTIRE, HALF = role(0, "a"), role(0, "a", layers=(0, 2), vocab=(0, 0))
+ASKED = PlanRequest(strategy="local", context_tokens=512)
+
+
+@given(budget=st.integers(0, 2 << 30), part=st.sampled_from([ENTIRE, HALF]), exact=st.booleans())
+def test_a_role_is_planned_with_what_it_needs_or_what_the_budget_has(
+    budget: int, part: Role, exact: bool
+) -> None:
+    request = dataclasses.replace(ASKED, numerics="exact" if exact else "fast")
+    full = planning.memory_of(part, BIG, request)
+    least = planning.least_memory_of(part, BIG, request, WINDOWED.window_bytes)
+    given_ = planning.granted(part, BIG, request, budget, WINDOWED.window_bytes)
+    assert (given_ <= budget) == (least <= budget or full <= budget)
+    assert least <= given_ <= full
+    assert given_ in (full, least, budget - budget // 16)
+    planned = dataclasses.replace(part, memory_bytes=given_)
+    room = planning.weights_room(planned, BIG, request)
+    if given_ == full:
+        assert room == 0
+    else:  # the parts make the whole
+        cache_and_worker = full - planning.held_bytes_of(part, BIG, request)
+        assert room + cache_and_worker == given_
+        assert room >= WINDOWED.window_bytes
+
+
+def test_without_a_budget_or_an_engine_that_has_windows_all_must_fit() -> None:
+    full = planning.memory_of(ENTIRE, BIG, ASKED)
+    assert planning.granted(ENTIRE, BIG, ASKED, None, 16 << 20) == full
+    assert planning.granted(ENTIRE, BIG, ASKED, full - 1, 0) == full
+    assert planning.least_memory_of(ENTIRE, BIG, ASKED, 0) == full
+
+
+def test_vectors_stay_in_memory_beside_the_window() -> None:
+    vectors = (TensorEntry("a", "F32", (256,), 0, 1024), TensorEntry("b", "F32", (256, 2), 0, 2048))
+    model = dataclasses.replace(BIG, tensors=vectors)
+    least = planning.least_memory_of(ENTIRE, BIG, ASKED, 16 << 20)
+    assert planning.least_memory_of(ENTIRE, model, ASKED, 16 << 20) == least + 1024
+
+
+def considered(engine: EngineEntry, budget: int) -> Candidate:
+    views = [node("a", memory_budget=budget, engines=("shard", "plain"))]
+    [candidate] = planning.consider(STRATEGIES, BIG, views, ASKED, [engine])
+    return candidate
+
+
+def test_what_does_not_fit_is_priced_with_reading_it_again_and_refused_below_the_least() -> None:
+    full = planning.memory_of(ENTIRE, BIG, ASKED)
+    least = planning.least_memory_of(ENTIRE, BIG, ASKED, WINDOWED.window_bytes)
+    fitting = considered(WINDOWED, full)
+    assert fitting.predicted.tpot_ms is not None
+    windowed = considered(WINDOWED, full // 2)
+    assert windowed.refused_because is None
+    [part] = windowed.roles
+    assert part.memory_bytes <= full // 2
+    dropped = full - part.memory_bytes  # bytes: what the budget is short of
+    assert windowed.predicted.tpot_ms == pytest.approx(
+        fitting.predicted.tpot_ms + 1000 * dropped / planning.DISK_BYTES_S, rel=1e-6
+    )
+    for engine, needed, budget in ((WINDOWED, least, least - 1), (NO_WINDOW, full, full // 2)):
+        refused = considered(engine, budget)
+        words = f"A: its part needs {needed / 2**20:.0f} MiB and the budget is {budget / 2**20:.0f} MiB"
+        assert refused.refused_because == words
+
+
+def test_two_nodes_that_hold_a_model_win_over_one_that_reads_it_again() -> None:
+    full = planning.memory_of(ENTIRE, BIG, ASKED)
+    views = [
+        node("a", {"b": 1.0}, memory_budget=full * 2 // 3),
+        node("b", {"a": 1.0}, memory_budget=full * 2 // 3),
+    ]
+    request = dataclasses.replace(ASKED, strategy="auto")
+    candidates = planning.consider(STRATEGIES, BIG, views, request, [WINDOWED])
+    chosen = planning.choose(candidates)
+    assert chosen is not None
+    assert len(candidates[chosen].roles) == 2
+    alone = [c for c in candidates if len(c.roles) == 1]
+    assert alone
+    assert all(c.refused_because is None for c in alone)

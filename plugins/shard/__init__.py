@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args
 
 from edged import ConfigError, EngineEntry, hookimpl
 
+WINDOW_BYTES = 18 << 20  # two units of weights, which `_window` bounds at 8 MiB, and page edges
 Wire = Literal["f32", "f16"]
 
 
@@ -57,6 +58,7 @@ def edged_engines(settings: Mapping[str, Any]) -> Sequence[EngineEntry]:
             measure="edged_plugins.shard._measure:measure",
             check="edged_plugins.shard._check:check",
             ranges="edged_plugins.shard._ranges:ranges",
+            window_bytes=WINDOW_BYTES,
             settings=chosen,
         )
     ]
