@@ -38,7 +38,7 @@ def main(arguments: list[str]) -> None:
 
 def _draw(axes: Axes, rows: list[dict[str, Any]], key: str, plan: str) -> None:
     """Medians with least and most, and the prediction as a dashed line."""
-    x = [row[key] for row in rows]
+    x = [row[key]["median"] if key == "rtt_ms" else row[key] for row in rows]
     middle = [row["tpot_ms"]["median"] for row in rows]
     below = [m - row["tpot_ms"]["min"] for m, row in zip(middle, rows, strict=True)]
     above = [row["tpot_ms"]["max"] - m for m, row in zip(middle, rows, strict=True)]

@@ -21,7 +21,7 @@ their waiting in it where they poll.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,30 +91,19 @@ def _measure(
     name, *_ = (add_model(node, path) for node in nodes)  # each has the file: none fetches it
     for plan, count in dict.fromkeys((case.plan, case.nodes) for case in cases):
         generate(nodes[0], name, plan, nodes[:count], 3, PROMPT)
-    rtts = {case.rtt_ms: _set_rtt(link, case.rtt_ms) for case in cases} if len(nodes) > 1 else {0.0: 0.0}
+    layers = _layers(nodes[0], name)
     runs: dict[str, list[dict[str, float]]] = {case.row: [] for case in cases}
-    for number in range(1, ROUNDS + 1):
+    for _ in range(ROUNDS):
+        rtts: dict[float, float] = {}
         for case in cases:
             if link.relay is not None:
                 link.delay(case.rtt_ms / 2)
-            runs[case.row].append(
-                _run(
-                    link,
-                    nodes,
-                    lambda case=case: generate(
-                        nodes[0], name, case.plan, nodes[: case.nodes], tokens, PROMPT
-                    ),
-                )
-            )
+            if case.rtt_ms not in rtts:
+                rtts[case.rtt_ms] = link.rtt_ms() if len(nodes) > 1 else 0.0
+            measured = _run(link, nodes, name, case, tokens)
+            runs[case.row].append(measured | {"rtt_ms": rtts[case.rtt_ms]})
         for case in cases:
-            _put(record, case, runs, cases[0].row, rtts[case.rtt_ms], _layers(nodes[0], name), number)
-
-
-def _set_rtt(link: Network, rtt_ms: float) -> float:
-    """Have the relay delay so much; what a datagram really takes."""
-    if link.relay is not None:
-        link.delay(rtt_ms / 2)
-    return link.rtt_ms()
+            _put(record, case, runs[case.row], runs[cases[0].row], layers)
 
 
 def _layers(node: Node, name: str) -> int:
@@ -122,11 +111,11 @@ def _layers(node: Node, name: str) -> int:
     return int(held["layers"])
 
 
-def _run(link: Network, nodes: Sequence[Node], work: Callable[[], dict[str, Any]]) -> dict[str, float]:
+def _run(link: Network, nodes: Sequence[Node], name: str, case: Case, tokens: int) -> dict[str, float]:
     """One generation's time per token, and the processor time of everybody for each of its tokens."""
     processes = [psutil.Process(node.process.pid) for node in nodes]
     before, relay_before = [cpu_seconds(each) for each in processes], link.relay_seconds()
-    document = work()
+    document = generate(nodes[0], name, case.plan, nodes[: case.nodes], tokens, PROMPT)
     after, relay_after = [cpu_seconds(each) for each in processes], link.relay_seconds()
     made = len(document["tokens"])
     spent = {
@@ -143,29 +132,25 @@ def _run(link: Network, nodes: Sequence[Node], work: Callable[[], dict[str, Any]
 def _put(
     record: Record,
     case: Case,
-    runs: dict[str, list[dict[str, float]]],
-    alone: str,
-    rtt_ms: float,
+    mine: Sequence[dict[str, float]],
+    alone: Sequence[dict[str, float]],
     layers: int,
-    rounds: int,
 ) -> None:
-    mine, one = ([run["tpot_ms"] for run in runs[row]] for row in (case.row, alone))
-    predicted = [_predicted(case, time, rtt_ms, layers) for time in one]
+    times, one = ([run["tpot_ms"] for run in runs] for runs in (mine, alone))
+    predicted = [_predicted(case, time, run["rtt_ms"], layers) for time, run in zip(one, mine, strict=True)]
     record.put(
         case.row,
-        is_partial=rounds < ROUNDS,
-        rounds=rounds,
+        is_partial=len(mine) < ROUNDS,
+        rounds=len(mine),
         plan=case.plan,
         nodes=case.nodes,
-        rtt_ms=round(rtt_ms, 3),
-        tpot_ms=spread(mine),
-        over_one_node=ratios(mine, one),
+        nominal_rtt_ms=case.rtt_ms,
+        rtt_ms=spread([run["rtt_ms"] for run in mine]),
+        tpot_ms=spread(times),
+        over_one_node=ratios(times, one),
         predicted_ms=spread(predicted),
-        ratio=ratios(mine, predicted),
-        **{
-            f"cpu_ms_{kind}": spread([run[kind] for run in runs[case.row]])
-            for kind in ("daemon", "workers", "relay")
-        },
+        ratio=ratios(times, predicted),
+        **{f"cpu_ms_{kind}": spread([run[kind] for run in mine]) for kind in ("daemon", "workers", "relay")},
     )
 
 
