@@ -34,19 +34,22 @@ _PAIRS = itertools.cycle(itertools.permutations(WORDS, 2))
 @dataclass(frozen=True)
 class Place:
     """Where a node runs: `prefix` enters a namespace, `tasks` is the file that takes its cgroup's
-    members, `settings` are lines of its profile."""
+    members, `memory` is its budget and `settings` are more lines of its profile."""
 
     name: str
     prefix: tuple[str, ...] = ()
     interface: str = "lo"
     tasks: Path | None = None
+    memory: str = ""
     settings: str = ""
 
     @property
     def profile(self) -> str:
+        memory = f'memory = "{self.memory}"\n' if self.memory else ""
         return (
-            'version = 1\nplugins = ["shard", "layer_parallel", "tensor_parallel"]\n'
-            f'[budget]\nthreads = 1\n[network]\ninterfaces = ["{self.interface}"]\n{self.settings}\n'
+            'version = 1\nplugins = ["monitor", "shard", "layer_parallel", "tensor_parallel"]\n'
+            f"[budget]\nthreads = 1\n{memory}"
+            f'[network]\ninterfaces = ["{self.interface}"]\n{self.settings}\n'
         )
 
 
@@ -119,9 +122,12 @@ def generate(
     tokens: int,
     prompt_tokens: int = 128,
     shares: Sequence[float] | None = None,
+    text: str | None = None,
 ) -> dict[str, Any]:
-    """One greedy generation of exactly `tokens`; its document."""
+    """One greedy generation of exactly `tokens`, after `text` or a new prompt; its document."""
     asked = request(model, strategy, nodes, tokens, prompt_tokens, shares)
+    if text is not None:
+        asked["prompt"] = text
     with node.client() as client:
         document: dict[str, Any] = client.call("generate", asked, silence_s=SILENCE_S)
     return document
