@@ -16,7 +16,7 @@ import numpy as np
 from edged import Channel, EngineError, EngineSpec, Step
 
 from . import _libllama
-from ._llama_settings import Settings
+from ._llama_settings import SEQUENCES_MAX
 from ._sampling import best, choose, keep_of
 from ._tokenizer import Tokenizer
 
@@ -39,7 +39,7 @@ class LlamaEngine:
         try:
             if spec.numerics != "fast":
                 raise EngineError("llama_cpp computes in the file's own types; exact numerics need shard")
-            most = Settings(**spec.settings).sequences_max
+            most = int(spec.settings.get("sequences_max", SEQUENCES_MAX))
             self._text = Tokenizer(spec.model_path)
             self._sequences = Sequences(model, spec.context_tokens, spec.threads, most)
         except BaseException:

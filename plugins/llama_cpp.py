@@ -9,12 +9,13 @@ This module is light; libllama and numpy are loaded by the underscore modules, i
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edged import EngineEntry, hookimpl
 
-from ._llama_settings import read
+from ._llama_settings import Settings, read
 
 
 @hookimpl
@@ -26,7 +27,7 @@ def edged_engines(settings: Mapping[str, Any]) -> Sequence[EngineEntry]:
             describe="edged_plugins._llama_describe:describe",
             measure="edged_plugins._llama_describe:measure",
             check="edged_plugins._llama_describe:check",
-            settings=read("llama_cpp", settings),
+            settings=dataclasses.asdict(read("llama_cpp", settings, Settings)),
             takes=("shard",),
             strategies=("local", "remote"),
             numerics=("fast",),

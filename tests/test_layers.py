@@ -70,14 +70,17 @@ PLUGIN_DOORS = {
     "psutil": ("monitor", "one reader of the device"),
     "zeroconf": ("mdns", "one speaker of multicast DNS"),
     "ifaddr": ("mdns", "interfaces, as zeroconf sees them"),
-    "socket": ("mdns", "only a discoverer opens sockets; an engine has its channel"),
+    "socket": ("mdns _llama_tunnel", "a discoverer's, and loopback, where libllama knows nothing else"),
     "numpy": ("shard _sampling _llama_engine", "arrays live in an engine's worker"),
     "llama_cpp": (
-        "shard _tokenizer _libllama _llama_describe _llama_engine",
+        "shard _tokenizer _libllama _llama_describe _llama_engine _llama_rpc_engine",
         "libllama lives in an engine's worker",
     ),
     "gguf": ("shard _gguf _libllama", "model files are read in a worker"),
-    "ctypes": ("shard _tokenizer _libllama _llama_engine", "ggml and libllama through their C headers"),
+    "ctypes": (
+        "shard _tokenizer _libllama _llama_engine _llama_rpc_engine",
+        "ggml and libllama through their C headers",
+    ),
 }
 HEAVY = ("torch", "numpy", "llama_cpp", "gguf", "transformers", "scipy")
 NEVER_ANYWHERE = {

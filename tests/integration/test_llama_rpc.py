@@ -1,0 +1,103 @@
+"""A model of libllama's over two and three real nodes, by llama.cpp's RPC inside the plan's channel."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import Node, Nodes, pair_all, wait_no_workers, wait_until
+
+if any(importlib.util.find_spec(name) is None for name in ("llama_cpp", "gguf", "numpy")):
+    pytest.skip("llama-cpp-python is not installed (pip install edged[llama])", allow_module_level=True)
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "plugins"))
+import tiny_models
+
+from edged.errors import EdgedError
+
+PLUGINS = ("llama_cpp", "llama_rpc", "layer_parallel")
+ALLOWED = {"llama_rpc": {"allow": True}}
+ASKED = {
+    **{"model": "tiny", "prompt": "Why is the sky blue?", "raw": True, "n": 16},
+    **{"temperature": 0.0, "ignore_eos": True},
+}
+TWO = ASKED | {"strategy": "layers", "nodes": ["laptop", "jetson"]}
+THREE = ASKED | {"strategy": "layers", "nodes": ["laptop", "jetson", "phone"]}
+
+
+@pytest.fixture(scope="module")
+def trio(shared_nodes: Nodes, smol: Path) -> list[Node]:
+    nodes = shared_nodes.group("laptop", "jetson", "phone", plugins=PLUGINS, plugin=ALLOWED)
+    nodes[0].add(tiny_models.tiny("stablelm", smol), "tiny")
+    nodes[0].add(smol, "smol")
+    return nodes
+
+
+@pytest.fixture
+def laptop(trio: list[Node]) -> Iterator[Node]:
+    yield trio[0]
+    for job in trio[0].call("jobs")["jobs"]:
+        if job["state"] in ("queued", "running"):
+            with contextlib.suppress(EdgedError):
+                trio[0].call("cancel", {"job": job["job_id"]})
+
+
+@pytest.mark.parametrize("model", ["tiny", "smol"])
+@pytest.mark.parametrize("asked", [TWO, THREE], ids=["two", "three"])
+def test_spread_over_nodes_a_model_says_what_it_says_on_one(
+    laptop: Node, asked: dict[str, object], model: str
+) -> None:
+    alone = laptop.call("generate", ASKED | {"model": model, "strategy": "local"})
+    document = laptop.call("generate", asked | {"model": model})
+    assert document["tokens"] == alone["tokens"]
+    assert document["measured"]["bytes_sent"] > 0
+    assert [role["name"] for role in document["plan"]["roles"]] == asked["nodes"]
+
+
+def test_a_follower_needs_the_head_of_the_file_alone(trio: list[Node], laptop: Node) -> None:
+    laptop.call("generate", TWO)
+    [row] = [row for row in trio[1].call("models.ls")["models"] if row["name"] == "tiny"]
+    assert not row["complete"]
+
+
+def test_two_jobs_at_once_share_the_group(laptop: Node) -> None:
+    asked = [TWO | {"prompt": prompt, "n": 100} for prompt in ("One", "Name three birds.")]
+    alone = [laptop.call("generate", one | {"n": 8})["tokens"] for one in asked]
+    jobs = [laptop.job(one).until_token() for one in asked]
+    assert laptop.call("status")["jobs_running"] == 2
+    assert [job.document()["tokens"][:8] for job in jobs] == alone
+
+
+@pytest.fixture
+def duo(nodes: Nodes, smol: Path) -> list[Node]:
+    """Two members with no worker but those of one job, which has given a token."""
+    duo = nodes.group("laptop", "jetson", plugins=PLUGINS, plugin=ALLOWED)
+    duo[0].add(tiny_models.tiny("stablelm", smol), "tiny")
+    return duo
+
+
+@pytest.mark.parametrize("victim", [0, 1], ids=["rank 0", "a follower"])
+def test_killing_a_worker_ends_the_job_and_nothing_else(duo: list[Node], victim: int) -> None:
+    job = duo[0].job(TWO | {"n": 900}).until_token()
+    [worker] = duo[victim].workers()
+    worker.kill()
+    assert duo[victim].name in str(job.error())
+    wait_no_workers(*duo)
+    assert [node.call("status")["state"] for node in duo] == ["online", "online"]
+    assert len(duo[0].call("generate", TWO)["tokens"]) == TWO["n"]
+
+
+def test_without_the_profiles_word_nothing_is_offered(nodes: Nodes, smol: Path) -> None:
+    pair = nodes.start("desk", "shelf", plugins=PLUGINS)
+    pair_all(pair)
+    pair[0].add(tiny_models.tiny("stablelm", smol), "tiny")
+    wait_until("the shelf to be online", lambda: pair[0].sees_online(pair[1]))
+    asked = ASKED | {"strategy": "layers", "nodes": ["desk", "shelf"]}
+    error = pair[0].error("generate", asked)
+    assert "by layers: llama_cpp runs local or remote" in str(error)
+    assert "[plugin.llama_rpc] allow = true" in (error.remedy or "")
+    assert not pair[0].workers()
