@@ -162,7 +162,7 @@ class ZmqChannel:
     def move(
         self, sends: Sequence[tuple[int, Any]], takes: Sequence[tuple[int, int]], timeout_s: float
     ) -> list[memoryview]:
-        sends = [(rank, memoryview(frame).cast("B")) for rank, frame in sends]
+        sends = [(rank, _bytes_of(frame)) for rank, frame in sends]
         streams = self._streams
         if streams is not None and all(rank in streams for rank, _ in (*sends, *takes)):
             return streams.move(sends, takes, timeout_s)
@@ -251,6 +251,12 @@ class ZmqChannel:
             pass
         finally:
             zap.close()
+
+
+def _bytes_of(frame: Any) -> memoryview:
+    """A contiguous buffer as bytes; an empty one cannot be cast."""
+    view = memoryview(frame)
+    return view if view.format == "B" and view.ndim == 1 else view.cast("B")
 
 
 def _on_wire(count: int) -> int:

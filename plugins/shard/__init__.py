@@ -18,14 +18,16 @@ from typing import Any, Literal, get_args
 from edged import ConfigError, EngineEntry, hookimpl
 
 WINDOW_BYTES = 18 << 20  # two units of weights, which `_window` bounds at 8 MiB, and page edges
-Wire = Literal["f32", "f16"]
+Wire = Literal["auto", "f32", "f16", "q8"]
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
     """`[plugins.shard]` of a profile."""
 
-    wire: Wire = "f32"  # type of the partial sums between tensor-parallel ranks; rank 0's setting rules
+    # Codec of the partial sums between tensor ranks; the setting of a group's first rank rules. auto: f32, or
+    # a narrower one where the measured link makes it worth its rounding. Exact numerics take f32.
+    wire: Wire = "auto"
     sequences_max: int = 32  # bound of the KV caches one worker holds
     timeout_s: float = 30.0  # base of every receive; work and bytes waited for come on top
     threads: int = 0  # of the micro-benchmark, from the host; 0: every core this process may use

@@ -1,12 +1,9 @@
 """The engine: one rank of a plan, loaded. `load` is what the worker calls.
 
 Rank 0 drives: `step` tells every rank what to run, computes its own part, gathers what sampling
-needs from the last stage, and draws. The others `follow`. Ranks of one stage sum their partials by
-direct exchange, in rank order and from the same rounded values, so all hold bit-identical hidden
-states; stages hand hidden states on in float32. Token ids travel, embeddings do not.
-
-The channel must take a message without waiting for its receiver: two ranks send their partials to
-each other before either reads. Frames are copies of ggml's memory, safe to send later.
+needs from the last stage, and draws. The others `follow`. Ranks of one stage sum their partials so
+that all hold bit-identical hidden states (`_reduce`); stages hand hidden states on in float32. Token
+ids travel, embeddings do not.
 """
 
 from __future__ import annotations
@@ -22,9 +19,10 @@ from .._tokenizer import Tokenizer
 from . import Settings, _ggml
 from ._graph import Graph
 from ._layers import Shard
-from ._messages import WIRES, Entry, Mailbox, Work, read_work, send_work
+from ._messages import Entry, Mailbox, Work, read_work, send_work
 from ._model import read_model
 from ._place import find_place
+from ._reduce import join
 from ._sequences import Sequences
 from ._weights import Limit, Weights
 
@@ -60,6 +58,8 @@ class ShardEngine:
         self._lib, self._channel, self._settings = lib, channel, settings
         self._model, self._place = model, place
         self._mailbox = Mailbox(channel, settings.timeout_s)
+        if len(place.group) > 1:
+            self._reduce = join(lib, channel, spec, place, settings)
         self._tokenizer: Tokenizer | None = None
         limit = Limit(spec.weights_bytes, spec.cache_folder) if spec.weights_bytes else None
         self._weights = Weights(lib, model, place, exact, limit)
@@ -134,7 +134,7 @@ class ShardEngine:
         entries = tuple(
             Entry(s.sequence, s.position, len(s.tokens), keep) for s, keep in zip(steps, keeps, strict=True)
         )
-        return Work(entries, tokens.astype(np.int32), self._settings.wire)
+        return Work(entries, tokens.astype(np.int32))
 
     def _gather(self, work: Work, mine: list[Candidates]) -> list[Candidates]:
         """Each entry's candidates, joined over the ranks of the last stage."""
@@ -221,7 +221,7 @@ class ShardEngine:
             (given,) = self._mailbox.expect(place.source, "hidden", shapes, work.count)
 
         def reduce(partial: np.ndarray, hidden: np.ndarray) -> None:
-            hidden += self._sum(partial, work.wire)
+            hidden += self._reduce(partial)
 
         graph.run(position, given, reduce)
         self.hidden = graph.hidden
@@ -229,23 +229,6 @@ class ShardEngine:
             frame = graph.hidden.tobytes()
             for rank in place.targets:
                 self._channel.send(rank, {"k": "hidden"}, [frame])
-
-    def _sum(self, partial: np.ndarray, wire: str) -> np.ndarray:
-        """The group's sum of partials (rows, hidden), bit-identical on every rank: each adds the same
-        rounded values, its own included, in the order of ranks."""
-        kind, place = WIRES[wire], self._place
-        frame = partial.astype(kind).tobytes()
-        for rank in place.group:
-            if rank != place.rank:
-                self._channel.send(rank, {"k": "partial"}, [frame])
-        shapes = ((kind.str, partial.shape),)
-        total = np.zeros(partial.shape, np.float32)
-        for rank in place.group:
-            if rank == place.rank:
-                total += np.frombuffer(frame, kind).reshape(partial.shape)
-            else:
-                total += self._mailbox.expect(rank, "partial", shapes, len(partial))[0]
-        return total
 
 
 def _choose(candidates: Candidates, step: Step, sampling: Sampling) -> int:

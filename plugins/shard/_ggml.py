@@ -2,7 +2,7 @@
 
 ctypes checks no signatures, so a changed argument list would be silent corruption: the version is
 pinned and `load` refuses any other. Pointers are opaque (`c_void_p`); the only layouts declared
-are `ggml_init_params` (by value) and the head of `ggml_type_traits`. ggml aborts the process on
+are `ggml_init_params` (by value) and the heads of the type traits. ggml aborts the process on
 bad input: whoever calls validates first.
 """
 
@@ -24,7 +24,7 @@ from edged import EngineError
 GGML_VERSION = "0.25.3"
 LLAMA_CPP_VERSION = "0.3.36"
 
-F32, F16, I32, I64 = 0, 1, 26, 27
+F32, F16, Q8_0, I32, I64 = 0, 1, 8, 26, 27
 PREC_F32 = 10
 USAGE_WEIGHTS, USAGE_COMPUTE = 1, 2
 ROPE_NORMAL, ROPE_NEOX = 0, 2
@@ -50,6 +50,12 @@ class TypeTraits(ctypes.Structure):
         ("quantized", c_bool),
         ("to_float", ctypes.CFUNCTYPE(None, P, P, c_int64)),
     )
+
+
+class CpuTypeTraits(ctypes.Structure):
+    """The head of `struct ggml_type_traits_cpu`."""
+
+    _fields_ = (("from_float", ctypes.CFUNCTYPE(None, P, P, c_int64)),)
 
 
 LOG_CALLBACK = ctypes.CFUNCTYPE(None, c_int, c_char_p, P)
@@ -126,6 +132,10 @@ _BASE: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_gallocr_get_buffer_size": (c_size_t, (P, c_int)),
 }
 _CPU: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "ggml_cpu_init": (None, ()),
+    "ggml_cpu_fp32_to_fp16": (None, (P, P, c_int64)),
+    "ggml_cpu_fp16_to_fp32": (None, (P, P, c_int64)),
+    "ggml_get_type_traits_cpu": (ctypes.POINTER(CpuTypeTraits), (c_int,)),
     "ggml_backend_cpu_init": (P, ()),
     "ggml_backend_cpu_reg": (P, ()),
     "ggml_backend_cpu_set_n_threads": (None, (P, c_int)),

@@ -2,10 +2,11 @@
 
 A message is a map with its kind under `k`, and raw little-endian frames:
 
-    step     rank 0 -> every rank     e: list of [sequence, position, tokens, keep]; w: f32 or f16
+    step     rank 0 -> every rank     e: list of [sequence, position, tokens, keep]
                                       frame: int32 token ids of all entries (first stage only)
     release  rank 0 -> every rank     s: sequence
-    partial  rank -> its group        frame: (rows, hidden) in the step's wire type
+    links    rank -> first of group   l: list of [rank, other, latency in s, bytes/s]  } at load, see
+    terms    first of group -> rank   w: codec; a: list of [size, way, hub]            } `_reduce`
     hidden   stage -> next stage      frame: (rows, hidden) float32
     result   last stage -> rank 0     frames: int32 ids, float32 logits, of all entries that keep
 
@@ -28,7 +29,6 @@ from .._sampling import KEEP_ALL
 
 BATCH_TOKENS = 512  # llama.cpp's n_ubatch
 ENTRIES_MAX = 4096
-WIRES: dict[str, np.dtype[Any]] = {"f32": np.dtype("<f4"), "f16": np.dtype("<f2")}
 # Generous, since the supervisor ends a group on loss: this only bounds a stall nobody reports.
 SECONDS_PER_TOKEN = 1.0
 BYTES_PER_SECOND = 100_000
@@ -52,11 +52,10 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One step: its entries, the token ids (empty beyond the first stage), the wire's name."""
+    """One step: its entries, and the token ids (empty beyond the first stage)."""
 
     entries: tuple[Entry, ...]
     tokens: np.ndarray
-    wire: str
 
     @property
     def count(self) -> int:
@@ -66,7 +65,7 @@ class Work:
 def send_work(channel: Channel, work: Work, first_stage: Sequence[int]) -> None:
     """Tell every other rank what this step runs; token ids only where they are embedded."""
     entries = [[e.sequence, e.position, e.count, e.keep] for e in work.entries]
-    header = {"k": "step", "e": entries, "w": work.wire}
+    header = {"k": "step", "e": entries}
     ids = work.tokens.astype("<i4").tobytes()
     for rank in range(channel.size):
         if rank != channel.rank:
@@ -75,17 +74,17 @@ def send_work(channel: Channel, work: Work, first_stage: Sequence[int]) -> None:
 
 def read_work(header: Mapping[str, Any], frames: Sequence[Any], embeds: bool, vocab: int) -> Work:
     """The step of a message from rank 0; `embeds`: this rank is to get token ids."""
-    rows, wire = header.get("e"), header.get("w")
-    if wire not in WIRES or not isinstance(rows, list) or not 0 < len(rows) <= ENTRIES_MAX:
-        raise ProtocolError("expected a step with entries and a wire type")
+    rows = header.get("e")
+    if not isinstance(rows, list) or not 0 < len(rows) <= ENTRIES_MAX:
+        raise ProtocolError("expected a step with entries")
     entries = tuple(_read_entry(row, vocab) for row in rows)
     count = sum(entry.count for entry in entries)
     if not embeds:
-        return Work(entries, np.empty(0, np.int32), wire)
+        return Work(entries, np.empty(0, np.int32))
     tokens = read_frames(frames, (("<i4", (count,)),))[0]
     if tokens.min() < 0 or tokens.max() >= vocab:
         raise ProtocolError(f"expected token ids below {vocab}")
-    return Work(entries, tokens, wire)
+    return Work(entries, tokens)
 
 
 def _read_entry(row: Any, vocab: int) -> Entry:
@@ -113,6 +112,11 @@ def read_frames(frames: Sequence[Any], shapes: Sequence[tuple[str, tuple[int, ..
     return arrays
 
 
+def patience_s(base_s: float, tokens: int, size: int) -> float:
+    """How long to wait for `size` bytes of a rank that may have to compute `tokens` first."""
+    return base_s + tokens * SECONDS_PER_TOKEN + size / BYTES_PER_SECOND
+
+
 class Mailbox:
     """A channel that knows which message it waits for, and how long that may take."""
 
@@ -125,8 +129,7 @@ class Mailbox:
         """The frames of the next message of `source`, which must be a `kind`. `tokens`: how many
         the sender may have to compute first."""
         size = sum(np.dtype(k).itemsize * int(np.prod(s)) for k, s in shapes)
-        timeout_s = self._base_s + tokens * SECONDS_PER_TOKEN + size / BYTES_PER_SECOND
-        header, frames = self.channel.receive(source, timeout_s)
+        header, frames = self.channel.receive(source, patience_s(self._base_s, tokens, size))
         if header.get("k") != kind:
             raise ProtocolError(f"expected {kind} of rank {source}, got {str(header.get('k'))[:32]!r}")
         return read_frames(frames, shapes)

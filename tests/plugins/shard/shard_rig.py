@@ -7,6 +7,7 @@ import ctypes
 import queue
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import llama_cpp
@@ -185,10 +186,32 @@ def connect(size: int) -> list[MemoryChannel]:
 
 
 @contextlib.contextmanager
+def loaded(specs: Sequence[EngineSpec]) -> Iterator[list[ShardEngine]]:
+    """Engines of a plan, over one channel, loaded at once: ranks of a group settle how to sum."""
+    channels = connect(len(specs))
+    engines: list[ShardEngine] = []
+    try:
+        with ThreadPoolExecutor(len(specs)) as threads:
+            loading = [threads.submit(load, *pair) for pair in zip(specs, channels, strict=True)]
+        engines += [future.result() for future in loading if future.exception() is None]
+        for future in loading:
+            future.result()
+        yield engines
+    finally:
+        for engine in engines:
+            engine.close()
+
+
+@contextlib.contextmanager
 def running(specs: Sequence[EngineSpec]) -> Iterator[list[ShardEngine]]:
     """Engines of a plan, rank 0 for the caller to drive, the others following on threads."""
-    channels = connect(len(specs))
-    engines = [load(spec, channel) for spec, channel in zip(specs, channels, strict=True)]
+    with loaded(specs) as engines, following(engines):
+        yield engines
+
+
+@contextlib.contextmanager
+def following(engines: Sequence[ShardEngine]) -> Iterator[None]:
+    """All but rank 0 follow, each on a thread."""
     ended, errors = threading.Event(), []
 
     def follow(engine: ShardEngine) -> None:
@@ -202,13 +225,11 @@ def running(specs: Sequence[EngineSpec]) -> Iterator[list[ShardEngine]]:
     for thread in threads:
         thread.start()
     try:
-        yield engines
+        yield
     finally:
         ended.set()
         for thread in threads:
             thread.join(30)
-        for engine in engines:
-            engine.close()
     assert not errors, errors
 
 

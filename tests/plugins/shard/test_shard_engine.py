@@ -19,7 +19,7 @@ from edged_plugins.shard._architectures import ARCHITECTURES
 from edged_plugins.shard._engine import load
 from edged_plugins.shard._measure import WEIGHT_TYPES
 from edged_plugins.shard._random import Shape, write_model
-from shard_rig import GREEDY, connect, greedy_run, running, specs_of
+from shard_rig import GREEDY, connect, greedy_run, loaded, running, specs_of
 
 from edged import (
     ConfigError,
@@ -236,16 +236,15 @@ HOSTILE = [
     ({"k": "shutdown"}, []),
     ({}, []),
     ({"k": "release", "s": "all"}, []),
-    ({"k": "step", "e": [], "w": "f32"}, []),
-    ({"k": "step", "e": [[0, 0, 1, 1]], "w": "f64"}, [b"\0" * 4]),
-    ({"k": "step", "e": [[0, 0, 1]], "w": "f32"}, [b"\0" * 4]),
-    ({"k": "step", "e": [[0, 0, 1, 2000]], "w": "f32"}, [b"\0" * 4]),
-    ({"k": "step", "e": [[0, 0, 1.5, 1]], "w": "f32"}, [b"\0" * 4]),
-    ({"k": "step", "e": [[0, 0, 2, 1]], "w": "f32"}, [b"\0" * 4]),
-    ({"k": "step", "e": [[0, 0, 1, 1]], "w": "f32"}, []),
-    ({"k": "step", "e": [[0, 0, 1, 1]], "w": "f32"}, [b"\xff" * 4]),
-    ({"k": "step", "e": [[0, 0, 1, 1]], "w": "f32"}, [b"\0\0\1\0"]),
-    ({"k": "step", "e": [[0, 0, -1, 1]], "w": "f32"}, [b""]),
+    ({"k": "step", "e": []}, []),
+    ({"k": "step", "e": [[0, 0, 1]]}, [b"\0" * 4]),
+    ({"k": "step", "e": [[0, 0, 1, 2000]]}, [b"\0" * 4]),
+    ({"k": "step", "e": [[0, 0, 1.5, 1]]}, [b"\0" * 4]),
+    ({"k": "step", "e": [[0, 0, 2, 1]]}, [b"\0" * 4]),
+    ({"k": "step", "e": [[0, 0, 1, 1]]}, []),
+    ({"k": "step", "e": [[0, 0, 1, 1]]}, [b"\xff" * 4]),
+    ({"k": "step", "e": [[0, 0, 1, 1]]}, [b"\0\0\1\0"]),
+    ({"k": "step", "e": [[0, 0, -1, 1]]}, [b""]),
 ]
 
 
@@ -253,60 +252,41 @@ HOSTILE = [
 def test_a_hostile_message_costs_a_protocol_error(
     random_model: str, header: dict[str, Any], frames: list[bytes]
 ) -> None:
-    specs, channels = specs_of(random_model, [(1, 1)]), connect(2)
-    follower = load(specs[1], channels[1])
-    try:
-        channels[0].send(1, header, frames)
+    with loaded(specs_of(random_model, [(1, 1)])) as (driver, follower):
+        driver._channel.send(1, header, frames)
         with pytest.raises(ProtocolError):
             follower.follow(1)
-    finally:
-        follower.close()
 
 
 @pytest.mark.parametrize(
     ("position", "count"), [(3, 1), (0, 1025), (1024, 1)], ids=["gap", "too long", "past the end"]
 )
 def test_a_step_outside_the_context_does_not_reach_ggml(random_model: str, position: int, count: int) -> None:
-    specs, channels = specs_of(random_model, [(1, 1)]), connect(2)
-    follower = load(specs[1], channels[1])
-    try:
+    with loaded(specs_of(random_model, [(1, 1)])) as (driver, follower):
         entry = [0, position, count, 1]
-        channels[0].send(1, {"k": "step", "e": [entry], "w": "f32"}, [bytes(4 * count)])
+        driver._channel.send(1, {"k": "step", "e": [entry]}, [bytes(4 * count)])
         with pytest.raises(EngineError, match="sequence 0"):
             follower.follow(1)
-    finally:
-        follower.close()
 
 
 def test_a_silent_rank_is_a_peer_error_within_the_timeout(
     random_model: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(_messages, "SECONDS_PER_TOKEN", 0.01)
-    specs, channels = specs_of(random_model, [(1, 1)], timeout_s=0.2), connect(2)
-    driver = load(specs[0], channels[0])
-    try:
+    with loaded(specs_of(random_model, [(1, 1)], timeout_s=0.2)) as (driver, follower):
         with pytest.raises(PeerError, match="rank 1"):
             driver.step([Step(0, [1], 0, GREEDY)])
-        channels[1].send(0, {"k": "result"}, [b""])
-        with pytest.raises(ProtocolError, match="expected partial of rank 1"):
+        follower._channel.send(0, {"k": "result"}, [b""])
+        with pytest.raises(ProtocolError, match="of rank 1"):
             driver.step([Step(0, [1], 0, GREEDY)])
-        follower = load(specs[1], channels[1])
-        follower._channel.receive(0, 1)
-        follower.close()
-    finally:
-        driver.close()
 
 
 def test_follow_returns_when_nothing_comes(random_model: str) -> None:
-    specs, channels = specs_of(random_model, [(1, 1)]), connect(2)
-    follower = load(specs[1], channels[1])
-    try:
+    with loaded(specs_of(random_model, [(1, 1)])) as (_, follower):
         follower.follow(0.01)
         with pytest.raises(EngineError, match="rank 0 drives"):
             follower.step([Step(0, [1], 0, GREEDY)])
         assert follower.end_tokens == frozenset()
-    finally:
-        follower.close()
 
 
 # --- plugin, self-test, benchmark -----------------------------------------------------------------

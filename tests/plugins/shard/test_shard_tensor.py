@@ -90,7 +90,7 @@ def kl(a: np.ndarray, b: np.ndarray) -> float:
     return float((np.exp(log_a) * (log_a - log_b)).sum())
 
 
-@pytest.mark.parametrize("wire", ["f32", "f16"])
+@pytest.mark.parametrize("wire", ["auto", "f32", "f16", "q8"])
 @pytest.mark.parametrize("split", SPLITS)
 def test_all_ranks_of_a_stage_hold_bit_identical_hidden_states(smollm2: str, split: str, wire: str) -> None:
     with running(specs_of(smollm2, SPLITS[split], wire=wire)) as engines:

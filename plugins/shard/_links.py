@@ -1,0 +1,123 @@
+"""What links between the ranks of a tensor group cost, and what follows for their all-reduce.
+
+Links are measured once, at load, by exchanges over the very connections that partial sums will take.
+The choices are pure functions of those costs; one rank makes them and tells the others.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from edged import Channel
+
+SMALL_BYTES, SMALL_TIMES = 64, 9
+LARGE_BYTES, LARGE_TIMES = 256 << 10, 3  # the first drains what a shaped link's bucket lets through at once
+PROBE_S = 60.0  # for one exchange; 40 kbit/s pass
+SAVES_AT_LEAST = 0.05  # of the time per token, before a narrower codec is worth its rounding
+WEIGHT_BYTES_S = 10e9  # a guess at how fast a rank reads its weights; only weighs communication against it
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """One way of a connection while both ways are used: seconds for a few bytes, then bytes per second."""
+
+    latency_s: float
+    bytes_s: float
+
+    def time_s(self, size: float) -> float:
+        return self.latency_s + size / self.bytes_s
+
+
+Links = Mapping[tuple[int, int], Link]  # by (lower rank, higher rank)
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """How a group sums: `direct` (each sends all it has to each), `star` (through rank `hub`), or `ring`
+    (reduce-scatter, then all-gather)."""
+
+    name: str
+    hub: int = -1
+
+
+DIRECT, RING = Way("direct"), Way("ring")
+
+
+def probe(channel: Channel, other: int) -> Link:
+    """Measure the link to `other`, which does the same at the same time. The least time of a few counts:
+    what else the machine does may add to it, never take away."""
+    small = _exchange_s(channel, other, SMALL_BYTES, SMALL_TIMES)
+    large = _exchange_s(channel, other, LARGE_BYTES, LARGE_TIMES)
+    return Link(small, LARGE_BYTES / max(large - small, 1e-6))
+
+
+def _exchange_s(channel: Channel, other: int, size: int, times: int) -> float:
+    frame, seen = bytes(size), []
+    for _ in range(times):
+        begun = time.perf_counter()
+        channel.exchange([other], frame, PROBE_S)
+        seen.append(time.perf_counter() - begun)
+    return min(seen[1:])
+
+
+def time_s(way: Way, group: Sequence[int], links: Links, size: int) -> float:
+    """Predicted seconds of summing a frame of `size` bytes. A rank sends over one wire, one after another."""
+    n = len(group)
+    if way.name == "direct":
+        latency = max(link.latency_s for link in links.values())
+        return latency + max(sum(size / _link(links, a, b).bytes_s for b in group if b != a) for a in group)
+    if way.name == "star":
+        spokes = [_link(links, way.hub, rank) for rank in group if rank != way.hub]
+        return 2 * (max(s.latency_s for s in spokes) + sum(size / s.bytes_s for s in spokes))
+    steps = [_link(links, group[i], group[(i + 1) % n]) for i in range(n)]
+    return 2 * (n - 1) * max(step.time_s(size / n) for step in steps)
+
+
+def choose_way(group: Sequence[int], links: Links, size: int) -> Way:
+    """The quickest way for frames of `size` bytes; direct where two are equal."""
+    ways = [DIRECT]
+    if len(group) > 2:
+        ways += [RING, *(Way("star", hub) for hub in group)]
+    return min(ways, key=lambda way: time_s(way, group, links, size))
+
+
+def choose_ways(group: Sequence[int], links: Links) -> tuple[tuple[int, Way], ...]:
+    """(largest size, way), in the order of sizes; the last holds for all larger ones."""
+    sizes = [1 << power for power in range(8, 29)]
+    ways = [(size, choose_way(group, links, size)) for size in sizes]
+    joined = [list(rows)[-1] for _, rows in itertools.groupby(ways, key=lambda row: row[1])]
+    return tuple(joined)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a group sums: `sums` all-reduces a token, of frames of these sizes, beside `weight_bytes` that
+    each rank reads a token."""
+
+    sums: int
+    weight_bytes: float
+    sizes: Mapping[str, int]  # codec -> bytes of one token's frame, the widest codec first
+    codec_s: Mapping[str, float]  # codec -> seconds to convert
+
+
+def choose_codec(group: Sequence[int], links: Links, load: Load) -> str:
+    """The widest codec, unless a narrower one saves a part of the time per token that is worth it."""
+    times = {name: _token_s(group, links, load, name) for name in load.sizes}
+    best = widest = next(iter(times))
+    for name, predicted in times.items():
+        if predicted < times[best] and predicted < times[widest] * (1 - SAVES_AT_LEAST):
+            best = name
+    return best
+
+
+def _token_s(group: Sequence[int], links: Links, load: Load, codec: str) -> float:
+    size = load.sizes[codec]
+    sum_s = time_s(choose_way(group, links, size), group, links, size) + load.codec_s[codec]
+    return load.weight_bytes / WEIGHT_BYTES_S + load.sums * sum_s
+
+
+def _link(links: Links, a: int, b: int) -> Link:
+    return links[min(a, b), max(a, b)]
