@@ -42,10 +42,17 @@ class Peer:
         self._process.stdout.close()
 
     def call(self, what: str, *arguments: Any) -> Any:
+        self.ask(what, *arguments)
+        return self.answer(what)
+
+    def ask(self, what: str, *arguments: Any) -> None:
+        """The first half of `call`, for two peers that work at once."""
         assert self._process.stdin is not None
-        assert self._process.stdout is not None
         self._process.stdin.write(json.dumps([what, *arguments]).encode() + b"\n")
         self._process.stdin.flush()
+
+    def answer(self, what: str) -> Any:
+        assert self._process.stdout is not None
         if not select.select([self._process.stdout], [], [], ANSWER_S)[0]:
             raise RuntimeError(f"expected an answer to {what} within {ANSWER_S:g} s")
         line = self._process.stdout.readline()
@@ -78,7 +85,7 @@ def engine(which: str) -> Peer:
     return Peer(str(Path(__file__)), which)
 
 
-def serve(runner: Runner) -> None:
+def serve(runner: object) -> None:
     """Answer requests until end of file. Standard output is for answers alone."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
