@@ -202,12 +202,15 @@ def held_bytes_of(role: Role, model: ModelDescription, request: PlanRequest) -> 
     weights = weight_bytes_of(role, model)
     if request.numerics == "fast":
         return weights
-    stored = (
-        sum(model.layer_bytes)
-        + model.embedding_bytes
-        + (model.head_bytes if model.head_bytes != model.embedding_bytes else 0)
-    )
-    return round(weights * F32_BYTES * model.parameters / stored)
+    return round(weights * F32_BYTES * model.parameters / _stored_bytes(model))
+
+
+def _stored_bytes(model: ModelDescription) -> int:
+    """Of all tensors, one that is both embedding and output counted once."""
+    if model.tensors:
+        return sum(tensor.bytes for tensor in model.tensors)
+    is_tied = model.head_bytes == model.embedding_bytes
+    return sum(model.layer_bytes) + model.embedding_bytes + (0 if is_tied else model.head_bytes)
 
 
 def memory_of(role: Role, model: ModelDescription, request: PlanRequest) -> int:

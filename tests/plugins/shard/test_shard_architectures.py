@@ -21,13 +21,14 @@ from shard_rig import (
     LlamaCpp,
     describe_model,
     greedy_run,
+    greedy_together,
     logits_run,
     oracle_run,
     running,
     specs_of,
 )
 
-from edged import EngineError, Step
+from edged import EngineError, PlanRequest, Step, planning
 
 FULL = {"heads": 4, "kv_heads": 4, "has_fused_qkv": True}
 PARALLEL = {"rope.dimension_count": 16, "use_parallel_residual": True}
@@ -231,6 +232,22 @@ def test_slices_hold_every_byte_once_but_for_what_none_can_cut(
         assert held[piece.key] == whole * (2 if is_kept else 1), piece.key
 
 
+@pytest.mark.parametrize("numerics", ["fast", "exact"])
+@pytest.mark.parametrize("architecture", SHAPES)
+def test_planning_expects_the_memory_that_slices_take(
+    made: Callable[..., str], architecture: str, numerics: str
+) -> None:
+    """All of one type, so that what the tables by rows are stored as does not blur it; the rest is
+    biases of sums, which one rank has and planning gives to each, and the allocator's alignment."""
+    path = made(architecture, "F16", **sliced(architecture) | {"vocab": 2048})
+    specs = specs_of(path, [(2, 1, 1)], numerics)
+    request = PlanRequest(numerics=numerics)
+    with running(specs) as engines:
+        for spec, engine in zip(specs, engines, strict=True):
+            expected = planning.held_bytes_of(spec.roles[spec.rank], spec.model, request)
+            assert engine.memory_bytes == pytest.approx(expected, rel=0.02)
+
+
 def test_one_sum_a_layer_where_attention_and_feed_forward_are_parallel(made: Callable[..., str]) -> None:
     counts = {}
     for is_parallel in (True, False):
@@ -279,3 +296,16 @@ def test_a_wrong_record_is_found(
     wrong = dataclasses.replace(ARCHITECTURES[architecture], **changes)
     monkeypatch.setitem(ARCHITECTURES, architecture, wrong)
     assert _check.compare(path, {}) > 0
+
+
+@pytest.mark.parametrize("stages", [[(1,)], [(2, 1, 1)]], ids=["one rank", "slices"])
+@pytest.mark.parametrize("architecture", ["gemma2", "gpt2", "gptneox", "bloom"])
+def test_sequences_run_together_as_they_run_alone(
+    made: Callable[..., str], architecture: str, stages: list[tuple[int, ...]]
+) -> None:
+    """Each with windows, positions and distances of its own."""
+    path, random = made(architecture, "Q8_0", **sliced(architecture)), np.random.default_rng(1)
+    prompts = [random.integers(0, 512, length).tolist() for length in (40, 3, 70, 1)]
+    with running(specs_of(path, stages, "exact")) as engines:
+        alone = [greedy_run(engines[0], prompt, 8, 10 + i) for i, prompt in enumerate(prompts)]
+        assert greedy_together(engines[0], prompts, 8) == alone
