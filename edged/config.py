@@ -21,7 +21,7 @@ from .errors import ConfigError
 VERSION = 1
 DEFAULT_CLASS = "laptop-cpu"
 TYPE_WORDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
-DEFAULT_PLUGINS = ("mdns", "monitor", "shard", "layer_parallel", "tensor_parallel")
+DEFAULT_PLUGINS = ("mdns", "monitor", "shard", "llama_cpp", "layer_parallel", "tensor_parallel")
 
 
 class Duration(float):

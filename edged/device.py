@@ -97,7 +97,9 @@ class Device:
         return self.speeds()
 
     async def ensure_measured(self) -> tuple[EngineSpeed, ...]:
-        return self.speeds() or await self.measure()
+        """Speeds as they were measured, now or before; an engine may have none of its own."""
+        is_measured = all(self._file("speed", engine).exists() for engine in self._engines.values())
+        return self.speeds() if is_measured else await self.measure()
 
     async def check(self, engine: EngineEntry) -> None:
         """Once per processor and library version: does the engine agree with its reference here?"""

@@ -1,13 +1,14 @@
 """The engine over libllama: a whole model, several sequences in one `llama_batch`.
 
 Sampling is not libllama's: the logits go through the rule the shard engine uses, so that a job draws
-the same tokens wherever it runs. The context begins with room for one sequence, which is what a plan
-counts, and grows by copying what the sequences hold when more come at once.
+the same tokens wherever it runs. The context begins with room for one sequence and grows by copying
+what the sequences hold when more come at once, up to what the plan counts.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections import deque
 from collections.abc import Mapping, Sequence
 
 import llama_cpp
@@ -20,6 +21,7 @@ from ._llama_settings import SEQUENCES_MAX
 from ._sampling import best, choose, keep_of
 from ._tokenizer import Tokenizer
 
+CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}  # ggml_type
 BATCH_TOKENS = 512  # of one llama_decode: llama.cpp's own n_ubatch
 
 
@@ -41,10 +43,11 @@ class LlamaEngine:
                 raise EngineError("llama_cpp computes in the file's own types; exact numerics need shard")
             most = int(spec.settings.get("sequences_max", SEQUENCES_MAX))
             self._text = Tokenizer(spec.model_path)
-            self._sequences = Sequences(model, spec.context_tokens, spec.threads, most)
+            self._sequences = Sequences(model, spec, most)
         except BaseException:
             llama_cpp.llama_model_free(model)
             raise
+        self._begun: deque[Sequence[Step]] = deque()
         self._batch = llama_cpp.llama_batch_init(BATCH_TOKENS, 0, 1)
 
     @property
@@ -58,8 +61,22 @@ class LlamaEngine:
     def decode(self, tokens: Sequence[int]) -> bytes:
         return self._text.decode(tokens)
 
-    def step(self, steps: Sequence[Step]) -> list[int | None]:
-        """Run each step's tokens; the next token of each that has a sampling."""
+    def open(self, sequence: int, prompt: Sequence[int], positions: int) -> int | None:
+        """Admit a new sequence of at most `positions` tokens: 0, since all of the prompt is to be run;
+        None while the cache has no room for it."""
+        return 0 if self._sequences.reserve(sequence, positions) else None
+
+    def lanes(self, sequences: int) -> int:
+        """One: nothing waits for anything while libllama computes."""
+        return 1
+
+    def begin(self, steps: Sequence[Step]) -> None:
+        """Hand a batch in; it is computed when it is finished."""
+        self._begun.append(steps)
+
+    def finish(self) -> list[int | None]:
+        """The next token of each step of the oldest batch; None where it has no sampling."""
+        steps = self._begun.popleft()
         self._check(steps)
         places = [self._sequences.place(step.sequence, step.position) for step in steps]
         found: dict[int, int] = {}  # by step, the token drawn
@@ -73,6 +90,11 @@ class LlamaEngine:
         for step in steps:
             self._sequences.wrote(step.sequence, step.position + len(step.tokens))
         return [found.get(index) for index in range(len(steps))]
+
+    def step(self, steps: Sequence[Step]) -> list[int | None]:
+        """One batch, begun and finished."""
+        self.begin(steps)
+        return self.finish()
 
     def release(self, sequence: int) -> None:
         self._sequences.release(sequence)
@@ -133,14 +155,30 @@ class LlamaEngine:
 
 
 class Sequences:
-    """The sequences a context holds: which place of libllama's each has, and how long it is."""
+    """The sequences a context holds: which place of libllama's each has, how long it is and may become.
 
-    def __init__(self, model: int, context_tokens: int, threads: int, most: int) -> None:
-        self._model, self._tokens, self._threads, self._max = model, context_tokens, threads, most
+    Cells of the KV cache belong to no sequence (`kv_unified`), so that the context can grow by copying:
+    to twice the places, or twice the cells, whenever one more sequence asks for them.
+    """
+
+    def __init__(self, model: int, spec: EngineSpec, most: int) -> None:
+        self._model, self._threads, self._max = model, spec.threads, most
+        self._tokens = spec.context_tokens
+        self._cells_max = getattr(spec, "cache_tokens", 0) or most * spec.context_tokens
+        self._cache_type = CACHE_TYPES[getattr(spec, "cache_type", "f16")]
         self._places: dict[int, int] = {}
         self._lengths: dict[int, int] = {}
-        self._room = 1
-        self.context = self._open(1)
+        self._reserved: dict[int, int] = {}
+        self._room, self._cells = 1, spec.context_tokens
+        self.context = self._open()
+
+    def reserve(self, sequence: int, positions: int) -> bool:
+        """Keep so many positions for a new sequence; False while others hold them, or all places."""
+        free = self._cells_max - sum(self._reserved.values())
+        if len(self._reserved) >= self._max or positions > free:
+            return False
+        self._reserved[sequence] = positions
+        return True
 
     def check(self, sequence: int, position: int, count: int) -> None:
         """EngineError unless `count` tokens can run from `position` of `sequence`."""
@@ -149,16 +187,19 @@ class Sequences:
             raise EngineError(
                 f"sequence {sequence} holds {length} positions; tokens cannot start at {position}"
             )
-        if position + count > self._tokens:
+        most = self._reserved.get(sequence, self._tokens)
+        if position + count > most:
             raise EngineError(
-                f"sequence {sequence} would have {position + count} tokens; the context is {self._tokens}",
+                f"sequence {sequence} would have {position + count} tokens; it may have {most}",
                 remedy="shorten the prompt or ask for a larger context",
             )
-        if sequence not in self._places and len(self._places) >= self._max:
-            raise EngineError(f"{self._max} sequences are held already", remedy="run fewer jobs at a time")
+        if sequence not in self._reserved and not self.reserve(sequence, self._tokens):
+            raise EngineError(
+                "the KV cache has no room for another sequence", remedy="run fewer jobs at a time"
+            )
 
     def place(self, sequence: int, position: int) -> int:
-        """libllama's number of the sequence, cut to `position`; a new one gets a free place."""
+        """libllama's number of a reserved sequence, cut to `position`; a new one gets a free place."""
         if sequence not in self._places:
             self._places[sequence] = self._free_place()
             self._lengths[sequence] = 0
@@ -176,6 +217,7 @@ class Sequences:
     def release(self, sequence: int) -> None:
         place = self._places.pop(sequence, None)
         self._lengths.pop(sequence, None)
+        self._reserved.pop(sequence, None)
         if place is not None:
             llama_cpp.llama_memory_seq_rm(llama_cpp.llama_get_memory(self.context), place, -1, -1)
 
@@ -183,34 +225,44 @@ class Sequences:
         llama_cpp.llama_free(self.context)
         self._places.clear()
         self._lengths.clear()
+        self._reserved.clear()
 
     def _free_place(self) -> int:
+        room, cells = self._room, self._cells
+        while room <= len(self._places):
+            room = min(2 * room, self._max)
+        while cells < sum(self._reserved.values()):
+            cells = min(2 * cells, self._cells_max)
+        if (room, cells) != (self._room, self._cells):
+            self._grow(room, cells)
         taken = set(self._places.values())
-        if len(taken) == self._room:
-            self._grow()
-        return next(place for place in range(self._room) if place not in taken)
+        return next(place for place in range(room) if place not in taken)
 
-    def _grow(self) -> None:
-        """A context with twice the room, with what the sequences hold copied into it."""
-        room = min(2 * self._room, self._max)
-        larger = self._open(room)
-        for place in self._places.values():
-            _copy(self.context, larger, place)
-        llama_cpp.llama_free(self.context)
-        self.context, self._room = larger, room
+    def _grow(self, room: int, cells: int) -> None:
+        """A larger context, with what the sequences hold copied into it."""
+        smaller = self.context
+        self._room, self._cells = room, cells
+        self.context = self._open()
+        try:
+            for place in self._places.values():
+                _copy(smaller, self.context, place)
+        finally:
+            llama_cpp.llama_free(smaller)
 
-    def _open(self, room: int) -> int:
+    def _open(self) -> int:
         return _libllama.open_context(
             self._model,
-            n_ctx=self._tokens * room,
-            n_seq_max=room,
+            n_ctx=self._cells,
+            n_seq_max=self._room,
             kv_unified=True,  # else a sequence's state fits only a context of as many sequences
             n_batch=BATCH_TOKENS,
             n_ubatch=BATCH_TOKENS,
-            n_outputs_max=room,
+            n_outputs_max=self._room,
             n_threads=self._threads,
             n_threads_batch=self._threads,
             flash_attn_type=llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO,
+            type_k=self._cache_type,
+            type_v=self._cache_type,
         )
 
 

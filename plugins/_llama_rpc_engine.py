@@ -89,10 +89,24 @@ class RpcDriver:
     def decode(self, tokens: Sequence[int]) -> bytes:
         return self._engine.decode(tokens)
 
-    def step(self, steps: Sequence[Step]) -> list[int | None]:
+    def open(self, sequence: int, prompt: Sequence[int], positions: int) -> int | None:
+        return self._engine.open(sequence, prompt, positions)
+
+    def lanes(self, sequences: int) -> int:
+        return self._engine.lanes(sequences)
+
+    def begin(self, steps: Sequence[Step]) -> None:
+        self._engine.begin(steps)
+
+    def finish(self) -> list[int | None]:
         if self._error is not None:
             raise self._error
-        return self._engine.step(steps)
+        return self._engine.finish()
+
+    def step(self, steps: Sequence[Step]) -> list[int | None]:
+        """One batch, begun and finished."""
+        self.begin(steps)
+        return self.finish()
 
     def release(self, sequence: int) -> None:
         self._engine.release(sequence)
@@ -148,11 +162,20 @@ class RpcServer:
     def decode(self, tokens: Sequence[int]) -> bytes:
         raise EngineError("rank 0 decodes")
 
-    def step(self, steps: Sequence[Step]) -> list[int | None]:
+    def open(self, sequence: int, prompt: Sequence[int], positions: int) -> int | None:
+        raise EngineError("rank 0 drives")
+
+    def lanes(self, sequences: int) -> int:
+        raise EngineError("rank 0 drives")
+
+    def begin(self, steps: Sequence[Step]) -> None:
+        raise EngineError("rank 0 drives")
+
+    def finish(self) -> list[int | None]:
         raise EngineError("rank 0 drives")
 
     def release(self, sequence: int) -> None:
-        raise EngineError("rank 0 releases sequences")
+        raise EngineError("rank 0 drives")
 
     def close(self) -> None:
         """Shut the tunnel. The server has no end of its own; it goes with the process."""

@@ -284,7 +284,7 @@ def test_a_plugins_own_module_is_light(file: Path) -> None:
 
 
 def test_a_fresh_daemon_loads_nothing_heavy_and_no_plugin_that_was_not_named() -> None:
-    named = ["mdns", "monitor", "shard", "layer_parallel", "tensor_parallel"]
+    named = ["mdns", "monitor", "shard", "llama_cpp", "llama_rpc", "layer_parallel", "tensor_parallel"]
     program = (
         "import sys, edged.daemon\n"
         "from edged.plugins import Host\n"

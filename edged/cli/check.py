@@ -125,8 +125,8 @@ def control(home: Home) -> Check:
 
 def libraries(profile: Profile) -> Check:
     """llama.cpp's libraries, by name; nothing is loaded."""
-    if "shard" not in profile.plugins:
-        return Check("libraries", True, "not needed: plugin shard is not in the profile")
+    if not {"shard", "llama_cpp", "llama_rpc"} & set(profile.plugins):
+        return Check("libraries", True, "not needed: no plugin of the profile uses them")
     install = "pip install 'edged[llama]'"
     spec = importlib.util.find_spec("llama_cpp")
     if spec is None or spec.origin is None:

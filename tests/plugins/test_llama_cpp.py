@@ -145,15 +145,33 @@ def test_what_cannot_run_is_an_error_and_not_an_abort(smol: Path) -> None:
             (Step(0, [1], 200, GREEDY), "cannot start at 200"),
             (Step(0, [], 0, GREEDY), "one token or more"),
             (Step(0, [1 << 30], 0, GREEDY), "ids below"),
-            (Step(1, [1] * 300, 0, GREEDY), "the context is 256"),
+            (Step(1, [1] * 300, 0, GREEDY), "it may have 256"),
             (Step(0, [1], 1, GREEDY), "cannot go back"),
         ):
             with pytest.raises(EngineError, match=reason):
                 engine.step([step])
         engine.step([Step(1, [1], 0, None)])
-        with pytest.raises(EngineError, match="2 sequences are held"):
+        with pytest.raises(EngineError, match="no room for another"):
             engine.step([Step(2, [1], 0, None)])
     engine.close()
+
+
+def test_a_sequence_is_admitted_while_there_is_room(smol: Path) -> None:
+    path = tiny_models.tiny("stablelm", smol)
+    with engine_of(path, settings={"sequences_max": 2}) as engine:
+        assert engine.lanes(2) == 1
+        assert engine.open(0, [1], 256) == 0
+        assert engine.open(1, [1], 10) == 0
+        assert engine.open(2, [1], 10) is None
+        with pytest.raises(EngineError, match="it may have 10"):
+            engine.step([Step(1, [1] * 11, 0, GREEDY)])
+        engine.begin([Step(0, [1], 0, None), Step(1, [2], 0, GREEDY)])
+        nothing, token = engine.finish()
+        assert nothing is None
+        assert token is not None
+        engine.release(1)
+        assert engine.open(2, [1], 256) == 0
+        assert engine.step([Step(2, [2], 0, GREEDY)]) == [token]
 
 
 def test_parts_of_a_model_and_exact_numerics_are_refused(smol: Path) -> None:
