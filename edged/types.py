@@ -184,7 +184,8 @@ class PlanRequest:
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How the next token is drawn. Temperature 0 is greedy. The random number of a position is a
-    function of (seed, position), so a resumed job draws the same tokens."""
+    function of (seed, position), so a resumed job draws the same tokens. An engine may look at the best
+    256 tokens alone for top_p without top_k."""
 
     temperature: float = 0.8
     top_k: int = 40

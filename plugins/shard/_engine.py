@@ -14,7 +14,7 @@ import numpy as np
 
 from edged import Channel, EngineError, EngineSpec, ProtocolError, Sampling, Step
 
-from .._sampling import KEEP_ALL, best, choose, keep_of, kept
+from .._sampling import KEEP_ALL, are_of, best, choose, keep_of, kept
 from .._tokenizer import Tokenizer
 from . import Settings, _ggml
 from ._graph import Graph
@@ -149,7 +149,7 @@ class ShardEngine:
             sizes = [kept(keep, end - start) for keep in keeps]
             shapes = (("<i4", (sum(sizes),)), ("<f4", (sum(sizes),)))
             ids, values = self._mailbox.expect(rank, "result", shapes, work.count)
-            if ids.min() < start or ids.max() >= end:
+            if not are_of(ids, start, end):
                 raise ProtocolError(f"expected token ids {start} to {end} of rank {rank}")
             cuts = np.cumsum(sizes)[:-1]
             by_rank.append(list(zip(np.split(ids, cuts), np.split(values, cuts), strict=True)))

@@ -11,8 +11,8 @@ A message is a map with its kind under `k`, and raw little-endian frames:
     result   last stage -> rank 0     frames: int32 ids, float32 logits, of all entries that keep
 
 An entry runs `tokens` token ids of `sequence` from `position`, in batches of BATCH_TOKENS, and keeps
-the best `keep` logits of its last token (0: none, -1: all). All that comes from the channel is
-checked here before it reaches ggml, which would abort the process on bad input.
+the best `keep` logits of its last token (0: none; -1, -2: as `_sampling.keep_of` says). All that comes
+from the channel is checked here before it reaches ggml, which would abort the process on bad input.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 
 from edged import Channel, ProtocolError
 
-from .._sampling import KEEP_ALL
+from .._sampling import KEEP_ALL, KEEP_TOP_P
 
 BATCH_TOKENS = 512  # llama.cpp's n_ubatch
 ENTRIES_MAX = 4096
@@ -93,7 +93,7 @@ def _read_entry(row: Any, vocab: int) -> Entry:
     sequence, position, count, keep = row
     if not 0 <= sequence < 2**63 or not 0 <= position < 2**31 or not 0 < count < 2**31:
         raise ProtocolError("expected an entry with a sequence, a position and tokens")
-    if keep != KEEP_ALL and not 0 <= keep <= vocab:
+    if keep not in (KEEP_ALL, KEEP_TOP_P) and not 0 <= keep <= vocab:
         raise ProtocolError(f"expected at most {vocab} logits to keep, got {keep}")
     return Entry(sequence, position, count, keep)
 

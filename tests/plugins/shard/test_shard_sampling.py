@@ -6,7 +6,18 @@ import itertools
 
 import numpy as np
 import pytest
-from edged_plugins._sampling import KEEP_ALL, best, choose, keep_of, kept, uniform
+from edged_plugins._sampling import (
+    KEEP_ALL,
+    KEEP_TOP_P,
+    REST,
+    TOP_P_KEPT,
+    are_of,
+    best,
+    choose,
+    keep_of,
+    kept,
+    uniform,
+)
 
 from edged import EngineError, Sampling
 
@@ -30,9 +41,55 @@ def test_slices_draw_what_the_whole_vocabulary_draws(top_k: int, temperature: fl
     for seed in range(20):
         sampling = Sampling(temperature=temperature, top_k=top_k, top_p=0.9, seed=seed)
         logits, keep = logits_of(seed), keep_of(sampling, VOCAB)
-        whole = choose(*best(logits, KEEP_ALL), sampling, 10)
+        whole = choose(*best(logits, keep if keep == KEEP_TOP_P else KEEP_ALL), sampling, 10)
         assert choose(*sliced(logits, keep), sampling, 10) == whole
         assert choose(*best(logits, keep), sampling, 10) == whole
+
+
+def test_top_p_alone_is_exact_within_what_is_kept_and_cut_there() -> None:
+    """Against the whole vocabulary, of steep logits; of flat ones, the same as the best of one list."""
+    for seed in range(40):
+        sampling = Sampling(temperature=1.2, top_k=0, top_p=0.9, seed=seed)
+        assert keep_of(sampling, VOCAB) == KEEP_TOP_P
+        steep = logits_of(seed) * 2
+        mass = np.sort(np.exp(steep.astype(np.float64)))[::-1]
+        assert mass[:TOP_P_KEPT].sum() > 0.9 * mass.sum()
+        assert choose(*sliced(steep, KEEP_TOP_P), sampling, 3) == choose(*best(steep, KEEP_ALL), sampling, 3)
+        flat = logits_of(seed) / 100
+        drawn = choose(*sliced(flat, KEEP_TOP_P), sampling, 3)
+        assert drawn == choose(*best(flat, KEEP_TOP_P), sampling, 3)
+        expected = choose(*best(flat, TOP_P_KEPT), Sampling(1.2, 0, 1.0, seed), 3)
+        assert drawn == expected  # all that are kept, and no others
+
+
+def test_what_a_slice_leaves_out_is_one_candidate_more() -> None:
+    logits = logits_of(2)
+    ids, values = best(logits, KEEP_TOP_P, 100)
+    assert len(ids) == len(values) == kept(KEEP_TOP_P, VOCAB) == TOP_P_KEPT + 1
+    assert ids[-1] == REST
+    rest = np.setdiff1d(np.arange(VOCAB), ids[:-1] - 100)
+    assert values[-1] == pytest.approx(np.log(np.exp(logits[rest].astype(np.float64)).sum()), rel=1e-6)
+    few = best(logits[:5], KEEP_TOP_P)
+    assert len(few[0]) == kept(KEEP_TOP_P, 5) == 6
+    assert few[1][-1] == -np.inf
+    assert are_of(ids, 100, 100 + VOCAB)
+    for stranger in (-2, 99, 100 + VOCAB):
+        assert not are_of(np.append(ids, stranger), 100, 100 + VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("sampling", "keep"),
+    [
+        (None, 0),
+        (Sampling(temperature=0, top_k=0), 1),
+        (Sampling(top_k=40), 40),
+        (Sampling(top_k=0, top_p=0.9), KEEP_TOP_P),
+        (Sampling(top_k=0, top_p=1.0), KEEP_ALL),
+        (Sampling(top_k=5000, top_p=0.9), KEEP_ALL),
+    ],
+)
+def test_what_a_sampling_needs(sampling: Sampling | None, keep: int) -> None:
+    assert keep_of(sampling, VOCAB) == keep
 
 
 @pytest.mark.parametrize("keep", [1, 5, 63, 64, 996, 997, 5000, KEEP_ALL])
