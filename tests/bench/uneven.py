@@ -47,6 +47,7 @@ def main(out: Path | None = None) -> dict[str, Any]:
                     rounds=number,
                     slowed_by=how,
                     heads=[role["heads"][1] - role["heads"][0] for role in documents[row]["plan"]["roles"]],
+                    memory_bytes=[role["memory_bytes"] for role in documents[row]["plan"]["roles"]],
                     tpot_ms=spread(times[row]),
                     ratio=ratios(times[row], times["even"]),
                     target=None if row == "even" else TARGET,
