@@ -1,8 +1,9 @@
-"""Time per token of two tensor ranks by the type of their partial sums on the wire: f32, f16, q8.
+"""Time per token of two tensor ranks by the codec of their partial sums on the wire: f32, f16, q8, auto.
 
 On loopback, and over a cable between two namespaces that carries 100 Mbit/s each way (a token bucket; needs
-root). 1.1B in Q4_0, one thread a node. `ratio` is f32's time over the type's, round by round: above 1 the
-type is faster. The narrow ones must win on the cable; on loopback they have nothing to win.
+root). 1.1B in Q4_0, one thread a node. `ratio` is f32's time over the codec's, round by round: above 1 the
+codec is faster. The narrow ones must win on the cable. `auto` chooses when it loads, by the link as it
+measures it: `bytes_sent` tells which, and on loopback it must be f32's.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from edged_plugins.shard import Wire
 from edged.cli.demo import add_model
 from edged.cli.demo_nodes import Node
 
-WIRES = [wire for wire in get_args(Wire) if wire != "auto"]  # auto is a choice between the others
+WIRES = get_args(Wire)
 MBIT = 100
 LINKS = ("loopback", f"{MBIT} Mbit/s")
 PHASES = {"decode": "tpot_ms", "prefill": "ttft_ms"}
@@ -43,7 +44,7 @@ def _row(link: str, wire: str, phase: str) -> str:
 
 @contextlib.contextmanager
 def _nodes(link: str) -> Iterator[tuple[list[Node], Network | None]]:
-    """A node for each wire type, whose profile names it and which is rank 0, and one for all of them."""
+    """A node for each codec, whose profile names it and which is rank 0, and one for all of them."""
     with contextlib.ExitStack() as stack:
         cable = None if link == "loopback" else stack.enter_context(network(2))
 
@@ -60,11 +61,12 @@ def _measure(record: Record, link: str, nodes: Sequence[Node], cable: Network | 
     second, path = nodes[-1], model("1.1b")
     drivers = dict(zip(WIRES, nodes, strict=False))
     name = add_model(second, path)
-    for driver in drivers.values():  # each has the file, and every plan is loaded
+    for driver in drivers.values():  # none fetches it over the cable
         add_model(driver, path)
-        generate(driver, name, "tensor", [driver, second], 4, PROMPT)
     if cable is not None:
         cable.limit(MBIT)
+    for driver in drivers.values():  # load every plan, on the link as it will be
+        generate(driver, name, "tensor", [driver, second], 4, PROMPT)
     times: dict[str, list[dict[str, Any]]] = {wire: [] for wire in WIRES}
     for number in range(1, ROUNDS + 1):
         for wire, driver in drivers.items():
