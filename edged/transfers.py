@@ -98,11 +98,14 @@ class Transfers:
     async def add(self, name: str, file: int, on_progress: Progress) -> dict[str, Any]:
         """Store an open file; answers with its row and how it was stored."""
         ordered = sorted(self._engines.values(), key=lambda entry: len(entry.takes))  # the special first
+        described: dict[str, str] = {}  # by function: two engines may describe alike
+        for entry in ordered:
+            described.setdefault(entry.describe, entry.name)
         params = {
             "source_fd": file,
             "name": models.check_model_name(name),
             "models": str(self._home.models),
-            "describe": [[entry.name, entry.describe] for entry in ordered],
+            "describe": [[name, function] for function, name in described.items()],
         }
         return await self._supervisor.run_task(
             "edged.transfer:ingest", params, timeout_s=None, on_progress=on_progress, inherit=(file,)

@@ -72,6 +72,14 @@ def test_two_jobs_at_once_share_the_group(laptop: Node) -> None:
     assert [job.document()["tokens"][:8] for job in jobs] == alone
 
 
+def test_engines_that_describe_alike_refuse_once(laptop: Node, smol: Path, tmp_path: Path) -> None:
+    path = tmp_path / "new.gguf"
+    tiny_models.write(path, "perceptron", smol)
+    with pytest.raises(EdgedError, match="'perceptron'") as caught:
+        laptop.add(path, "new")
+    assert str(caught.value).count("perceptron") == 1
+
+
 @pytest.fixture
 def duo(nodes: Nodes, smol: Path) -> list[Node]:
     """Two members with no worker but those of one job, which has given a token."""
