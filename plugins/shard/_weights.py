@@ -214,10 +214,11 @@ class Weights:
             by_type.setdefault(self._buffer_type(part) or plain, []).append(part)
         for kind, members in by_type.items():
             self._allocate(kind, members)
-        for kind, members in by_type.items():
-            for part in members:
-                self._fill(part, self.tensors[part.key], is_plain=kind == plain)
-                self._drop_pages(part.tensor)
+        # The largest first: while a tensor is copied its source is in memory too, beside what came before.
+        kinds = [(part, kind) for kind, members in by_type.items() for part in members]
+        for part, kind in sorted(kinds, key=lambda pair: -self._bytes_of(pair[0])):
+            self._fill(part, self.tensors[part.key], is_plain=kind == plain)
+            self._drop_pages(part.tensor)
 
     def _buffer_type(self, part: Part) -> int | None:
         """The first rearranging buffer type that takes this matrix; None: a plain one."""
