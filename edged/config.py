@@ -51,7 +51,7 @@ class Budget:
 
     memory_share: float = 0.7  # of the memory free when a role is offered
     memory: Size | None = None  # at most this much in all workers
-    threads: int = 0  # per worker; 0: every physical core
+    threads: int = 0  # per worker; 0: the physical cores that the daemon may use, within its CPU quota
     workers: int = 8  # at most this many at once
     transfer_bytes_s: Size | None = None  # model transfers; None: as fast as the link
 

@@ -20,6 +20,7 @@ from .control import ControlServer
 from .errors import EdgedError
 from .identity import Home
 from .parts import compose
+from .pressure import Pressure
 from .types import Announcement, Condition
 from .version import PROTOCOL
 
@@ -34,6 +35,7 @@ class Daemon:
         self._started_at = time.monotonic()
         self.state = "starting"
         self._leaving = asyncio.Event()
+        self._pressure = Pressure()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     @property
@@ -140,6 +142,7 @@ class Daemon:
             await asyncio.sleep(TIDY_S)
             try:
                 self._parts.coordinator.tidy()
+                self._watch_memory()
                 self._parts.refresh_conditions()
             except (EdgedError, OSError):  # a full disk, say: it may be over the next time
                 log.exception("not tidied")
@@ -150,6 +153,20 @@ class Daemon:
                 f"STATUS={self.state}, {online} peers online, {self._parts.coordinator.running} jobs, "
                 f"{self._parts.roles.count} roles"
             )
+
+    def _watch_memory(self) -> None:
+        state, device = self._parts.device.read(), self._parts.device
+        free = None
+        if state.memory_free is not None and state.memory_total:
+            free = state.memory_free / state.memory_total
+        if not self._pressure.update(free, device.memory_pressure):
+            self._parts.health.clear("memory-short")
+            return
+        text = "memory is short: idle workers are ended"
+        self._parts.health.set(
+            Condition("memory-short", "warning", text, "close something, or lower budget.memory")
+        )
+        self._parts.roles.relieve()
 
     async def _feed_watchdog(self) -> None:
         pause = sdnotify.watchdog_s()

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from . import identity as ids
+from . import limits
 from .config import Profile
 from .errors import EdgedError, EngineError
 from .supervisor import Supervisor
@@ -24,6 +25,7 @@ from .types import DeviceState, EngineEntry, EngineSpeed, SensorEntry
 log = logging.getLogger(__name__)
 MEASURE_S = 120.0  # the benchmark takes 3 s; a busy Raspberry Pi and a cold disk take longer
 CHECK_S = 300.0
+ROOT = Path("/")
 
 
 class Device:
@@ -36,7 +38,10 @@ class Device:
         sensors: Mapping[str, SensorEntry],
         engines: Mapping[str, EngineEntry],
         supervisor: Supervisor,
+        root: Path = ROOT,
     ) -> None:
+        """`root`: below which the kernel's files are."""
+        self._root = root
         self._profile, self._cache = profile, cache
         self._sensors, self._engines, self._supervisor = sensors, engines, supervisor
         self._lock = asyncio.Lock()  # two benchmarks at once would measure each other
@@ -55,6 +60,9 @@ class Device:
                 if value is not None:
                     merged.setdefault(item.name, value)
         merged.setdefault("cpu_count", os.cpu_count())
+        for name, most in zip(("memory_total", "memory_free"), limits.memory(self._root) or (), strict=False):
+            if name in merged:
+                merged[name] = min(merged[name], most)
         return DeviceState(**merged)
 
     def memory_budget(self, taken: int) -> int | None:
@@ -72,8 +80,13 @@ class Device:
 
     @property
     def threads(self) -> int:
-        """Per worker."""
-        return self._profile.budget.threads or physical_cores() or os.cpu_count() or 1
+        """Per worker: the profile's, else the cores and the time that this process is given."""
+        return self._profile.budget.threads or limits.threads(self._root, os.sched_getaffinity(0))
+
+    @property
+    def memory_pressure(self) -> float | None:
+        """Percent of the last ten seconds in which something waited for memory; None where unknown."""
+        return limits.memory_pressure(self._root)
 
     def speeds(self) -> tuple[EngineSpeed, ...]:
         """What was measured before on this processor with these libraries; empty when never."""
@@ -137,18 +150,6 @@ def processor() -> str:
     except OSError:
         return os.uname().machine
     return os.uname().machine + "".join(sorted({line for line in lines if line.startswith(wanted)}))
-
-
-def physical_cores() -> int | None:
-    """Distinct (package, core) pairs of sysfs; None where it does not say."""
-    found = set()
-    for topology in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/topology"):
-        try:
-            package = (topology / "physical_package_id").read_text()
-            found.add((package, (topology / "core_id").read_text()))
-        except OSError:
-            return None
-    return len(found) or None
 
 
 def _library_versions() -> str:

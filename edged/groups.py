@@ -67,6 +67,7 @@ class Groups:
         self.when_lost: Callable[[Group], None] = lambda group: None
         peers.takes("lost", self._told_lost)
         peers.takes("draining", self._told_draining)
+        peers.takes("short", self._told_short)
         peers.when_gone(self._peer_gone)
 
     async def get(self, load: Load, nodes: Mapping[str, NodeView], job: str) -> tuple[Group, float]:
@@ -246,6 +247,13 @@ class Groups:
                 self.retire(group)
                 if not group.jobs:
                     self.end(group)
+
+    def _told_short(self, node_id: str, body: wire.Empty) -> None:
+        """A node's memory is short: what no job uses there is loaded again when one comes."""
+        for group in self._unused():
+            if any(role.node_id == node_id for role in group.load.roles):
+                log.info("idle group ended for memory", extra={"group": group.group_id, "peer": node_id[:8]})
+                self.end(group)
 
     def lose(self, group: Group, node_id: str, reason: str) -> None:
         name = self._peers.name_of(node_id)

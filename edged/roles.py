@@ -103,6 +103,12 @@ class Roles:
                 async with asyncio.timeout(timeout_s):
                     await self._emptied.wait()
 
+    def relieve(self) -> None:
+        """Memory is short here: ask the coordinators for the roles that no job uses. They know, and a
+        worker that ended by itself would fail the job that is on its way to it."""
+        for coordinator in {held.coordinator for held in self._held.values()}:
+            self._peers.tell_if_online(coordinator, "short", wire.Empty())
+
     async def close(self) -> None:
         for group in [*self._admitting, *self._held]:
             self._end(group, "the node stops")

@@ -33,6 +33,7 @@ key `pair` is the only kind that is read.
     lost        member -> coordinator   a worker of this group ended
     usage       coordinator -> member   what its worker sent and holds    answer: used
     draining    member -> coordinator   give my roles no new job; I leave when they are done
+    short       member -> coordinator   end my roles that no job uses; I have little memory
     generate    coordinator -> rank 0   begin a job on a loaded group
     cancel      coordinator -> rank 0   end a job
     tokens      rank 0 -> coordinator   new tokens of a job
@@ -314,6 +315,7 @@ BODIES: dict[str, type[Any]] = {
     "forget": Forget,
     "leave": Empty,
     "draining": Empty,
+    "short": Empty,
     "describe": Describe,
     "offer": Offer,
     "start": Start,

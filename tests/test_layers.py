@@ -23,7 +23,7 @@ LAYERS = {
     1: "hookspecs config wire",
     2: "plugins node planning jobs identity token requests framing",
     3: "transport certificate stream streams channel dataplane control client worker supervisor models "
-    "partial ingest transfer health sdnotify device",
+    "partial ingest transfer health sdnotify device limits pressure",
     4: "peers transfers roles groups coordinator commands parts daemon",
     5: "cli testing",
 }
