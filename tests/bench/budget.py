@@ -8,6 +8,7 @@ file that weights are read from again is in the page cache unless memory is shor
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -56,16 +57,20 @@ def main(out: Path | None = None) -> dict[str, Any]:
 
 
 def _watched(node: Node, name: str) -> dict[str, Any]:
-    """A job that loads the worker, and one that is watched."""
+    """A job that checks the engine, and one whose workers are watched from their start to its end."""
     asked = {"model": name, "prompt": "The sea " * 60, "raw": True, "n": TOKENS, "temperature": 0.0}
     request = REQUEST | asked | {"ignore_eos": True, "strategy": "local", "nodes": None}
-    first = node.ask("generate", request | {"n": 1})
-    [worker] = _workers(node)
-    ended, seen = threading.Event(), []
+    node.ask("generate", request | {"n": 1})
+    ended = threading.Event()
+    sampled: list[int] = []
+    peaks: list[int] = []
 
     def watch() -> None:
         while not ended.wait(SAMPLE_S):
-            seen.append(worker.memory_info().rss)
+            for worker in _workers(node):
+                with contextlib.suppress(psutil.Error, OSError, KeyError):  # it ended meanwhile
+                    sampled.append(worker.memory_info().rss)
+                    peaks.append(_peak(worker.pid))
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -77,10 +82,9 @@ def _watched(node: Node, name: str) -> dict[str, Any]:
     return {
         "tokens": document["tokens"],
         "planned": document["plan"]["roles"][0]["memory_bytes"],
-        "peak": _peak(worker.pid),
-        "sampled": max(seen),
-        "samples": len(seen),
-        "load_ms": first["measured"]["load_ms"],
+        "peak": max(peaks),
+        "sampled": max(sampled),
+        "samples": len(sampled),
         "tpot_ms": document["measured"]["tpot_ms"],
     }
 
@@ -92,5 +96,8 @@ def _peak(pid: int) -> int:
 
 
 def _workers(node: Node) -> list[psutil.Process]:
-    children = psutil.Process(node.process.pid).children(recursive=True)
-    return [child for child in children if "edged.worker" in child.cmdline()]
+    found = []
+    for child in psutil.Process(node.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            found += [child] if "edged.worker" in child.cmdline() else []
+    return found
