@@ -115,7 +115,12 @@ def test_the_longest_manifest_fits_a_header() -> None:
 
 def st_model(**changes: Any) -> ModelDescription:
     fields = {field.name: 1 for field in dataclasses.fields(ModelDescription)}
-    described = {"architecture": "llama", "weight_type": "Q4_K", "layer_bytes": (1,) * 200}
+    described = {
+        "architecture": "llama",
+        "weight_type": "Q4_K",
+        "layer_bytes": (1,) * 200,
+        "layer_cuts": ((1, 1, 1),) * 200,
+    }
     return ModelDescription(**(fields | described | {"chat_template": True} | changes))  # type: ignore[arg-type]
 
 
