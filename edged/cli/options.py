@@ -26,7 +26,9 @@ StrategyOption = Annotated[
 ]
 PolicyOption = Annotated[str | None, typer.Option(metavar="P", help="What chooses among priced plans.")]
 NodesOption = Annotated[str | None, typer.Option(metavar="A,B", help="Names or ids, in rank order.")]
-SharesOption = Annotated[str | None, typer.Option(metavar="2:1", help="Parts of the work, one a node.")]
+SharesOption = Annotated[
+    str | None, typer.Option(metavar="2:1", help="Parts of the work, one a node. Default: by measured speed.")
+]
 PrivateOption = Annotated[bool, typer.Option("--private", help="Share no worker with another's job.")]
 GuestOption = Annotated[bool, typer.Option("--allow-guest", help="Guests' nodes may help, too.")]
 RightsOption = Annotated[str | None, typer.Option(metavar="LIST", help=f"Of {','.join(RIGHTS)}.")]
