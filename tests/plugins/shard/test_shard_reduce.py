@@ -14,7 +14,11 @@ from edged_plugins.shard import _ggml
 from edged_plugins.shard._codecs import CODECS
 from edged_plugins.shard._links import (
     DIRECT,
+    LARGE_BYTES,
+    LARGE_TIMES,
     RING,
+    SMALL_BYTES,
+    SMALL_TIMES,
     Link,
     Load,
     Way,
@@ -263,7 +267,7 @@ def probing(
     """`channels[0]`, to which all `others` answer every probe, and then say what they say."""
     mine, by_rank = channels[0], {c.rank: c for c in channels}
     for other in others:
-        for size in [64] * 9 + [256 << 10] * 3:
+        for size in [SMALL_BYTES] * SMALL_TIMES + [LARGE_BYTES] * LARGE_TIMES:
             by_rank[other].move([(mine.rank, bytes(size))], [], PATIENCE_S)
     for other, header in said:
         by_rank[other].send(mine.rank, header)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from edged_plugins.shard._codecs import CODECS
 from edged_plugins.shard._engine import ShardEngine
 from shard_rig import GREEDY, greedy_run, logits_run, running, specs_of
 
@@ -14,6 +15,8 @@ from edged import Sampling, Step
 
 SPLITS = {"2:1": [(2, 1)], "1:1:1": [(1, 1, 1)], "2:1 then 1:1:1": [(2, 1), (1, 1, 1)]}
 TEACHER_TOKENS = 500
+CODEC_TOKENS = 200
+CODEC_BOUNDS = {"f32": (0.97, 0.01), "f16": (0.97, 0.01), "q8": (0.94, 0.03)}  # top-1 and mean KL
 TOP1_LEAST, KL_MOST = 0.97, 0.01  # twice what one node with and without flash attention differs by
 
 
@@ -73,14 +76,35 @@ def test_quantised_slices_stay_near_one_node_over_500_positions(
     assert divergence <= KL_MOST
 
 
-def teach(engine: ShardEngine, prompt: list[int]) -> tuple[list[int], list[np.ndarray]]:
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_codec_costs_little_of_the_logits(smollm2: str) -> None:
+    """Every codec's mean KL and top-1 against one node; what f32 shows is the cut's own."""
+    with running(specs_of(smollm2, [(1,)], threads=1)) as (engine,):
+        tokens, expected = teach(engine, engine.encode("Write about the sea.", raw=False), CODEC_TOKENS)
+    for wire in CODECS:
+        with running(specs_of(smollm2, SPLITS["2:1"], wire=wire)) as engines:
+            assert engines[0]._reduce.terms.codec == wire
+            found = logits_run(engines[0], tokens[:1], tokens[1:])
+        agree = np.mean([a.argmax() == b.argmax() for a, b in zip(expected, found, strict=True)])
+        divergence = np.mean([kl(a, b) for a, b in zip(expected, found, strict=True)])
+        largest = max(np.abs(a - b).max() for a, b in zip(expected, found, strict=True))
+        print(f"{wire}: top-1 {agree:.4f}, mean KL {divergence:.5f}, max logit error {largest:.2f}")
+        top1_least, kl_most = CODEC_BOUNDS[wire]
+        assert agree >= top1_least
+        assert divergence <= kl_most
+
+
+def teach(
+    engine: ShardEngine, prompt: list[int], count: int = TEACHER_TOKENS
+) -> tuple[list[int], list[np.ndarray]]:
     """The prompt and the engine's greedy answer, token by token, and the logits at each position."""
     tokens, seen = list(prompt), list[np.ndarray]()
-    for at in range(TEACHER_TOKENS):
+    for at in range(count):
         seen.append(engine.logits(Step(0, [tokens[at]], at, None)))
         if at + 1 == len(tokens):
             tokens.append(int(seen[-1].argmax()))
-    return tokens[: TEACHER_TOKENS + 1], seen
+    return tokens[: count + 1], seen
 
 
 def kl(a: np.ndarray, b: np.ndarray) -> float:
