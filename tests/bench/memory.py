@@ -1,11 +1,9 @@
-"""What a worker holds, measured from outside: whole, at two equal tensor ranks, and under a small budget.
+"""What a worker holds, measured from outside: with the whole model, and at two equal tensor ranks.
 
 The 1.1B shape in Q4_0, one thread, after a generation of a few tokens. `private` is anonymous memory
 (RssAnon), which nobody shares; at two ranks it is at most 0.58 of one node's. `over_rss` is how far the
 peak (VmHWM) stood above what is held afterwards; loading may take one tensor more than the shard, so its
-target is the largest tensor's bytes. The last row gives the node a quarter of the file's size as its
-budget; what it holds in all (VmRSS) must stay below that and a worker without weights, and the tokens must
-be those of the unbounded node.
+target is the largest tensor's bytes.
 """
 
 from __future__ import annotations
@@ -22,11 +20,9 @@ from gguf import GGUFReader
 
 from edged.cli.demo import add_model
 from edged.cli.demo_nodes import Node
-from edged.errors import EdgedError
-from edged.planning import WORKER_BYTES
 
 ROUNDS, TOKENS, TEXT = quick(1, 3), 6, " sea" * 16
-ALONE, RANKS, BOUNDED = "one node", ("rank 0 of 2", "rank 1 of 2"), "one node, a quarter as budget"
+ALONE, RANKS = "one node", ("rank 0 of 2", "rank 1 of 2")
 TARGET = 0.58
 FIELDS = {"private": "RssAnon", "file": "RssFile", "rss": "VmRSS", "peak": "VmHWM"}
 Held = dict[str, list[dict[str, int]]]  # bytes by FIELDS, of each round
@@ -39,33 +35,12 @@ def main(out: Path | None = None) -> dict[str, Any]:
         held: Held = {row: [] for row in (ALONE, *RANKS)}
         for number in range(1, ROUNDS + 1):
             for rows, plan in (((ALONE,), "local"), (RANKS, "tensor")):
-                found, _ = _held(path, plan, [Place(f"node{rank}") for rank in range(len(rows))])
+                found = _held(path, plan, [Place(f"node{rank}") for rank in range(len(rows))])
                 for row, each in zip(rows, found, strict=True):
                     held[row].append(each)
             for row in held:
                 _put(record, row, held, number, largest)
-    if not record.has(BOUNDED):
-        _measure_bounded(record, path)
     return record.done()
-
-
-def _measure_bounded(record: Record, path: Path) -> None:
-    budget = path.stat().st_size // 4 + WORKER_BYTES
-    bounded = Place("node", memory=f"{budget // 2**20}MiB")
-    _, whole = _held(path, "local", [Place("node")])
-    try:
-        (held,), tokens = _held(path, "local", [bounded])
-    except EdgedError as error:
-        record.put(BOUNDED, skipped=str(error))
-        return
-    record.put(
-        BOUNDED,
-        budget_bytes=budget,
-        **{f"{name}_bytes": held[name] for name in FIELDS},
-        ratio=round(held["rss"] / budget, 3),
-        target=1.0,
-        is_same_text=tokens == whole,
-    )
 
 
 def _put(record: Record, row: str, held: Held, rounds: int, largest: int) -> None:
@@ -82,12 +57,12 @@ def _put(record: Record, row: str, held: Held, rounds: int, largest: int) -> Non
     )
 
 
-def _held(path: Path, plan: str, places: Sequence[Place]) -> tuple[list[dict[str, int]], list[int]]:
-    """What each node's worker holds after a generation, and its tokens."""
+def _held(path: Path, plan: str, places: Sequence[Place]) -> list[dict[str, int]]:
+    """What each node's worker holds after a generation."""
     with running(places) as nodes:
         name = add_model(nodes[0], path)
-        document = generate(nodes[0], name, plan, nodes, TOKENS, text=TEXT)
-        return [_of_worker(node) for node in nodes], document["tokens"]
+        generate(nodes[0], name, plan, nodes, TOKENS, text=TEXT)
+        return [_of_worker(node) for node in nodes]
 
 
 def _of_worker(node: Node) -> dict[str, int]:
