@@ -16,6 +16,7 @@ Zone = Literal["own", "guest"]
 Right = Literal["submit", "serve", "train"]
 Severity = Literal["info", "warning", "error"]
 Numerics = Literal["fast", "exact"]
+CacheType = Literal["f32", "f16", "q8_0"]
 
 RIGHTS: tuple[Right, ...] = ("submit", "serve", "train")
 
@@ -209,7 +210,11 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class EngineSpec:
-    """Everything an engine needs to load its role in a worker."""
+    """Everything an engine needs to load its role in a worker.
+
+    `context_tokens` is the most that one sequence may hold, `cache_tokens` all together (at least
+    one context); `cache_type` the KV cache's elements, F32 in exact numerics whatever it says.
+    """
 
     model_path: str
     model: ModelDescription
@@ -221,6 +226,8 @@ class EngineSpec:
     settings: Mapping[str, Any] = field(default_factory=dict)
     weights_bytes: int = 0  # memory that the weights may take; 0: as much as they are
     cache_folder: str = ""  # where an engine may keep what it makes of the model
+    cache_tokens: int = 0
+    cache_type: CacheType = "f16"
 
     @property
     def role(self) -> Role:
@@ -267,9 +274,8 @@ class Channel(Protocol):
 class Engine(Protocol):
     """A loaded shard of a model. Lives in a worker; every call comes from one thread.
 
-    Rank 0 calls `encode`, `step`, `release`; it drives the other ranks over the channel. Every
-    other rank calls `follow` in a loop. `decode` gives bytes, since a token may be part of a
-    character.
+    Rank 0 calls everything but `follow`; it drives the other ranks over the channel, which call
+    `follow` in a loop. `decode` gives bytes, since a token may be part of a character.
     """
 
     end_tokens: frozenset[int]
@@ -278,9 +284,26 @@ class Engine(Protocol):
 
     def decode(self, tokens: Sequence[int]) -> bytes: ...
 
-    def step(self, steps: Sequence[Step]) -> list[int | None]: ...
+    def open(self, sequence: int, prompt: Sequence[int], positions: int) -> int | None:
+        """Admit a new sequence that will hold at most `positions` tokens. How many leading tokens of
+        `prompt` need not be run again; None while there is no room for it."""
+        ...
 
-    def release(self, sequence: int) -> None: ...
+    def lanes(self, sequences: int) -> int:
+        """Into how many batches, all begun before the first is finished, to divide so many sequences."""
+        ...
+
+    def begin(self, steps: Sequence[Step]) -> None:
+        """Hand a batch in. A sequence is in one unfinished batch at most."""
+        ...
+
+    def finish(self) -> list[int | None]:
+        """The next token of each step of the oldest unfinished batch; None without a sampling."""
+        ...
+
+    def release(self, sequence: int) -> None:
+        """The sequence is over, or was given up; it is in no unfinished batch."""
+        ...
 
     def follow(self, timeout_s: float) -> None: ...
 

@@ -28,6 +28,7 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -42,7 +43,9 @@ from .types import Engine, EngineSpec, Step
 log = logging.getLogger(__name__)
 OOM_SCORE_ABOVE_DAEMON = 300  # of 1000: the kernel ends a worker before anything of the device's own
 PR_SET_PDEATHSIG = 1
-SEQUENCES_MAX = 8  # at once in one worker, each with a KV cache of its own; more jobs wait
+SEQUENCES_MAX = 32  # at once in one worker; more jobs wait, also where the KV cache's memory says so
+PIECE_TOKENS, PIECE_TOKENS_SHARED = 512, 128  # of a prompt in one step: alone, and while others decode
+REST_TOKENS_MIN = 64  # a shorter rest of a prompt joins the piece before it: small batches round differently
 FOLLOW_S = 0.1  # how long a follower listens to its peers before it looks at its daemon's requests
 
 
@@ -55,6 +58,8 @@ class _Sequence:
     pending: list[int]  # tokens the model has not seen yet
     position: int = 0
     made: int = 0
+    given: int = 0  # of the pending ones, in the batch that it is in; 0: it is in none
+    is_cancelled: bool = False
     text: codecs.IncrementalDecoder = field(
         default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace")
     )
@@ -71,7 +76,8 @@ class Worker:
         self._engine: Engine | None = None
         self._rank = self._context = 0
         self._running: dict[str, _Sequence] = {}
-        self._waiting: list[wire.Generate] = []
+        self._waiting: deque[_Sequence] = deque()
+        self._flights: deque[list[_Sequence]] = deque()  # begun and not finished, the oldest first
         self._numbers = 0
         self._stopped = False
 
@@ -141,8 +147,7 @@ class Worker:
             case "load":
                 return self._load(body)
             case "generate":
-                self._waiting.append(wire.read_body(wire.Generate, body))
-                return None
+                return self._begin(wire.read_body(wire.Generate, body))
             case "cancel":
                 return self._cancel(body["job"])
             case "stop":
@@ -175,34 +180,39 @@ class Worker:
         return wire.Started((time.monotonic() - started) * 1000, self._usage().memory_bytes)
 
     def _cancel(self, job: str) -> None:
-        for request in [request for request in self._waiting if request.job == job]:
-            self._waiting.remove(request)
-            self._event("finished", wire.Finished(request.job, request.epoch, "cancelled"))
-        if sequence := self._running.get(job):
+        for sequence in [waiting for waiting in self._waiting if waiting.request.job == job]:
+            self._waiting.remove(sequence)
             self._finish(sequence, "cancelled")
+        if sequence := self._running.get(job):
+            sequence.is_cancelled = True
+            if not sequence.given:
+                self._end(sequence, "cancelled")
 
     # --- work ---
 
     def _advance(self, engine: Engine) -> None:
-        """One step of every running sequence on rank 0; one message of the others elsewhere."""
+        """On rank 0 keep the engine's batches in flight and finish one; elsewhere take one message."""
         if self._rank:
             engine.follow(FOLLOW_S)
             return
-        while self._waiting and len(self._running) < SEQUENCES_MAX:
-            self._begin(engine, self._waiting.pop(0))
-        sequences = list(self._running.values())
-        if not sequences:
+        self._admit(engine)
+        lanes = engine.lanes(len(self._running)) if self._running else 0
+        while len(self._flights) < lanes and (batch := self._next_batch(lanes)):
+            engine.begin([_step(sequence) for sequence in batch])
+            self._flights.append(batch)
+        if not self._flights:
             return
-        steps = [Step(s.number, tuple(s.pending), s.position, s.request.sampling) for s in sequences]
-        for sequence, token in zip(sequences, engine.step(steps), strict=True):
-            assert token is not None
+        batch = self._flights.popleft()
+        for sequence, token in zip(batch, engine.finish(), strict=True):
             self._take(engine, sequence, token)
 
-    def _begin(self, engine: Engine, request: wire.Generate) -> None:
+    def _begin(self, request: wire.Generate) -> None:
+        if self._engine is None:
+            raise ProtocolError("expected load before generate")
         self._numbers += 1
         try:
             prompt = request.raw if request.raw is not None else request.messages
-            tokens = engine.encode(prompt, raw=request.raw is not None)
+            tokens = self._engine.encode(prompt, raw=request.raw is not None)
             if not tokens:
                 raise ConfigError("expected a prompt of at least one token; it is empty")
             if len(tokens) >= self._context:
@@ -212,34 +222,80 @@ class Worker:
         except EdgedError as error:
             self._event("finished", wire.Finished(request.job, request.epoch, "error", str(error)))
             return
-        self._running[request.job] = _Sequence(request, self._numbers, tokens)
+        self._waiting.append(_Sequence(request, self._numbers, tokens))
 
-    def _take(self, engine: Engine, sequence: _Sequence, token: int) -> None:
-        """A new token of a sequence: tell the daemon, or end."""
-        sequence.position += len(sequence.pending)
+    def _admit(self, engine: Engine) -> None:
+        """Let in who waits, in order, as long as there is room."""
+        while self._waiting and len(self._running) < SEQUENCES_MAX:
+            sequence = self._waiting[0]
+            most = min(self._context, len(sequence.pending) + sequence.request.tokens_max)
+            shared = engine.open(sequence.number, sequence.pending, most)
+            if shared is None:
+                if self._running:
+                    return
+                raise EngineError(f"expected room for {most} positions in an empty KV cache", code="memory")
+            self._waiting.popleft()
+            del sequence.pending[:shared]
+            sequence.position = shared
+            self._running[sequence.request.job] = sequence
+
+    def _next_batch(self, lanes: int) -> list[_Sequence]:
+        """Sequences that are in no batch: a lane's part of those that decode, and prompts as far as a
+        piece goes, so that nobody waits long for another's prompt."""
+        free = [sequence for sequence in self._running.values() if not sequence.given]
+        batch = [sequence for sequence in free if len(sequence.pending) == 1]
+        del batch[-(-len(self._running) // lanes) :]
+        for sequence in batch:
+            sequence.given = 1
+        room = PIECE_TOKENS_SHARED if batch or self._flights else PIECE_TOKENS
+        for sequence in free:
+            if sequence.given or room < REST_TOKENS_MIN:
+                continue
+            pending = len(sequence.pending)
+            sequence.given = pending if pending < room + REST_TOKENS_MIN else room
+            room -= sequence.given
+            batch.append(sequence)
+        return batch
+
+    def _take(self, engine: Engine, sequence: _Sequence, token: int | None) -> None:
+        """A batch with this sequence is finished: tell the daemon its new token, or end."""
+        sequence.position += sequence.given
+        del sequence.pending[: sequence.given]
+        sequence.given = 0
+        if sequence.is_cancelled:
+            self._end(sequence, "cancelled")
+            return
+        if token is None:  # its prompt goes on
+            return
         sequence.pending = [token]
         request = sequence.request
         if token in engine.end_tokens and not request.ignore_eos:
-            self._finish(sequence, "stop")
+            self._end(sequence, "stop")
             return
         index, sequence.made = sequence.made, sequence.made + 1
         is_last = sequence.made == request.tokens_max or sequence.position + 1 >= self._context
         text = sequence.text.decode(engine.decode([token]), final=is_last)
         self._event("tokens", wire.Tokens(request.job, request.epoch, index, (token,), text))
         if is_last:
-            self._finish(sequence, "length")
+            self._end(sequence, "length")
+
+    def _end(self, sequence: _Sequence, reason: wire.Reason) -> None:
+        """A running sequence is over, and in no batch."""
+        del self._running[sequence.request.job]
+        if self._engine is not None:
+            self._engine.release(sequence.number)
+        self._finish(sequence, reason)
 
     def _finish(self, sequence: _Sequence, reason: wire.Reason, error: str = "") -> None:
         request = sequence.request
-        del self._running[request.job]
-        if self._engine is not None and not error:
-            self._engine.release(sequence.number)
         self._event("finished", wire.Finished(request.job, request.epoch, reason, error))
 
     def _fail(self, error: EdgedError) -> None:
         """A step went wrong; the ranks may not stand at the same place any more, so the worker ends."""
-        for sequence in list(self._running.values()):
+        for sequence in [*self._running.values(), *self._waiting]:
             self._finish(sequence, "error", str(error))
+        self._running.clear()
+        self._waiting.clear()
         self._event("failed", {"message": str(error), "is_peer": isinstance(error, PeerError)})
         self._stopped = True
 
@@ -260,6 +316,13 @@ def _streams(group: str, rank: int) -> Streams | None:
     except (ImportError, ValueError) as error:  # ValueError: a group's name that no certificate can hold
         log.info("no streams", extra={"reason": str(error)})
         return None
+
+
+def _step(sequence: _Sequence) -> Step:
+    """What a sequence has in its next batch; it draws a token when no part of its prompt is left."""
+    tokens = tuple(sequence.pending[: sequence.given])
+    is_all = sequence.given == len(sequence.pending)
+    return Step(sequence.number, tokens, sequence.position, sequence.request.sampling if is_all else None)
 
 
 def _peak_bytes() -> int:

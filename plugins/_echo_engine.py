@@ -9,6 +9,7 @@ elsewhere with the same bytes. Tokens that no `encode` made are taken whole as t
 from __future__ import annotations
 
 import timeit
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -73,6 +74,7 @@ class EchoEngine:
         self._context = spec.context_tokens
         self._channel = channel
         self._tokens: dict[int, bytearray] = {}  # by sequence, what a real engine has in its KV cache
+        self._begun: deque[Sequence[Step]] = deque()
         self._prompts: dict[int, int] = {}  # by sequence, the prompt's length
 
     def encode(self, prompt: str | Sequence[Mapping[str, str]], raw: bool) -> list[int]:
@@ -82,7 +84,17 @@ class EchoEngine:
     def decode(self, tokens: Sequence[int]) -> bytes:
         return bytes(token for token in tokens if token != END)
 
-    def step(self, steps: Sequence[Step]) -> list[int | None]:
+    def open(self, sequence: int, prompt: Sequence[int], positions: int) -> int | None:
+        return 0
+
+    def lanes(self, sequences: int) -> int:
+        return 1
+
+    def begin(self, steps: Sequence[Step]) -> None:
+        self._begun.append(steps)
+
+    def finish(self) -> list[int | None]:
+        steps = self._begun.popleft()
         for follower in range(1, self._channel.size):
             self._ask(follower, b"".join(bytes(step.tokens) for step in steps))
         return [self._next(step) for step in steps]

@@ -1,14 +1,18 @@
 """The engine: one rank of a plan, loaded. `load` is what the worker calls.
 
-Rank 0 drives: `step` tells every rank what to run, computes its own part, gathers what sampling
-needs from the last stage, and draws. The others `follow`. Ranks of one stage sum their partials so
-that all hold bit-identical hidden states (`_reduce`); stages hand hidden states on in float32. Token
-ids travel, embeddings do not.
+Rank 0 drives: `begin` tells every rank what to run and computes its own part, `finish` gathers what
+sampling needs from the last stage, and draws. Between the two it may begin other batches, so that
+every stage has one to work on. The others `follow`. Ranks of one stage sum their partials so that
+all hold bit-identical hidden states (`_reduce`); stages hand hidden states on in float32. Token ids
+travel, embeddings do not.
 """
 
 from __future__ import annotations
 
+import functools
+from collections import deque
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,10 +20,22 @@ from edged import Channel, EngineError, EngineSpec, ProtocolError, Sampling, Ste
 
 from .._sampling import KEEP_ALL, are_of, best, choose, keep_of, kept
 from .._tokenizer import Tokenizer
-from . import Settings, _ggml
-from ._graph import Graph
-from ._layers import Shard
-from ._messages import Entry, Mailbox, Work, read_work, send_work
+from . import Settings, _ggml, _pace
+from ._admission import Admission
+from ._cache import BUCKET, Cache, round_up
+from ._graph import Graph, Graphs
+from ._layers import Shard, Span
+from ._messages import (
+    BATCH_TOKENS,
+    Batch,
+    Entry,
+    Mailbox,
+    Work,
+    read_fork,
+    read_release,
+    read_work,
+    send_work,
+)
 from ._model import read_model
 from ._place import find_place
 from ._reduce import join
@@ -27,6 +43,16 @@ from ._sequences import Sequences
 from ._weights import Limit, Weights
 
 Candidates = tuple[np.ndarray, np.ndarray]  # ids, logits
+CACHE_TYPES = {"f32": _ggml.F32, "f16": _ggml.F16, "q8_0": _ggml.Q8_0}
+
+
+@dataclass(slots=True)
+class Flight:
+    """A batch that rank 0 has begun. `mine`: this rank's part of the answer, None until it is computed."""
+
+    steps: Sequence[Step]
+    work: Work
+    mine: list[Candidates] | None = field(default=None)
 
 
 def load(spec: EngineSpec, channel: Channel) -> ShardEngine:
@@ -55,19 +81,34 @@ class ShardEngine:
         place = find_place(model, spec.roles, spec.rank)
         lib = _ggml.load()
         exact = spec.numerics == "exact"
+        cache_type = CACHE_TYPES["f32" if exact else spec.cache_type]
+        if model.head_dim % lib.blck_size(cache_type):
+            raise EngineError(
+                f"a KV cache in {spec.cache_type} needs heads of whole blocks; they have {model.head_dim}",
+                remedy='use cache_type = "f16"',
+            )
         self._lib, self._channel, self._settings = lib, channel, settings
         self._model, self._place = model, place
         self._mailbox = Mailbox(channel, settings.timeout_s)
         if len(place.group) > 1:
             self._reduce = join(lib, channel, spec, place, settings)
         self._tokenizer: Tokenizer | None = None
+        self._context_tokens = spec.context_tokens
         limit = Limit(spec.weights_bytes, spec.cache_folder) if spec.weights_bytes else None
         self._weights = Weights(lib, model, place, exact, limit)
         self._backend = lib.backend_cpu_init()
         lib.backend_cpu_set_n_threads(self._backend, spec.threads)
         factors = model.rope_factors(spec.context_tokens) if model.rope else None
-        shard = Shard(lib, self._backend, model, place, self._weights, exact, factors)
-        self._sequences = Sequences(shard, spec.context_tokens, settings.sequences_max)
+        self._shard = Shard(lib, self._backend, model, place, self._weights, exact, cache_type, factors)
+        slots = settings.sequences_max + 1  # one more: a prefix is copied before its source goes
+        layers = place.layers[1] - place.layers[0]
+        row = self._shard.kv_heads * model.head_dim
+        self._cache = Cache(lib, layers, row, slots, spec.context_tokens, cache_type)
+        self._sequences = Sequences(self._cache, spec.context_tokens)
+        self._graphs = Graphs(self._shard, self._cache)
+        positions = max(spec.context_tokens, spec.cache_tokens)
+        self._admission = Admission(positions, settings.sequences_max)
+        self._flights: deque[Flight] = deque()
         self.hidden: np.ndarray | None = None  # the last batch's, valid until the next
         self._is_closed = False
 
@@ -92,35 +133,96 @@ class ShardEngine:
 
     # --- rank 0 ----------------------------------------------------------------------------------
 
+    def open(self, sequence: int, prompt: Sequence[int], positions: int) -> int | None:
+        """Admit `sequence`, which will hold at most `positions`. How many leading tokens of `prompt` it
+        holds already, because another sequence computed them; None while there is no room for it."""
+        self._check_drives()
+        opening = self._admission.open(sequence, prompt, min(positions, self._context_tokens))
+        if opening is None:
+            return None
+        for evicted in opening.evicted:
+            self._drop(evicted)
+        if opening.shared:
+            self._tell({"k": "fork", "s": sequence, "f": opening.source, "n": opening.shared})
+            self._sequences.fork(opening.source, sequence, opening.shared)
+        if opening.evict_source:
+            self._drop(opening.source)
+        return opening.shared
+
+    def _open_unasked(self, sequence: int) -> None:
+        """A sequence that nobody opened may fill the context."""
+        if self.open(sequence, (), self._context_tokens) is None:
+            raise EngineError("there is no room for another sequence", remedy="run fewer at a time")
+
+    def lanes(self, sequences: int) -> int:
+        """Into how many batches to divide so many decoding sequences: one for a lone stage."""
+        return _pace.lanes(sequences, self._place.stages, self._times) if self._place.stages > 1 else 1
+
+    def begin(self, steps: Sequence[Step]) -> None:
+        """Hand a batch to the ranks; `finish` answers it. In the meantime others may be begun."""
+        self._check_drives()
+        if not steps:
+            raise EngineError("expected a step to run")
+        self._begin(steps, [keep_of(s.sampling, self._model.vocab) for s in steps])
+
+    def finish(self) -> list[int | None]:
+        """The next token of each step of the oldest batch; None for those without a sampling."""
+        steps, found = self._finish()
+        drawn = iter(found)
+        return [None if s.sampling is None else _choose(next(drawn), s, s.sampling) for s in steps]
+
     def step(self, steps: Sequence[Step]) -> list[int | None]:
-        """Run each step's tokens; the next token of each that has a sampling."""
-        found = iter(self._drive(steps, [keep_of(s.sampling, self._model.vocab) for s in steps]))
-        return [None if s.sampling is None else _choose(next(found), s, s.sampling) for s in steps]
+        """`begin` and `finish` at once."""
+        self.begin(steps)
+        return self.finish()
 
     def logits(self, step: Step) -> np.ndarray:
         """Run one step; all logits of its last token, (vocabulary) float32."""
-        ((ids, values),) = self._drive([step], [KEEP_ALL])
+        self._check_drives()
+        self._begin([step], [KEEP_ALL])
+        _, ((ids, values),) = self._finish()
         assert len(ids) == self._model.vocab
         return values
 
     def release(self, sequence: int) -> None:
-        """Forget `sequence` on every rank and give its memory back."""
-        if self._place.rank != 0:
-            raise EngineError("rank 0 releases sequences")
-        for rank in range(1, self._place.size):
-            self._channel.send(rank, {"k": "release", "s": sequence})
-        self._sequences.release(sequence)
+        """`sequence` is over. Its memory is free; its prompt's rows stay until somebody needs that."""
+        self._check_drives()
+        if not self._admission.finish(sequence):
+            self._drop(sequence)
 
-    def _drive(self, steps: Sequence[Step], keeps: Sequence[int]) -> list[Candidates]:
-        """Candidates of every step that keeps any, over the whole vocabulary."""
+    def _check_drives(self) -> None:
         if self._place.rank != 0:
             raise EngineError("rank 0 drives; other ranks follow")
-        if not steps:
-            return []
+
+    def _tell(self, header: Mapping[str, object]) -> None:
+        for rank in range(1, self._place.size):
+            self._channel.send(rank, header)
+
+    def _drop(self, sequence: int) -> None:
+        """Forget `sequence` on every rank and give its memory back."""
+        self._tell({"k": "release", "s": sequence})
+        self._sequences.release(sequence)
+
+    @functools.cached_property
+    def _times(self) -> Mapping[int, float]:
+        return _pace.measure(self._shard, self._cache)
+
+    def _begin(self, steps: Sequence[Step], keeps: Sequence[int]) -> None:
         work = self._plan(steps, keeps)
         send_work(self._channel, work, self._place.first_stage)
-        mine = self._execute(work)
-        return self._gather(work, mine)
+        flight = Flight(steps, work)
+        if self._place.is_first:  # the stages after this one wait for it; before others it would wait
+            flight.mine = self._execute(work)
+        self._flights.append(flight)
+
+    def _finish(self) -> tuple[Sequence[Step], list[Candidates]]:
+        """The oldest batch's steps, and the candidates of those that keep any, over the vocabulary."""
+        if not self._flights:
+            raise EngineError("no batch was begun")
+        flight = self._flights.popleft()
+        if flight.mine is None:
+            flight.mine = self._execute(flight.work)
+        return flight.steps, self._gather(flight.work, flight.mine)
 
     def _plan(self, steps: Sequence[Step], keeps: Sequence[int]) -> Work:
         """The steps as work, each checked, so that a bad one fails here before any rank computes."""
@@ -131,10 +233,18 @@ class ShardEngine:
         tokens = np.array([t for s in steps for t in s.tokens], dtype=np.int64)
         if tokens.min() < 0 or tokens.max() >= self._model.vocab:
             raise EngineError(f"expected token ids below {self._model.vocab}")
+        for s in steps:
+            if not self._admission.has(s.sequence):
+                self._open_unasked(s.sequence)
+            self._admission.note(s.sequence, s.position, s.tokens)
         entries = tuple(
             Entry(s.sequence, s.position, len(s.tokens), keep) for s, keep in zip(steps, keeps, strict=True)
         )
-        return Work(entries, tokens.astype(np.int32))
+        longest = max(entry.count for entry in entries)
+        rows = BATCH_TOKENS
+        if self._place.stages > 1 and longest > 1:
+            rows = _pace.batch_tokens(longest, self._place.stages, self._times)
+        return Work(entries, tokens.astype(np.int32), rows)
 
     def _gather(self, work: Work, mine: list[Candidates]) -> list[Candidates]:
         """Each entry's candidates, joined over the ranks of the last stage."""
@@ -165,12 +275,17 @@ class ShardEngine:
         if not self._channel.poll(0, timeout_s):
             return
         header, frames = self._channel.receive(0, self._settings.timeout_s)
-        if header.get("k") == "release":
-            self._sequences.release(_sequence_of(header))
-            return
-        if header.get("k") != "step":
-            raise ProtocolError(f"expected step or release of rank 0, got {str(header.get('k'))[:32]!r}")
-        work = read_work(header, frames, self._place.is_first, self._model.vocab)
+        match header.get("k"):
+            case "release":
+                self._sequences.release(read_release(header))
+            case "fork":
+                self._sequences.fork(*read_fork(header))
+            case "step":
+                self._follow_step(read_work(header, frames, self._place.is_first, self._model.vocab))
+            case other:
+                raise ProtocolError(f"expected step, fork or release of rank 0, got {str(other)[:32]!r}")
+
+    def _follow_step(self, work: Work) -> None:
         for entry in work.entries:
             self._sequences.check(entry.sequence, entry.position, entry.count)
         found = self._execute(work)
@@ -184,6 +299,7 @@ class ShardEngine:
             return
         self._is_closed = True
         self.hidden = None
+        self._graphs.close()
         self._sequences.close()
         self._lib.backend_free(self._backend)
         self._weights.close()
@@ -199,44 +315,44 @@ class ShardEngine:
         """Run this rank's part; on the last stage, its slice's candidates per entry that keeps."""
         if self._is_closed:
             raise EngineError("this engine is closed")
-        found: list[Candidates] = []
-        at = 0
-        for entry in work.entries:
-            sequence = self._sequences.get(entry.sequence)
-            for offset, count, is_kept in entry.batches():
-                position = entry.position + offset
-                graph = sequence.graph(position, count, is_kept)
-                self._run(graph, position, work, work.tokens[at + offset : at + offset + count])
-                sequence.length = position + count
-                if graph.logits is not None:
-                    found.append(best(graph.logits, entry.keep, self._place.vocab[0]))
-            at += entry.count
-        return found
+        found: dict[int, Candidates] = {}
+        for batch in work.batches():
+            graph = self._run(batch, work)
+            if graph.logits is None:
+                continue
+            kept = (piece.entry for piece in batch if piece.keeps)
+            for entry, row in zip(kept, graph.logits, strict=True):
+                found[entry] = best(row, work.entries[entry].keep, self._place.vocab[0])
+        self._graphs.drop_prompt()
+        return [found[entry] for entry in sorted(found)]
 
-    def _run(self, graph: Graph, position: int, work: Work, tokens: np.ndarray) -> None:
+    def _run(self, batch: Batch, work: Work) -> Graph:
         """One batch: take hidden states in, compute, hand them on."""
-        given, place = tokens, self._place
-        if not place.is_first:
+        place, capacity = self._place, self._cache.capacity
+        spans = []
+        for piece in batch:
+            end = piece.position + piece.count
+            slot = self._sequences.advance(piece.sequence, piece.position, piece.count)
+            kv_length = min(round_up(end, BUCKET), capacity)
+            spans.append(Span(slot, piece.count, kv_length, piece.keeps and place.is_last))
+        graph = self._graphs.get(tuple(spans))
+        if place.is_first:
+            given = np.concatenate([work.tokens[p.offset : p.offset + p.count] for p in batch])
+        else:
             shapes = (("<f4", (graph.count, self._model.hidden)),)
             (given,) = self._mailbox.expect(place.source, "hidden", shapes, work.count)
 
         def reduce(partial: np.ndarray, hidden: np.ndarray) -> None:
             hidden += self._reduce(partial)
 
-        graph.run(position, given, reduce)
+        graph.run([piece.position for piece in batch], given, reduce)
         self.hidden = graph.hidden
         if place.targets:
             frame = graph.hidden.tobytes()
             for rank in place.targets:
                 self._channel.send(rank, {"k": "hidden"}, [frame])
+        return graph
 
 
 def _choose(candidates: Candidates, step: Step, sampling: Sampling) -> int:
     return choose(*candidates, sampling, step.position + len(step.tokens))
-
-
-def _sequence_of(header: Mapping[str, object]) -> int:
-    sequence = header.get("s")
-    if type(sequence) is not int:
-        raise ProtocolError("expected a release with a sequence")
-    return sequence

@@ -69,6 +69,7 @@ _BASE: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "ggml_graph_overhead_custom": (c_size_t, (c_size_t, c_bool)),
     "ggml_blck_size": (c_int64, (c_int,)),
     "ggml_type_size": (c_size_t, (c_int,)),
+    "ggml_row_size": (c_size_t, (c_int, c_int64)),
     "ggml_get_type_traits": (ctypes.POINTER(TypeTraits), (c_int,)),
     "ggml_quantize_chunk": (c_size_t, (c_int, P, P, c_int64, c_int64, c_int64, P)),
     "ggml_nbytes": (c_size_t, (P,)),
@@ -204,13 +205,13 @@ def _bound_spinning() -> None:
     """Let OpenMP's waiting threads spin for microseconds, then sleep; read when the library loads.
 
     By default they spin for milliseconds: beside one busy process, a token of a 135M model on two
-    threads then took 195 ms in the mean and 2.8 s at worst; with this bound, 34 and 60. The price
-    on a nearly idle machine is 0 to 30 percent of a token (135M and 1.1B models, medians). Sleeping
-    at once (passive) cost it threefold. Whoever has the machine alone sets GOMP_SPINCOUNT=300000,
-    OpenMP's own; one thread has no such wait.
+    threads then took 195 ms in the mean and 2.8 s at worst. On an idle machine 3000 rounds are as
+    fast as that default (10.3 ms a token against 11.8; 1000 rounds: 12.2), and two such workers on
+    the same two cores take 54 ms a token (5000: 78, 20000: 250). Sleeping at once (passive) cost
+    threefold. One thread has no such wait.
     """
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
 
 
 @functools.cache
@@ -240,6 +241,12 @@ def new_context(lib: Ggml, tensors: int, graphs: int = 0, graph_nodes: int = 0) 
     if not context:
         raise EngineError("out of memory for a ggml context")
     return int(context)
+
+
+def row_bytes(lib: Ggml, kind: int, count: int) -> int:
+    """Bytes of `count` elements of a row, which must be whole blocks of `kind`."""
+    assert count % lib.blck_size(kind) == 0
+    return int(lib.row_size(kind, count))
 
 
 def cpu_device(lib: Ggml) -> int:

@@ -1,19 +1,19 @@
 """Runs one rank's slice as ggml graphs that are built once and reused from token to token.
 
-A graph belongs to one KV cache, batch size and KV length; positions, mask and cache rows are its
-inputs. A rank that is alone in its stage gets one graph. A rank of a tensor group gets segments,
+A graph belongs to the spans of one batch: which cache slots, how many rows of each, how much of the
+cache they see. Positions, masks and cache rows are its inputs. A rank that is alone in its stage
+gets one graph. A rank of a tensor group gets segments,
 
     [attn norm, qkv, rope, attention, output projection] sum [ffn norm, gate, up, down] sum ...
 
 each ending in a partial that `run` hands to `reduce`, which adds the group's sum to the hidden
-states. Where a norm follows the sum, it is added to zeros, and the next segment goes on from there;
-where attention and feed-forward are parallel, their partials are added and summed once a layer.
-Batch sizes and KV lengths are llama.cpp's, so that a lone rank's logits are bit-equal.
+states. Batch sizes and KV lengths are llama.cpp's, so that a lone rank's logits are bit-equal.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,46 +22,53 @@ from edged import EngineError
 
 from . import _ggml
 from ._cache import Cache
-from ._layers import Inputs, Layers, Shard
+from ._layers import Inputs, Layers, Shard, Span
 
 NODES_PER_LAYER = 64
+NODES_PER_SPAN = 16  # of each layer
+KEPT_MAX = 8  # graphs of single tokens: one for each batch in flight, and some for batches that come back
 Reduce = Callable[[np.ndarray, np.ndarray], None]  # (partial, hidden states to add the sum to)
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One ggml graph and its last tensor. `rows`: how many, the last ones of the batch, it covers.
-    `target`: the input that takes the group's sum of the result, where that is a partial."""
+    """One ggml graph and its last tensor. `target`: the tensor that takes the group's sum of it."""
 
     graph: int
     result: int
-    rows: int
     target: int | None
 
 
 class Graph:
-    """`count` tokens against `cache`, of which attention sees `kv_length` rows.
+    """A batch of `spans` against `cache`.
 
-    `keep`: compute the last token's logits (last stage only); without it the last layer stops at
-    its cache rows, since nothing else of it is wanted. After `run`, until the next: `hidden`
-    (rows, hidden) on a stage that is not the last, or in a tensor group; `logits` (vocabulary slice).
+    On the last stage the last layer goes on with the rows that are kept alone; where none is, it
+    stops at its cache rows. After `run`, until the next: `hidden` (rows, hidden) on a stage that is
+    not the last, or in a tensor group; `logits` (kept rows, vocabulary slice). `is_probe`: run the
+    first layer only, for its time.
     """
 
-    def __init__(self, shard: Shard, cache: Cache, count: int, kv_length: int, keep: bool) -> None:
+    def __init__(self, shard: Shard, cache: Cache, spans: Sequence[Span], is_probe: bool = False) -> None:
         self._shard, self._lib, self._place = shard, shard.lib, shard.place
-        self.count, self.kv_length, self.keep = count, kv_length, keep
+        self._cache, self.spans = cache, tuple(spans)
+        self.count = sum(span.count for span in spans)
+        first, end = shard.place.layers
+        self._range = range(first, first + 1 if is_probe else end)
+        self._is_last = shard.place.is_last and not is_probe
+        self._kept = _kept_rows(spans) if self._is_last else []
         self._is_split, self._masks = len(shard.place.group) > 1, shard.masks
-        layers = shard.place.layers[1] - shard.place.layers[0]
-        nodes = layers * NODES_PER_LAYER + 64
-        graphs, self._graph_nodes = (2 * layers + 2, NODES_PER_LAYER) if self._is_split else (1, nodes)
-        self._inputs_context = _ggml.new_context(self._lib, 8)
+        layers = len(self._range)
+        per_layer = NODES_PER_LAYER + NODES_PER_SPAN * len(self.spans)
+        nodes = layers * per_layer + 64
+        graphs, self._graph_nodes = (2 * layers + 2, per_layer) if self._is_split else (1, nodes)
+        self._inputs_context = _ggml.new_context(self._lib, 16 + len(self.spans) * len(self._masks))
         self._context = _ggml.new_context(self._lib, nodes, graphs, self._graph_nodes)
         self._buffer, self._allocator = None, None
         self._segments: list[Segment] = []
         self._open: int | None = None  # the graph being built
         try:
             self._inputs = self._make_inputs()
-            self._layers = Layers(shard, cache, self._context, self._inputs, count, kv_length)
+            self._layers = Layers(shard, cache, self._context, self._inputs, spans, self._expand)
             self._build()
             self._allocate()
             self._view_memory()
@@ -78,16 +85,19 @@ class Graph:
             self._lib.free(context)
         self._segments = []
 
-    def run(self, position: int, given: np.ndarray, reduce: Reduce | None = None) -> None:
-        """Compute from `position` on. `given`: token ids (count) on the first stage, else hidden
-        states (count, hidden)."""
+    def run(self, starts: Sequence[int], given: np.ndarray, reduce: Reduce | None = None) -> None:
+        """Compute each span from its start on. `given`: token ids (count) on the first stage, else
+        hidden states (count, hidden)."""
         assert given.shape[0] == self.count
-        assert position + self.count <= self.kv_length
-        positions = np.arange(position, position + self.count)
-        self._positions[:] = positions
-        self._rows[:] = positions
-        for mask, target in zip(self._masks, self._mask_arrays, strict=True):
-            target[...] = mask.values(positions, self.kv_length)
+        at = 0
+        for start, span, masks in zip(starts, self.spans, self._mask_arrays, strict=True):
+            assert start + span.count <= span.kv_length
+            positions = np.arange(start, start + span.count)
+            self._positions[at : at + span.count] = positions
+            self._rows[at : at + span.count] = span.slot * self._cache.capacity + positions
+            for mask, target in zip(self._masks, masks, strict=True):
+                target[...] = mask.values(positions, span.kv_length)
+            at += span.count
         (self._tokens if self._place.is_first else self._x)[...] = given
         for graph, partial, target in self._steps:
             if self._lib.backend_graph_compute(self._shard.backend, graph) != _ggml.STATUS_SUCCESS:
@@ -102,63 +112,84 @@ class Graph:
     # --- building --------------------------------------------------------------------------------
 
     def _make_inputs(self) -> Inputs:
-        lib, context, hidden = self._lib, self._inputs_context, self._shard.model.hidden
+        lib, context, model = self._lib, self._inputs_context, self._shard.model
         mask = _ggml.F32 if self._shard.exact else _ggml.F16
+        # the last three are not always needed; then they are of one element
+        width = self._shard.heads * model.head_dim if len(self.spans) > 1 else 1
+        kept = len(self._kept) if self._is_gathered else 1
         inputs = Inputs(
             positions=lib.new_tensor_1d(context, _ggml.I32, self.count),
             rows=lib.new_tensor_1d(context, _ggml.I64, self.count),
             masks=tuple(
-                lib.new_tensor_3d(context, mask, self.kv_length, self.count, m.planes) for m in self._masks
+                tuple(lib.new_tensor_3d(context, mask, s.kv_length, s.count, m.planes) for m in self._masks)
+                for s in self.spans
             ),
             tokens=lib.new_tensor_1d(context, _ggml.I32, self.count),
-            x=lib.new_tensor_2d(context, _ggml.F32, hidden, self.count),
-            added=lib.new_tensor_2d(context, _ggml.F32, hidden, self.count),
+            x=lib.new_tensor_2d(context, _ggml.F32, model.hidden, self.count),
+            added=lib.new_tensor_2d(context, _ggml.F32, model.hidden, self.count),
+            mixed=lib.new_tensor_2d(context, _ggml.F32, width, self.count),
+            kept=lib.new_tensor_1d(context, _ggml.I32, kept),
+            y=lib.new_tensor_2d(context, _ggml.F32, model.hidden, kept),
+            added_kept=lib.new_tensor_2d(context, _ggml.F32, model.hidden, kept),
         )
         self._buffer = lib.backend_alloc_ctx_tensors_from_buft(context, lib.backend_cpu_buffer_type())
         if not self._buffer:
             raise EngineError("out of memory for a graph's inputs")
         return inputs
 
+    @property
+    def _is_gathered(self) -> bool:
+        """Whether some rows end before the output head."""
+        return 0 < len(self._kept) < self.count
+
     def _build(self) -> None:
-        layers, place, rows = self._layers, self._place, self.count
+        layers, place = self._layers, self._place
         x = layers.embed() if place.is_first else self._inputs.x
         if self._is_split and place.is_first:
             x = layers.copy(x, self._inputs.x)  # sums are added to the input tensor itself
-        for layer in range(*place.layers):
-            is_final = place.is_last and layer == place.layers[1] - 1
+        is_kept = False
+        for layer in self._range:
+            is_final = self._is_last and layer == self._range[-1]
             normed = layers.normed(x, f"blk.{layer}.attn_norm")
-            for write in layers.cache_writes(normed, layer):
-                self._expand(write)
-            if is_final and not self.keep:
-                self._end_segment(write, rows)
+            written = layers.write_cache(normed, layer)
+            if is_final and not self._kept:
+                self._end_segment(written)
                 return
             attention = layers.attention(normed, layer)
-            if is_final and rows > 1:
-                rows, attention, x = 1, layers.last_row(attention), layers.last_row(x)
+            if is_final and self._is_gathered:
+                attention, x, is_kept = layers.kept_rows(attention), self._keep_rows(x), True
             beside = attention if self._shard.model.is_parallel else None
             if beside is None:
-                x = self._join(attention, x, rows, layer, "post_attention_norm")
+                x = self._join(attention, x, is_kept, f"blk.{layer}.post_attention_norm")
             half = layers.feed_forward(layers.normed(x, f"blk.{layer}.ffn_norm"), layer)
-            x = self._join(half, x, rows, layer, "post_ffw_norm", beside)
-        if place.is_last:
-            self._end_segment(layers.logits(x), rows)
+            x = self._join(half, x, is_kept, f"blk.{layer}.post_ffw_norm", beside)
+        if self._is_last:
+            self._end_segment(layers.logits(x))
         elif not self._is_split or self._has_post_norms:
-            self._end_segment(x, rows)
+            self._end_segment(x)
 
-    def _join(self, half: int, x: int, rows: int, layer: int, norm: str, beside: int | None = None) -> int:
+    def _keep_rows(self, x: int) -> int:
+        """The kept rows of `x`; for a group in the input tensor that sums are added to."""
+        kept = self._layers.kept_rows(x)
+        if not self._is_split:
+            return kept
+        self._expand(self._layers.copy(kept, self._inputs.y))
+        return self._inputs.y
+
+    def _join(self, half: int, x: int, is_kept: bool, norm: str, beside: int | None = None) -> int:
         """x + half + beside: here for a lone rank; for a group, by `reduce` when the segment has run,
         which adds to `x` itself, or makes a whole of the half for a norm to follow."""
         layers, inputs = self._layers, self._inputs
         if not self._is_split:
-            x = layers.add(layers.residual(half, layer, norm), x)
+            x = layers.add(layers.residual(half, norm), x)
             return x if beside is None else layers.add(x, beside)
         partial = half if beside is None else layers.add(half, beside)
-        target = inputs.added if self._has_post_norms else inputs.x
-        self._end_segment(partial, rows, target)
-        whole, made = (layers.last_row(t) if rows < self.count else t for t in (inputs.x, target))
-        if target == inputs.x:
+        whole, made = (inputs.y, inputs.added_kept) if is_kept else (inputs.x, inputs.added)
+        if not self._has_post_norms:
+            self._end_segment(partial, whole)
             return whole
-        return layers.copy(layers.add(layers.residual(made, layer, norm), whole), whole)
+        self._end_segment(partial, made)
+        return layers.copy(layers.add(layers.residual(made, norm), whole), whole)
 
     @property
     def _has_post_norms(self) -> bool:
@@ -170,8 +201,8 @@ class Graph:
         self._lib.build_forward_expand(self._open, tensor)
         return self._open
 
-    def _end_segment(self, result: int, rows: int, target: int | None = None) -> None:
-        self._segments.append(Segment(self._expand(result), result, rows, target))
+    def _end_segment(self, result: int, target: int | None = None) -> None:
+        self._segments.append(Segment(self._expand(result), result, target))
         self._open = None
 
     def _allocate(self) -> None:
@@ -195,25 +226,74 @@ class Graph:
         self._positions = _ggml.array(lib, inputs.positions, np.int32, (count,))
         self._rows = _ggml.array(lib, inputs.rows, np.int64, (count,))
         self._mask_arrays = [
-            _ggml.array(lib, tensor, mask_type, (mask.planes, count, self.kv_length))
-            for mask, tensor in zip(self._masks, inputs.masks, strict=True)
+            [
+                _ggml.array(lib, tensor, mask_type, (mask.planes, span.count, span.kv_length))
+                for mask, tensor in zip(self._masks, tensors, strict=True)
+            ]
+            for tensors, span in zip(inputs.masks, self.spans, strict=True)
         ]
         self._tokens = _ggml.array(lib, inputs.tokens, np.int32, (count,))
-        self._x, self._added = (
-            _ggml.array(lib, tensor, np.float32, (count, hidden)) for tensor in (inputs.x, inputs.added)
-        )
-        self._steps = [
-            (
-                s.graph,
-                None if s.target is None else _ggml.array(lib, s.result, np.float32, (s.rows, hidden)),
-                (self._x if s.target == inputs.x else self._added)[count - s.rows :],
-            )
-            for s in self._segments
-        ]
+        self._x = _ggml.array(lib, inputs.x, np.float32, (count, hidden))
+        if self._is_gathered:
+            _ggml.array(lib, inputs.kept, np.int32, (len(self._kept),))[:] = self._kept
+        kept = (len(self._kept) if self._is_gathered else 1, hidden)
+        targets = {
+            inputs.x: self._x,
+            inputs.added: _ggml.array(lib, inputs.added, np.float32, (count, hidden)),
+            inputs.y: _ggml.array(lib, inputs.y, np.float32, kept),
+            inputs.added_kept: _ggml.array(lib, inputs.added_kept, np.float32, kept),
+        }
+        self._steps = []
+        for s in self._segments:
+            target = None if s.target is None else targets[s.target]
+            partial = None if target is None else _ggml.array(lib, s.result, np.float32, target.shape)
+            self._steps.append((s.graph, partial, target))
         last = self._segments[-1]
-        self.hidden, self.logits = self._x[count - last.rows :], None
-        if self._place.is_last and self.keep:
+        self.hidden, self.logits = targets[inputs.y] if self._is_gathered else self._x, None
+        if self._kept:
             vocab = self._place.vocab
-            self.logits = _ggml.array(lib, last.result, np.float32, (vocab[1] - vocab[0],))
-        elif not self._place.is_last and not self._is_split:
+            self.logits = _ggml.array(lib, last.result, np.float32, (len(self._kept), vocab[1] - vocab[0]))
+        elif not self._is_last and not self._is_split:
             self.hidden = _ggml.array(lib, last.result, np.float32, (count, hidden))
+
+
+class Graphs:
+    """The graphs of an engine, built when first needed: a few for batches of single tokens, which come
+    again, and the latest of a prompt's batches, whose working memory is large."""
+
+    def __init__(self, shard: Shard, cache: Cache) -> None:
+        self._shard, self._cache = shard, cache
+        self._of_tokens: OrderedDict[tuple[Span, ...], Graph] = OrderedDict()
+        self._of_prompt: Graph | None = None
+
+    def get(self, spans: tuple[Span, ...]) -> Graph:
+        if any(span.count > 1 for span in spans):
+            if self._of_prompt is None or self._of_prompt.spans != spans:
+                self.drop_prompt()
+                self._of_prompt = Graph(self._shard, self._cache, spans)
+            return self._of_prompt
+        found = self._of_tokens.get(spans)
+        if found is None:
+            if len(self._of_tokens) >= KEPT_MAX:
+                self._of_tokens.popitem(last=False)[1].close()
+            found = self._of_tokens[spans] = Graph(self._shard, self._cache, spans)
+        self._of_tokens.move_to_end(spans)
+        return found
+
+    def close(self) -> None:
+        self.drop_prompt()
+        for graph in self._of_tokens.values():
+            graph.close()
+        self._of_tokens.clear()
+
+    def drop_prompt(self) -> None:
+        """Give the working memory of a prompt's batches back."""
+        if self._of_prompt is not None:
+            self._of_prompt.close()
+            self._of_prompt = None
+
+
+def _kept_rows(spans: Sequence[Span]) -> list[int]:
+    """The last row of each span that keeps it."""
+    ends = np.cumsum([span.count for span in spans])
+    return [int(end) - 1 for end, span in zip(ends, spans, strict=True) if span.keeps]

@@ -9,6 +9,7 @@ back to `hidden` are partial sums unless the rank is alone in its stage.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,8 @@ from ._place import Place
 from ._rope import Rope
 from ._weights import Weights
 
+F32_BYTES = 4
+
 
 @dataclass(frozen=True, slots=True)
 class Shard:
@@ -32,6 +35,7 @@ class Shard:
     place: Place
     weights: Weights
     exact: bool
+    cache_type: int
     rope_factors: str | None  # the tensor of this engine's context
 
     @property
@@ -46,32 +50,54 @@ class Shard:
     def masks(self) -> tuple[Mask, ...]:
         return masks_of(self.model, self.place)
 
-    @property
-    def cache_type(self) -> int:
-        return _ggml.F32 if self.exact else _ggml.F16
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """`count` rows of a batch that belong to the sequence in cache slot `slot`; they attend to its
+    first `kv_length` rows. `keeps`: the logits of the last of them are wanted."""
+
+    slot: int
+    count: int
+    kv_length: int
+    keeps: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Input tensors of a graph: int32 positions, int64 cache rows, attention masks (kv, tokens,
-    planes) as `Shard.masks` has them; `added` takes a sum that is not simply added to `x`."""
+    """Input tensors of a graph: int32 positions, int64 cache rows, for each span its attention masks
+    (kv, tokens, planes) as `Shard.masks` has them, token ids, hidden states `x`; `added` takes a sum
+    that is not simply added to them. `mixed` joins the spans' attention. `kept` are the rows that go on
+    to the output head, `y` and `added_kept` what `x` and `added` are for these alone."""
 
     positions: int
     rows: int
-    masks: tuple[int, ...]
+    masks: tuple[tuple[int, ...], ...]
     tokens: int
     x: int
     added: int
+    mixed: int
+    kept: int
+    y: int
+    added_kept: int
 
 
 class Layers:
-    """Builds the parts of a layer for `count` tokens that attend to `kv_length` cache rows."""
+    """Builds the parts of a layer for a batch of `spans`: the matrices see all rows at once, attention
+    sees each span with its own part of the cache."""
 
     def __init__(
-        self, shard: Shard, cache: Cache, context: int, inputs: Inputs, count: int, kv_length: int
+        self,
+        shard: Shard,
+        cache: Cache,
+        context: int,
+        inputs: Inputs,
+        spans: Sequence[Span],
+        put_first: Callable[[int], object],
     ) -> None:
-        self._shard, self._cache, self._inputs = shard, cache, inputs
-        self._count, self._kv_length = count, kv_length
+        """`put_first`: puts a node into the graph before whatever is built later."""
+        self._shard, self._cache, self._inputs, self._spans = shard, cache, inputs, spans
+        self._put_first = put_first
+        self._count = sum(span.count for span in spans)
         self._ops = shard.weights.ops(context)
         self._weights, self._masks = shard.weights, shard.masks
 
@@ -90,31 +116,31 @@ class Layers:
     def add(self, a: int, b: int) -> int:
         return int(self._ops.add(a, b))
 
-    def last_row(self, x: int) -> int:
-        """The last token of (hidden, tokens), uncopied."""
-        hidden = self._shard.model.hidden
-        return int(self._ops.view_2d(x, hidden, 1, hidden * 4, (self._count - 1) * hidden * 4))
+    def kept_rows(self, x: int) -> int:
+        """The rows of (hidden, tokens) whose logits are wanted."""
+        return int(self._ops.get_rows(x, self._inputs.kept))
 
     def normed(self, x: int, name: str) -> int:
         model = self._shard.model
         unit = getattr(self._ops, model.architecture.norm)(x, model.norm_epsilon)
         return self._biased(self._ops.mul(unit, self._weights[name]), name)
 
-    def residual(self, half: int, layer: int, norm: str) -> int:
+    def residual(self, half: int, norm: str) -> int:
         """What is added to the hidden states of a half's output, which must be whole."""
-        name = f"blk.{layer}.{norm}"
-        return self.normed(half, name) if self._weights.get(name) else half
+        return self.normed(half, norm) if self._weights.get(norm) else half
 
-    def cache_writes(self, normed: int, layer: int) -> list[int]:
-        """Nodes that write the batch's keys and values; they must stand in the graph before
-        `attention`, which reads the cache."""
+    def write_cache(self, normed: int, layer: int) -> int:
+        """Put the nodes that write the batch's keys and values, which `attention` reads; the last."""
         ops, size, count, row = self._ops, self._shard.model.head_dim, self._count, self._cache.row
         keys, values = self._cached_tensors(layer)
         k = self._linear(normed, f"blk.{layer}.attn_k")
         k = self._placed(ops.reshape_3d(k, size, self._shard.kv_heads, count), f"blk.{layer}.attn_k_norm")
         v = self._linear(normed, f"blk.{layer}.attn_v")
         rows = self._inputs.rows
-        return [ops.set_rows(keys, ops.reshape_2d(k, row, count), rows), ops.set_rows(values, v, rows)]
+        self._put_first(ops.set_rows(keys, ops.reshape_2d(k, row, count), rows))
+        written = int(ops.set_rows(values, v, rows))
+        self._put_first(written)
+        return written
 
     def attention(self, normed: int, layer: int) -> int:
         """(hidden, tokens): attention through the output projection."""
@@ -125,10 +151,7 @@ class Layers:
         )
         if s.model.architecture.has_scaled_queries:
             q = ops.scale(q, s.model.attention.scale)
-        q = ops.permute(q, 0, 2, 1, 3)  # (head_dim, tokens, heads)
-        k, v = (self._cached(tensor) for tensor in self._cached_tensors(layer))
-        mask = self._mask_of(layer)
-        mixed = self._attend_exact(q, k, v, mask) if s.exact else self._attend_flash(q, k, v, mask)
+        mixed = self._attend_all(q, layer)
         return self._scaled(self._linear(mixed, f"blk.{layer}.attn_output"), s.model.scales.residual)
 
     def feed_forward(self, normed: int, layer: int) -> int:
@@ -180,27 +203,51 @@ class Layers:
         local = layer - self._shard.place.layers[0]
         return self._cache.keys[local], self._cache.values[local]
 
-    def _cached(self, tensor: int) -> int:
-        """The cache rows that attention sees, as (head_dim, kv_length, kv_heads)."""
-        size, item = self._shard.model.head_dim, self._shard.lib.type_size(self._cache.kind)
-        shape = (size, self._shard.kv_heads, self._kv_length)
-        heads = self._ops.view_3d(tensor, *shape, size * item, self._cache.row * item, 0)
+    def _attend_all(self, q: int, layer: int) -> int:
+        """Attention of every span, (width, tokens); that of several is copied into one tensor."""
+        ops, width = self._ops, self._shard.heads * self._shard.model.head_dim
+        row, at = width * F32_BYTES, 0
+        window = self._shard.model.window_of(layer)
+        kind = next(i for i, mask in enumerate(self._masks) if mask.window == window)
+        for span, masks in zip(self._spans, self._inputs.masks, strict=True):
+            mixed = self._attend(self._rows_of(q, at, span.count), span, masks[kind], layer)
+            if len(self._spans) == 1:
+                return mixed
+            target = ops.view_2d(self._inputs.mixed, width, span.count, row, at * row)
+            self._put_first(ops.cpy(mixed, target))
+            at += span.count
+        return self._inputs.mixed
+
+    def _rows_of(self, q: int, start: int, count: int) -> int:
+        """Rows `start` to `start + count` of (head_dim, heads, tokens), as (head_dim, count, heads)."""
+        ops, size, heads = self._ops, self._shard.model.head_dim, self._shard.heads
+        if count != self._count:
+            item, row = size * F32_BYTES, size * heads * F32_BYTES
+            q = ops.view_3d(q, size, heads, count, item, row, start * row)
+        return int(ops.permute(q, 0, 2, 1, 3))
+
+    def _attend(self, q: int, span: Span, mask: int, layer: int) -> int:
+        k, v = (self._cached(tensor, span) for tensor in self._cached_tensors(layer))
+        if self._shard.exact:
+            return self._attend_exact(q, k, v, mask, span.count)
+        return self._attend_flash(q, k, v, mask, span.count)
+
+    def _cached(self, tensor: int, span: Span) -> int:
+        """The cache rows that a span sees, as (head_dim, kv_length, kv_heads)."""
+        size, cache = self._shard.model.head_dim, self._cache
+        item = _ggml.row_bytes(self._shard.lib, cache.kind, size)
+        shape = (size, self._shard.kv_heads, span.kv_length)
+        heads = self._ops.view_3d(tensor, *shape, item, cache.row_bytes, cache.offset(span.slot))
         return int(self._ops.permute(heads, 0, 2, 1, 3))
 
-    def _mask_of(self, layer: int) -> int:
-        window = self._shard.model.window_of(layer)
-        return next(
-            t for mask, t in zip(self._masks, self._inputs.masks, strict=True) if mask.window == window
-        )
-
-    def _attend_flash(self, q: int, k: int, v: int, mask: int) -> int:
+    def _attend_flash(self, q: int, k: int, v: int, mask: int, count: int) -> int:
         width = self._shard.heads * self._shard.model.head_dim
         softcap = self._shard.model.attention.softcap
         mixed = self._ops.flash_attn_ext(q, k, v, mask, self._scale, self._max_bias, softcap)
         self._shard.lib.prec_set_acc(mixed, _ggml.PREC_F32)
-        return int(self._ops.reshape_2d(mixed, width, self._count))
+        return int(self._ops.reshape_2d(mixed, width, count))
 
-    def _attend_exact(self, q: int, k: int, v: int, mask: int) -> int:
+    def _attend_exact(self, q: int, k: int, v: int, mask: int, count: int) -> int:
         width, softcap = self._shard.heads * self._shard.model.head_dim, self._shard.model.attention.softcap
         scores = self._ops.mul_mat(k, q)  # (kv_length, tokens, heads)
         self._shard.lib.prec_set_acc(scores, _ggml.PREC_F32)
@@ -208,7 +255,7 @@ class Layers:
         shares = self._ops.soft_max_ext(scores, mask, self._scale, self._max_bias)
         columns = self._ops.cont(self._ops.permute(v, 1, 0, 2, 3))  # (kv_length, head_dim, kv_heads)
         mixed = self._ops.mul_mat(columns, shares)  # (head_dim, tokens, heads)
-        return int(self._ops.cont_2d(self._ops.permute(mixed, 0, 2, 1, 3), width, self._count))
+        return int(self._ops.cont_2d(self._ops.permute(mixed, 0, 2, 1, 3), width, count))
 
     @property
     def _scale(self) -> float:

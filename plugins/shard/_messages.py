@@ -2,16 +2,18 @@
 
 A message is a map with its kind under `k`, and raw little-endian frames:
 
-    step     rank 0 -> every rank     e: list of [sequence, position, tokens, keep]
+    step     rank 0 -> every rank     e: list of [sequence, position, tokens, keep]; b: rows of a batch
                                       frame: int32 token ids of all entries (first stage only)
+    fork     rank 0 -> every rank     s: a new sequence; f: one that is held; n: leading positions to copy
     release  rank 0 -> every rank     s: sequence
     links    rank -> first of group   l: list of [rank, other, latency in s, bytes/s]  } at load, see
     terms    first of group -> rank   w: codec; a: list of [size, way, hub]            } `_reduce`
     hidden   stage -> next stage      frame: (rows, hidden) float32
     result   last stage -> rank 0     frames: int32 ids, float32 logits, of all entries that keep
 
-An entry runs `tokens` token ids of `sequence` from `position`, in batches of BATCH_TOKENS, and keeps
-the best `keep` logits of its last token (0: none; -1, -2: as `_sampling.keep_of` says). All that comes
+An entry runs `tokens` token ids of `sequence` from `position` and keeps the best `keep` logits of its
+last token (0: none; -1, -2: as `_sampling.keep_of` says). Entries of one token run together as one
+batch, longer ones in batches of `b` rows; `hidden` comes once a batch, in this order. All that comes
 from the channel is checked here before it reaches ggml, which would abort the process on bad input.
 """
 
@@ -28,6 +30,7 @@ from edged import Channel, ProtocolError
 from .._sampling import KEEP_ALL, KEEP_TOP_P
 
 BATCH_TOKENS = 512  # llama.cpp's n_ubatch
+BLOCK = 64  # batches of this many rows and more give every row the same numbers, however they are cut
 ENTRIES_MAX = 4096
 # Generous, since the supervisor ends a group on loss: this only bounds a stall nobody reports.
 SECONDS_PER_TOKEN = 1.0
@@ -43,29 +46,69 @@ class Entry:
     count: int
     keep: int
 
-    def batches(self) -> list[tuple[int, int, bool]]:
-        """(offset, tokens, whether the logits are kept) of each batch."""
-        starts = range(0, self.count, BATCH_TOKENS)
-        ends = [min(at + BATCH_TOKENS, self.count) for at in starts]
-        return [(s, e - s, self.keep != 0 and e == self.count) for s, e in zip(starts, ends, strict=True)]
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some tokens of an entry in one batch. `offset`: of the first of them among the step's tokens."""
+
+    entry: int
+    sequence: int
+    position: int
+    count: int
+    offset: int
+    keeps: bool  # the logits of its last token are wanted
+
+
+Batch = tuple[Piece, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """One step: its entries, and the token ids (empty beyond the first stage)."""
+    """One step: its entries, the token ids (empty beyond the first stage), and how many rows of a long
+    entry run at once."""
 
     entries: tuple[Entry, ...]
     tokens: np.ndarray
+    batch_tokens: int = BATCH_TOKENS
 
     @property
     def count(self) -> int:
         return sum(entry.count for entry in self.entries)
 
+    def batches(self) -> list[Batch]:
+        """All single tokens together, then each longer entry by itself, cut as `cut` says."""
+        singles: list[Piece] = []
+        batches: list[Batch] = []
+        offset = 0
+        for index, e in enumerate(self.entries):
+            at = 0
+            for count in cut(e.count, self.batch_tokens):
+                keeps = e.keep != 0 and at + count == e.count
+                piece = Piece(index, e.sequence, e.position + at, count, offset + at, keeps)
+                if e.count == 1:
+                    singles.append(piece)
+                else:
+                    batches.append((piece,))
+                at += count
+            offset += e.count
+        return [tuple(singles), *batches] if singles else batches
+
+
+def cut(count: int, batch_tokens: int) -> list[int]:
+    """`count` rows as batches of `batch_tokens`; a rest of less than BLOCK joins the batch before it."""
+    sizes = [batch_tokens] * (count // batch_tokens)
+    rest = count - sum(sizes)
+    if sizes and rest < BLOCK:
+        sizes[-1] += rest
+    elif rest:
+        sizes.append(rest)
+    return sizes
+
 
 def send_work(channel: Channel, work: Work, first_stage: Sequence[int]) -> None:
     """Tell every other rank what this step runs; token ids only where they are embedded."""
     entries = [[e.sequence, e.position, e.count, e.keep] for e in work.entries]
-    header = {"k": "step", "e": entries}
+    header = {"k": "step", "e": entries, "b": work.batch_tokens}
     ids = work.tokens.astype("<i4").tobytes()
     for rank in range(channel.size):
         if rank != channel.rank:
@@ -74,17 +117,34 @@ def send_work(channel: Channel, work: Work, first_stage: Sequence[int]) -> None:
 
 def read_work(header: Mapping[str, Any], frames: Sequence[Any], embeds: bool, vocab: int) -> Work:
     """The step of a message from rank 0; `embeds`: this rank is to get token ids."""
-    rows = header.get("e")
+    rows, batch_tokens = header.get("e"), header.get("b")
     if not isinstance(rows, list) or not 0 < len(rows) <= ENTRIES_MAX:
         raise ProtocolError("expected a step with entries")
+    if type(batch_tokens) is not int or not BLOCK <= batch_tokens <= BATCH_TOKENS:
+        raise ProtocolError(f"expected batches of {BLOCK} to {BATCH_TOKENS} rows")
     entries = tuple(_read_entry(row, vocab) for row in rows)
     count = sum(entry.count for entry in entries)
     if not embeds:
-        return Work(entries, np.empty(0, np.int32))
+        return Work(entries, np.empty(0, np.int32), batch_tokens)
     tokens = read_frames(frames, (("<i4", (count,)),))[0]
     if tokens.min() < 0 or tokens.max() >= vocab:
         raise ProtocolError(f"expected token ids below {vocab}")
-    return Work(entries, tokens)
+    return Work(entries, tokens, batch_tokens)
+
+
+def read_fork(header: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(source, new sequence, positions) of a fork message."""
+    numbers = (header.get("f"), header.get("s"), header.get("n"))
+    if any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
+        raise ProtocolError("expected a fork with two sequences and a number of positions")
+    return numbers  # type: ignore[return-value]
+
+
+def read_release(header: Mapping[str, Any]) -> int:
+    sequence = header.get("s")
+    if type(sequence) is not int:
+        raise ProtocolError("expected a release with a sequence")
+    return sequence
 
 
 def _read_entry(row: Any, vocab: int) -> Entry:

@@ -32,6 +32,7 @@ class Place:
     after: tuple[int, ...]
     final: tuple[int, ...]
     first_stage: tuple[int, ...]
+    stages: int  # of the plan
     vocabs: tuple[Range, ...]  # slices of `final`, in its order
 
     @property
@@ -82,6 +83,7 @@ def find_place(model: Model, roles: Sequence[Role], rank: int) -> Place:
         after=groups[at + 1] if at + 1 < len(groups) else (),
         final=final,
         first_stage=groups[0],
+        stages=len(groups),
         vocabs=tuple(roles[r].vocab for r in final),
     )
 

@@ -59,6 +59,11 @@ def model(tmp_path):
     return msgspec.convert(_echo_engine.describe(str(path)), ModelDescription)
 
 
+def run(engine, steps):
+    engine.begin(steps)
+    return engine.finish()
+
+
 def loaded(model, channel, context=4096):
     roles = tuple(
         Role(rank, f"node{rank}", 0, (0, 6), (0, 6), (0, 96), (0, 256), 1.0) for rank in range(channel.size)
@@ -75,7 +80,7 @@ def said(engine, tokens, count=None, sequence=0):
     """What the engine says after `tokens`: to the end token, or `count` tokens whatever they are."""
     answer, position = [], 0
     while count is None or len(answer) < count:
-        [token] = engine.step([Step(sequence, tokens, position, GREEDY)])
+        [token] = run(engine, [Step(sequence, tokens, position, GREEDY)])
         if count is None and token in engine.end_tokens:
             break
         position, tokens = position + len(tokens), [token]
@@ -135,17 +140,17 @@ def test_a_prompt_may_come_in_pieces(engine, pieces):
     tokens, position = engine.encode("hell", raw=True), 0
     assert len(tokens) == sum(pieces)
     for size in pieces[:-1]:
-        assert engine.step([Step(0, tokens[position : position + size], position, None)]) == [None]
+        assert run(engine, [Step(0, tokens[position : position + size], position, None)]) == [None]
         position += size
-    assert engine.step([Step(0, tokens[position:], position, GREEDY)]) == [ord("h")]
+    assert run(engine, [Step(0, tokens[position:], position, GREEDY)]) == [ord("h")]
 
 
 def test_sequences_of_one_batch_do_not_mix(engine):
     prompts = [engine.encode(text, raw=True) for text in ("one", "two")]
     steps = [Step(number, prompt, 0, GREEDY) for number, prompt in enumerate(prompts)]
-    assert engine.step(steps) == [ord("o"), ord("t")]
+    assert run(engine, steps) == [ord("o"), ord("t")]
     steps = [Step(0, [ord("o")], 4, GREEDY), Step(1, [ord("t")], 4, GREEDY)]
-    assert engine.step(steps) == [ord("n"), ord("w")]
+    assert run(engine, steps) == [ord("n"), ord("w")]
 
 
 def test_a_released_sequence_begins_anew(engine):
@@ -157,8 +162,8 @@ def test_a_released_sequence_begins_anew(engine):
 
 def test_a_sequence_may_keep_the_beginning_of_its_prompt(engine):
     said(engine, engine.encode("one two", raw=True))
-    assert engine.step([Step(0, engine.encode("three", raw=True), 4, GREEDY)]) == [ord("o")]
-    assert engine.step([Step(0, [ord("o")], 10, GREEDY)]) == [ord("n")]
+    assert run(engine, [Step(0, engine.encode("three", raw=True), 4, GREEDY)]) == [ord("o")]
+    assert run(engine, [Step(0, [ord("o")], 10, GREEDY)]) == [ord("n")]
 
 
 @pytest.mark.parametrize(
@@ -167,9 +172,9 @@ def test_a_sequence_may_keep_the_beginning_of_its_prompt(engine):
     ids=["behind a gap", "before the start", "more than the context"],
 )
 def test_a_step_that_does_not_fit_is_refused(engine, tokens, position, expected):
-    engine.step([Step(0, [1, 2], 0, GREEDY)])
+    run(engine, [Step(0, [1, 2], 0, GREEDY)])
     with pytest.raises(EngineError, match=expected):
-        engine.step([Step(0, tokens, position, GREEDY)])
+        run(engine, [Step(0, tokens, position, GREEDY)])
 
 
 @pytest.mark.parametrize("size", [2, 3, 5])
@@ -195,7 +200,7 @@ def test_a_follower_that_answers_something_else_is_named(model):
     wires.channels[1].send(0, {}, [b"nonsense"])
     leader = loaded(model, wires.channels[0])
     with pytest.raises(EngineError, match="rank 1"):
-        leader.step([Step(0, [104], 0, GREEDY)])
+        run(leader, [Step(0, [104], 0, GREEDY)])
 
 
 def test_a_follower_that_is_left_alone_says_who_is_missing(model):

@@ -93,6 +93,8 @@ def models(smollm2: str, random_model: str) -> Callable[[str], str]:
             return smollm2
         if name == "random":
             return random_model
+        if name == "random-F16":
+            return str(MODELS / "random-512-F16.gguf")  # made on the way to the other
         return _made(f"SmolLM2-135M-Instruct-{name}.gguf", _quantise(smollm2, name))
 
     return find

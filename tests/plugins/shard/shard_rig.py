@@ -16,12 +16,13 @@ import msgspec
 import numpy as np
 from edged_plugins._tokenizer import silence
 from edged_plugins.shard._describe import describe
-from edged_plugins.shard._engine import ShardEngine, load
+from edged_plugins.shard._engine import CACHE_TYPES, ShardEngine, load
 
 from edged import EngineSpec, ModelDescription, PeerError, ProtocolError, Role, Sampling, Step
 
 GREEDY = Sampling(temperature=0)
 CONTEXT = 1024
+CACHE = 16 * CONTEXT
 Shares = tuple[int, ...]  # of one stage: (2, 1) is two ranks, the first with twice the second's part
 
 
@@ -52,29 +53,37 @@ def _cut(total: int, unit: int, shares: Shares) -> list[tuple[int, int]]:
 
 
 def specs_of(
-    path: str, stages: Sequence[Shares], numerics: str = "fast", threads: int = 0, **settings: Any
+    path: str,
+    stages: Sequence[Shares],
+    numerics: str = "fast",
+    threads: int = 0,
+    cache_type: str = "f16",
+    **settings: Any,
 ) -> list[EngineSpec]:
     """A spec per rank; by default a lone rank gets two threads, others one."""
     model = describe_model(path)
     roles = plan(model, stages)
     threads = threads or (2 if len(roles) == 1 else 1)
     return [
-        EngineSpec(path, model, roles, rank, CONTEXT, numerics, threads, settings)
+        EngineSpec(path, model, roles, rank, CONTEXT, numerics, threads, settings, CACHE, cache_type)
         for rank in range(len(roles))
     ]
 
 
 class LlamaCpp:
-    """llama-cpp-python with flash attention: the oracle."""
+    """llama-cpp-python, by default with flash attention: the oracle."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, cache_type: str = "f16", flash: bool = True) -> None:
         silence()
         self._model = llama_cpp.llama_model_load_from_file(
             path.encode(), llama_cpp.llama_model_default_params()
         )
         parameters = llama_cpp.llama_context_default_params()
         parameters.n_ctx = parameters.n_batch = CONTEXT
-        parameters.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED
+        parameters.flash_attn_type = (
+            llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
+        parameters.type_k = parameters.type_v = CACHE_TYPES[cache_type]
         self._context = llama_cpp.llama_init_from_model(self._model, parameters)
         self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
 

@@ -118,7 +118,8 @@ def test_a_bad_step_is_an_engine_error_and_harms_nothing(
         with pytest.raises(EngineError, match="each sequence once"):
             engines[0].step([Step(0, [1], 0, GREEDY)] * 2)
         assert greedy_run(engines[0], [1, 2], 4) == expected
-        assert engines[0].step([]) == []
+        with pytest.raises(EngineError, match="a step to run"):
+            engines[0].step([])
 
 
 def test_a_sequence_may_fill_the_context_to_its_last_position(random_model: str) -> None:
@@ -133,7 +134,7 @@ def test_more_sequences_than_allowed_are_refused(random_model: str) -> None:
     with running(specs_of(random_model, [(1,)], sequences_max=2)) as (engine,):
         for sequence in (1, 2):
             engine.step([Step(sequence, [1], 0, None)])
-        with pytest.raises(EngineError, match="2 sequences are held"):
+        with pytest.raises(EngineError, match="no room for another sequence"):
             engine.step([Step(3, [1], 0, None)])
         engine.release(1)
         engine.step([Step(3, [1], 0, None)])
@@ -185,6 +186,7 @@ for count in (1, 900):
     engine.step([Step(0, list(range(count)), 0, None)])
     sizes.append(process.memory_info().rss)
     engine.release(0)
+    engine.open(0, (), 1)  # nothing of it is kept for others
     sizes.append(process.memory_info().rss)
 engine.close()
 engine.close()
@@ -236,15 +238,19 @@ HOSTILE = [
     ({"k": "shutdown"}, []),
     ({}, []),
     ({"k": "release", "s": "all"}, []),
-    ({"k": "step", "e": []}, []),
-    ({"k": "step", "e": [[0, 0, 1]]}, [b"\0" * 4]),
-    ({"k": "step", "e": [[0, 0, 1, 2000]]}, [b"\0" * 4]),
-    ({"k": "step", "e": [[0, 0, 1.5, 1]]}, [b"\0" * 4]),
-    ({"k": "step", "e": [[0, 0, 2, 1]]}, [b"\0" * 4]),
-    ({"k": "step", "e": [[0, 0, 1, 1]]}, []),
-    ({"k": "step", "e": [[0, 0, 1, 1]]}, [b"\xff" * 4]),
-    ({"k": "step", "e": [[0, 0, 1, 1]]}, [b"\0\0\1\0"]),
-    ({"k": "step", "e": [[0, 0, -1, 1]]}, [b""]),
+    ({"k": "fork", "s": 1, "f": 0}, []),
+    ({"k": "fork", "s": 1, "f": 0, "n": -1}, []),
+    ({"k": "step", "e": [[0, 0, 1, 1]]}, [b"\0" * 4]),
+    ({"k": "step", "e": [[0, 0, 1, 1]], "b": 1}, [b"\0" * 4]),
+    ({"k": "step", "e": [], "b": 64}, []),
+    ({"k": "step", "e": [[0, 0, 1]], "b": 64}, [b"\0" * 4]),
+    ({"k": "step", "e": [[0, 0, 1, 2000]], "b": 64}, [b"\0" * 4]),
+    ({"k": "step", "e": [[0, 0, 1.5, 1]], "b": 64}, [b"\0" * 4]),
+    ({"k": "step", "e": [[0, 0, 2, 1]], "b": 64}, [b"\0" * 4]),
+    ({"k": "step", "e": [[0, 0, 1, 1]], "b": 64}, []),
+    ({"k": "step", "e": [[0, 0, 1, 1]], "b": 64}, [b"\xff" * 4]),
+    ({"k": "step", "e": [[0, 0, 1, 1]], "b": 64}, [b"\0\0\1\0"]),
+    ({"k": "step", "e": [[0, 0, -1, 1]], "b": 64}, [b""]),
 ]
 
 
@@ -264,7 +270,7 @@ def test_a_hostile_message_costs_a_protocol_error(
 def test_a_step_outside_the_context_does_not_reach_ggml(random_model: str, position: int, count: int) -> None:
     with loaded(specs_of(random_model, [(1, 1)])) as (driver, follower):
         entry = [0, position, count, 1]
-        driver._channel.send(1, {"k": "step", "e": [entry]}, [bytes(4 * count)])
+        driver._channel.send(1, {"k": "step", "e": [entry], "b": 64}, [bytes(4 * count)])
         with pytest.raises(EngineError, match="sequence 0"):
             follower.follow(1)
 
