@@ -17,6 +17,7 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
+from .types import CacheType
 
 VERSION = 1
 DEFAULT_CLASS = "laptop-cpu"
@@ -72,6 +73,8 @@ class Jobs:
     queue: int = 64  # waiting jobs; more are refused
     allow_guest: bool = False  # may jobs use guests' nodes?
     context: int = 2048  # tokens of KV cache per sequence; more where a prompt needs more
+    sequences: int = 4  # so many contexts are planned for, as far as memory goes; further jobs wait
+    cache_type: CacheType = "f16"  # of the KV cache: "f32", "f16" or "q8_0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,6 +245,8 @@ def _check(profile: Profile, origin: str) -> None:
         ),
         (profile.jobs.queue >= 1, "jobs.queue of 1 or more"),
         (profile.jobs.context >= 64, "jobs.context of 64 or more"),
+        (1 <= profile.jobs.sequences <= 64, "jobs.sequences from 1 to 64"),
+        (profile.jobs.cache_type in get_args(CacheType), 'jobs.cache_type "f32", "f16" or "q8_0"'),
         (len(set(profile.plugins)) == len(profile.plugins), "each plugin once"),
     )
     for holds, expected in rules:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import secrets
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -18,7 +19,7 @@ from .config import Profile
 from .control import Emit
 from .device import Device
 from .errors import ConfigError, EdgedError, EngineError, JobError, PeerError, PolicyViolation
-from .groups import Group, Groups, Load
+from .groups import Asked, Group, Groups, Load
 from .jobs import ENDED, Job, JobStore, State
 from .models import Model, ModelStore
 from .peers import Peers
@@ -29,12 +30,13 @@ from .types import Candidate, EngineEntry, NodeView, PlanRequest, Predicted, Sam
 log = logging.getLogger(__name__)
 DESCRIBE_S = 3.0
 MEASURE_S = 130.0
-RUNNING_MAX = 8  # jobs at once; each holds a KV cache on every node of its plan
+RUNNING_MAX = 32  # jobs at once; rank 0 lets them in as the KV cache's memory allows
 STALL_S = 120.0  # without a token for so long (and ten times the predicted prefill) a job has failed
 CANCEL_S = 5.0
 TOKEN_MAX = 1 << 31  # ids are int32 in every engine
 TEXT_CHARS_MAX = 4096  # of one message of tokens
 SETTLE_S = 1.0  # for ended workers to give their memory back
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -174,8 +176,8 @@ class Coordinator:
         """Every candidate with its price, and the choice, without running it."""
         model = self._models.find(request.model)
         nodes = await self.views(measure=True)
-        wanted = self._plan_request(request, model.sha256, nodes)
-        candidates, chosen = self._choose(model.sha256, nodes, wanted)
+        asked = self._asked(request, model.sha256)
+        _, candidates, chosen = self._choose(model.sha256, nodes, asked.request)
         by_id = {node.node_id: node for node in nodes}
         return {
             "chosen": chosen,
@@ -183,27 +185,34 @@ class Coordinator:
             "explanation": planning.explain(candidates, chosen, by_id),
         }
 
-    def _plan_request(self, request: GenerateRequest, sha256: str, nodes: Sequence[NodeView]) -> PlanRequest:
-        known = {node.node_id for node in nodes}
+    def _asked(self, request: GenerateRequest, sha256: str) -> Asked:
+        """What is to be planned, and among whom."""
+        mine = self._peers.identity.node_id
+        members = self._peers.membership.members.values()
+        online = frozenset({mine} | {m.node_id for m in members if self._peers.is_online(m.node_id)})
         chosen = tuple(self._peers.find(name) for name in request.nodes) if request.nodes else None
         for node_id in chosen or ():
-            if node_id not in known:
+            if node_id not in online:
                 raise PeerError(
                     f"node {self._peers.name_of(node_id)} is offline", remedy="start it, or leave it out"
                 )
         if chosen and len(set(chosen)) != len(chosen):
             raise ConfigError("expected each of --nodes once", remedy="name different nodes")
         description = self._models.manifest(sha256).model
-        return PlanRequest(
+        context = self._context(request, description.context_tokens)
+        wanted = PlanRequest(
             request.strategy,
             chosen,
             tuple(request.shares) if request.shares else None,
-            self._context(request, description.context_tokens),
+            context,
             max(1, request.prompt_bytes // 4),
             request.numerics,
             self._profile.jobs.allow_guest or request.allow_guest,
             request.private,
+            context * self._profile.jobs.sequences,
+            self._profile.jobs.cache_type,
         )
+        return Asked(sha256, wanted, online)
 
     def _context(self, request: GenerateRequest, most: int) -> int:
         """KV cache tokens: the profile's, or more for a long prompt (a token is at least a byte)."""
@@ -211,6 +220,18 @@ class Coordinator:
         return min(most, max(self._profile.jobs.context, needed))
 
     def _choose(
+        self, sha256: str, nodes: Sequence[NodeView], request: PlanRequest
+    ) -> tuple[PlanRequest, list[Candidate], int | None]:
+        """The candidates and the choice; with the KV cache of a single sequence where more do not fit
+        beside the whole of the weights."""
+        candidates, chosen = self._choose_of(sha256, nodes, request)
+        description = self._models.manifest(sha256).model
+        if chosen is not None and not planning.is_windowed(candidates[chosen], description, request):
+            return request, candidates, chosen
+        single = dataclasses.replace(request, cache_tokens=request.context_tokens)
+        return single, *self._choose_of(sha256, nodes, single)
+
+    def _choose_of(
         self, sha256: str, nodes: Sequence[NodeView], request: PlanRequest
     ) -> tuple[list[Candidate], int | None]:
         description = self._models.manifest(sha256).model
@@ -317,47 +338,68 @@ class Coordinator:
 
     async def _run_epoch(self, run: _Run) -> wire.Finished:
         """Plan, load and generate once."""
-        request = run.request
-        model = self._models.find(request.model)
-        manifest = self._models.manifest(model.sha256)
-        nodes = await self.views(measure=request.strategy == "auto")
-        wanted = self._plan_request(request, model.sha256, nodes)
-        candidates, chosen = self._choose(model.sha256, nodes, wanted)
-        if chosen is None and self._groups.end_unused():  # it may fit into the memory that they held
-            await asyncio.sleep(SETTLE_S)
-            nodes = await self.views(measure=False)
-            candidates, chosen = self._choose(model.sha256, nodes, wanted)
-        if chosen is None:
-            raise planning.refusal(candidates)
-        if run.is_cancelled:
-            raise JobError("the job was cancelled", code="cancelled")
-        run.candidate = candidates[chosen]
-        run.epoch += 1
-        self._store.begin_epoch(run.job_id, run.epoch, self._plan_row(run))
-        load = Load(
-            run.candidate.roles,
-            manifest,
-            models.manifest_hash(manifest),
-            run.candidate.engine,
-            wanted.context_tokens,
-            request.numerics,
-            self._holder_of(model, nodes),
-        )
-        by_id = {node.node_id: node for node in nodes}
-        try:
-            run.group, run.load_ms = await self._groups.get(load, by_id, run.job_id)
-        except EdgedError as error:
-            if isinstance(error, JobError):
-                raise
-            # whatever class a peer sent: for whoever asked for the job it is the job that failed
-            raise JobError(str(error), remedy=error.remedy, code=error.code) from error
+        model = self._models.find(run.request.model)
+        asked = self._asked(run.request, model.sha256)
+        standing = self._groups.standing(asked)
+        if standing is not None:
+            self._begin_epoch(run, standing.candidate)
+            run.group = standing
+            run.load_ms = await self._of_the_job(self._groups.join(standing, run.job_id))
+        else:
+            await self._load(run, model, asked)
+        assert run.group is not None
         if run.group.lost is not None:
             raise run.group.lost
         run.bytes_before = await self._groups.bytes_sent(run.group)
         if run.is_cancelled:
             raise JobError("the job was cancelled", code="cancelled")
+        assert run.candidate is not None
         self._peers.tell(run.candidate.roles[0].node_id, "generate", self._order(run))
         return await self._until_finished(run)
+
+    def _begin_epoch(self, run: _Run, candidate: Candidate) -> None:
+        if run.is_cancelled:
+            raise JobError("the job was cancelled", code="cancelled")
+        run.candidate = candidate
+        run.epoch += 1
+        self._store.begin_epoch(run.job_id, run.epoch, self._plan_row(run))
+
+    async def _load(self, run: _Run, model: Model, asked: Asked) -> None:
+        """Plan, and load the plan that was chosen."""
+        request, manifest = run.request, self._models.manifest(model.sha256)
+        nodes = await self.views(measure=request.strategy == "auto")
+        wanted, candidates, chosen = self._choose(model.sha256, nodes, asked.request)
+        if chosen is None and self._groups.end_unused():  # it may fit into the memory that they held
+            await asyncio.sleep(SETTLE_S)
+            nodes = await self.views(measure=False)
+            wanted, candidates, chosen = self._choose(model.sha256, nodes, asked.request)
+        if chosen is None:
+            raise planning.refusal(candidates)
+        candidate = candidates[chosen]
+        self._begin_epoch(run, candidate)
+        load = Load(
+            candidate.roles,
+            manifest,
+            models.manifest_hash(manifest),
+            candidate.engine,
+            wanted.context_tokens,
+            request.numerics,
+            self._holder_of(model, nodes),
+            wanted.cache_tokens,
+            wanted.cache_type,
+        )
+        by_id = {node.node_id: node for node in nodes}
+        getting = self._groups.get(load, asked, candidate, by_id, run.job_id)
+        run.group, run.load_ms = await self._of_the_job(getting)
+
+    async def _of_the_job(self, loading: Awaitable[T]) -> T:
+        """Whatever class of error a peer sent: for whoever asked for the job it is the job that failed."""
+        try:
+            return await loading
+        except EdgedError as error:
+            if isinstance(error, JobError):
+                raise
+            raise JobError(str(error), remedy=error.remedy, code=error.code) from error
 
     def _order(self, run: _Run) -> wire.Generate:
         request = run.request

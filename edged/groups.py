@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import itertools
 import logging
 import secrets
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 from . import wire
 from .errors import PeerError, ProtocolError
 from .peers import Peers
-from .types import NodeView, Numerics, Role
+from .types import CacheType, Candidate, NodeView, Numerics, PlanRequest, Role
 
 log = logging.getLogger(__name__)
 OFFER_S = 330.0  # an engine's first self-check may take that long
@@ -40,16 +41,30 @@ class Load:
     context_tokens: int
     numerics: Numerics
     holder: str  # a node that gives the file to those who lack it
+    cache_tokens: int
+    cache_type: CacheType
 
     @property
     def key(self) -> tuple[object, ...]:
-        return (self.roles, self.manifest.sha256, self.engine, self.context_tokens, self.numerics)
+        cache = (self.context_tokens, self.cache_tokens, self.cache_type)
+        return (self.roles, self.manifest.sha256, self.engine, self.numerics, cache)
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What a group was planned for: an equal question gets it again, without a new plan."""
+
+    model_sha256: str
+    request: PlanRequest
+    members: frozenset[str]  # who was online: a newcomer may make another plan better
 
 
 @dataclass(slots=True)
 class Group:
     group_id: str
     load: Load
+    asked: Asked
+    candidate: Candidate
     jobs: set[str] = field(default_factory=set)
     idle_since: float = 0.0
     load_ms: float = 0.0
@@ -70,27 +85,41 @@ class Groups:
         peers.takes("short", self._told_short)
         peers.when_gone(self._peer_gone)
 
-    async def get(self, load: Load, nodes: Mapping[str, NodeView], job: str) -> tuple[Group, float]:
+    def standing(self, asked: Asked) -> Group | None:
+        """A group that was planned for the same question, with at least the context."""
+        for group in self._by_key.values():
+            fits = group.load.context_tokens >= asked.request.context_tokens
+            if fits and _without_sizes(group.asked) == _without_sizes(asked):
+                return group
+        return None
+
+    async def get(
+        self, load: Load, asked: Asked, candidate: Candidate, nodes: Mapping[str, NodeView], job: str
+    ) -> tuple[Group, float]:
         """A standing group for this load, else a new one, in use by `job` until `release`; with the ms
         spent waiting for it."""
-        started = time.monotonic()
         group = self._by_key.get(load.key)
         if group is None:
             self._end_oldest()
-            group = Group(secrets.token_hex(8), load, idle_since=started)
+            group = Group(secrets.token_hex(8), load, asked, candidate, idle_since=time.monotonic())
             self._groups[group.group_id] = self._by_key[load.key] = group
             group.made = asyncio.get_running_loop().create_task(self._make(group, nodes))
+        return group, await self.join(group, job)
+
+    async def join(self, group: Group, job: str) -> float:
+        """Use `group` for `job` until `release`; the ms spent waiting until it is loaded."""
+        started = time.monotonic()
         group.jobs.add(job)
         assert group.made is not None
         if group.made.done():
             group.made.result()
-            return group, 0.0
+            return 0.0
         try:
             await asyncio.shield(group.made)
         except BaseException:
             self.release(group, job)
             raise
-        return group, (time.monotonic() - started) * 1000
+        return (time.monotonic() - started) * 1000
 
     def release(self, group: Group, job: str) -> None:
         group.jobs.discard(job)
@@ -192,6 +221,8 @@ class Groups:
             load.numerics,
             tuple(_other(pair, role.rank) for pair, rank in listeners.items() if rank == role.rank),
             load.holder,
+            load.cache_tokens,
+            load.cache_type,
         )
         timeout_s = OFFER_S + load.manifest.size / FETCH_BYTES_S
         return wire.read_body(wire.Offered, await self._ask(role, "offer", offer, timeout_s))
@@ -276,6 +307,11 @@ def _listeners(roles: Sequence[Role], nodes: Mapping[str, NodeView]) -> dict[tup
         dials = any(link.node_id == b.node_id and link.dials for link in nodes[a.node_id].links)
         found[_pair(a.rank, b.rank)] = b.rank if dials else a.rank
     return found
+
+
+def _without_sizes(asked: Asked) -> Asked:
+    request = dataclasses.replace(asked.request, context_tokens=0, cache_tokens=0, prompt_tokens=0)
+    return dataclasses.replace(asked, request=request)
 
 
 def _pair(a: int, b: int) -> tuple[int, int]:

@@ -28,7 +28,7 @@ from .types import (
 )
 
 WORKER_BYTES = 96 << 20  # interpreter, libraries and graph buffers of one worker (measured: 50 to 90 MiB)
-KV_BYTES = {"fast": 2, "exact": 4}  # per element: F16, F32
+KV_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}  # per element; exact numerics take F32
 F32_BYTES = 4
 DISK_BYTES_S = 100e6  # at which dropped weights are read again: nothing measures disks, so a slow one's
 BUDGET_MARGIN = 16  # a windowed role leaves this part of a budget free, which moves with the node's memory
@@ -214,11 +214,13 @@ def _stored_bytes(model: ModelDescription) -> int:
 
 
 def memory_of(role: Role, model: ModelDescription, request: PlanRequest) -> int:
-    """Weights, one sequence's KV cache and the worker itself, in bytes."""
+    """Weights, the KV cache of all sequences and the worker itself, in bytes."""
     weights = held_bytes_of(role, model, request)
     kv_heads = model.kv_heads * (role.heads[1] - role.heads[0]) / model.heads
-    cache = 2 * (role.layers[1] - role.layers[0]) * request.context_tokens * kv_heads * model.head_dim
-    return round(weights + cache * KV_BYTES[request.numerics] + WORKER_BYTES)
+    positions = max(request.context_tokens, request.cache_tokens)
+    cache = 2 * (role.layers[1] - role.layers[0]) * positions * kv_heads * model.head_dim
+    of_element = KV_BYTES["f32" if request.numerics == "exact" else request.cache_type]
+    return round(weights + cache * of_element + WORKER_BYTES)
 
 
 def least_memory_of(role: Role, model: ModelDescription, request: PlanRequest, window_bytes: int) -> int:
@@ -247,6 +249,11 @@ def weights_room(role: Role, model: ModelDescription, request: PlanRequest) -> i
     if not role.memory_bytes or role.memory_bytes >= full:
         return 0
     return max(1, role.memory_bytes - (full - held_bytes_of(role, model, request)))
+
+
+def is_windowed(candidate: Candidate, model: ModelDescription, request: PlanRequest) -> bool:
+    """Has some node less memory for its part's weights than they take?"""
+    return any(weights_room(role, model, request) for role in candidate.roles)
 
 
 def _rereading_s(role: Role, model: ModelDescription, request: PlanRequest) -> float:

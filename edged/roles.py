@@ -247,6 +247,8 @@ class Roles:
             self._engines[offer.engine].settings,
             planning.weights_room(role, offer.model, _request_of(offer)),
             str(self._device.cache_folder),
+            offer.cache_tokens,
+            offer.cache_type,
         )
         body = {
             "group": offer.group,
@@ -341,4 +343,9 @@ class Roles:
 
 def _request_of(offer: wire.Offer) -> PlanRequest:
     """What of a plan's request decides a role's memory."""
-    return PlanRequest(context_tokens=offer.context_tokens, numerics=offer.numerics)
+    return PlanRequest(
+        context_tokens=offer.context_tokens,
+        numerics=offer.numerics,
+        cache_tokens=max(0, offer.cache_tokens),
+        cache_type=offer.cache_type,
+    )

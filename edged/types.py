@@ -177,6 +177,8 @@ class PlanRequest:
     numerics: Numerics = "fast"
     allow_guest: bool = False
     private: bool = False
+    cache_tokens: int = 0  # of all sequences together; at least one context
+    cache_type: CacheType = "f16"
 
 
 # --- running ------------------------------------------------------------------------------------

@@ -56,6 +56,7 @@ import msgspec
 
 from .errors import EdgedError, ProtocolError, by_code
 from .types import (
+    CacheType,
     DeviceState,
     EngineSpeed,
     LinkState,
@@ -172,6 +173,8 @@ class Offer:
     numerics: Numerics
     listens_for: tuple[int, ...]
     holder: str  # a node that has the model
+    cache_tokens: int = 0  # KV positions of all sequences together; at least one context
+    cache_type: CacheType = "f16"
 
 
 @dataclass(frozen=True, slots=True)

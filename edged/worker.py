@@ -183,10 +183,10 @@ class Worker:
         for sequence in [waiting for waiting in self._waiting if waiting.request.job == job]:
             self._waiting.remove(sequence)
             self._finish(sequence, "cancelled")
-        if sequence := self._running.get(job):
-            sequence.is_cancelled = True
-            if not sequence.given:
-                self._end(sequence, "cancelled")
+        if (running := self._running.get(job)) is not None:
+            running.is_cancelled = True
+            if not running.given:
+                self._end(running, "cancelled")
 
     # --- work ---
 

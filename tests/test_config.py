@@ -78,7 +78,10 @@ def test_every_kind_of_value_is_read() -> None:
             "[budget]\nmemroy = '1GiB'",
             "no setting budget.memroy in profile.toml; did you mean budget.memory?",
         ),
-        ("[jobs]\nzzz = 1", "no setting jobs.zzz in profile.toml; known: allow_guest, context, keep"),
+        (
+            "[jobs]\nzzz = 1",
+            "no setting jobs.zzz in profile.toml; known: allow_guest, cache_type, context, keep",
+        ),
     ],
 )
 def test_an_unknown_key_names_the_nearest_one(text: str, says: str) -> None:

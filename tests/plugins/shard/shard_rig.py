@@ -65,7 +65,18 @@ def specs_of(
     roles = plan(model, stages)
     threads = threads or (2 if len(roles) == 1 else 1)
     return [
-        EngineSpec(path, model, roles, rank, CONTEXT, numerics, threads, settings, CACHE, cache_type)
+        EngineSpec(
+            path,
+            model,
+            roles,
+            rank,
+            CONTEXT,
+            numerics,
+            threads,
+            settings,
+            cache_tokens=CACHE,
+            cache_type=cache_type,
+        )
         for rank in range(len(roles))
     ]
 
