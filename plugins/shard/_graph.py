@@ -25,7 +25,7 @@ from ._cache import Cache
 from ._layers import Inputs, Layers, Shard, Span
 
 NODES_PER_LAYER = 64
-NODES_PER_SPAN = 16  # of each layer
+NODES_PER_SPAN = 24  # of each layer; attention with soft-caps in exact numerics makes 20
 KEPT_MAX = 8  # graphs of single tokens: one for each batch in flight, and some for batches that come back
 Reduce = Callable[[np.ndarray, np.ndarray], None]  # (partial, hidden states to add the sum to)
 

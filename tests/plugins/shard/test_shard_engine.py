@@ -208,7 +208,7 @@ def test_release_and_close_give_memory_back(smollm2: str) -> None:
     start, _, loaded, held, released, closed = (int(n) >> 20 for n in done.stdout.split())
     assert loaded - start > 300  # F32 weights
     assert held - loaded > 30  # 900 positions of 46 KB
-    assert released - loaded < 8
+    assert released - loaded < 16
     assert closed - start < 64
 
 
