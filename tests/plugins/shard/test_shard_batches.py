@@ -218,7 +218,7 @@ def test_batches_of_a_prompt_are_whole_or_at_least_a_block(count: int, rows: int
 
 def test_single_tokens_run_together_and_prompts_after_them() -> None:
     entries = (Entry(1, 9, 1, 1), Entry(2, 0, 100, 1), Entry(3, 4, 1, 0))
-    batches = Work(entries, np.arange(102), "f32", 64).batches()
+    batches = Work(entries, np.arange(102), 64).batches()
     assert [[(p.entry, p.count, p.offset, p.keeps) for p in batch] for batch in batches] == [
         [(0, 1, 0, True), (2, 1, 101, False)],
         [(1, 100, 1, True)],
