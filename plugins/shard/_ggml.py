@@ -11,7 +11,6 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
-import os
 import pathlib
 from collections.abc import Callable
 from ctypes import c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
@@ -201,24 +200,10 @@ def _open(folder: pathlib.Path, stem: str) -> ctypes.CDLL:
     )
 
 
-def _bound_spinning() -> None:
-    """Let OpenMP's waiting threads spin for microseconds, then sleep; read when the library loads.
-
-    By default they spin for milliseconds: beside one busy process, a token of a 135M model on two
-    threads then took 195 ms in the mean and 2.8 s at worst. On an idle machine 3000 rounds are as
-    fast as that default (10.3 ms a token against 11.8; 1000 rounds: 12.2), and two such workers on
-    the same two cores take 54 ms a token (5000: 78, 20000: 250). Sleeping at once (passive) cost
-    threefold. One thread has no such wait.
-    """
-    if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-
-
 @functools.cache
 def load() -> Ggml:
     """The bound libraries, after checking that they are the version this binding was written for."""
     folder = library_folder()
-    _bound_spinning()
     try:
         base, cpu = _open(folder, "ggml-base"), _open(folder, "ggml-cpu")
         base.ggml_version.restype = c_char_p

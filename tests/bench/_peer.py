@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from edged.worker import bound_spinning
+
 CONTEXT = 512  # tokens of each sequence
 ANSWER_S = 600.0  # loading 6 GB from a cold disk and prefilling them takes minutes, a hang does not end
 
@@ -101,6 +103,7 @@ def serve(runner: object) -> None:
 
 def main(arguments: Sequence[str]) -> None:
     if arguments == ["ours"]:
+        bound_spinning()  # before the import, which loads OpenMP's library
         from _runner_ours import Ours
 
         serve(Ours())

@@ -46,7 +46,9 @@ class Ours:
         model = msgspec.convert(describe(path), ModelDescription)
         whole = Role(0, "self", 0, (0, model.layers), (0, model.heads), (0, model.ffn), (0, model.vocab), 1.0)
         settings = {"sequences_max": sequences}
-        spec = EngineSpec(path, model, (whole,), 0, CONTEXT, "fast", threads, settings)
+        spec = EngineSpec(
+            path, model, (whole,), 0, CONTEXT, "fast", threads, settings, cache_tokens=CONTEXT * sequences
+        )
         self._engine, self._vocab = load(spec, Alone()), model.vocab
 
     def prefill(self, count: int) -> float:

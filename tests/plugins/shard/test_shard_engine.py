@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import os
 import pathlib
@@ -32,6 +33,7 @@ from edged import (
     Sampling,
     Step,
 )
+from edged.supervisor import Supervisor
 
 TEXTS = ("Hello, world", "<|im_start|>user\nhi<|im_end|>", "naïve café 東京 \U0001f600", " a  b\n")
 
@@ -348,6 +350,21 @@ def test_every_supported_variant_is_bit_equal_to_llama_cpp(tmp_path: Any, shape:
     path = str(tmp_path / "model.gguf")
     write_model(path, Shape(**shape), "Q8_0")
     assert _check.compare(path, {}) == 0.0
+
+
+def test_threads_of_a_worker_wait_without_holding_the_processor(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The bound is read when OpenMP's library loads, whoever loads it first."""
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "VERBOSE")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
+    params = {"function": "edged_plugins.shard._check:check", "settings": {}}
+    asyncio.run(Supervisor().run_task("edged.worker:call", params, timeout_s=200))
+    said = capfd.readouterr().err
+    if "GOMP_" not in said:
+        pytest.skip("this build of ggml does not use GNU's OpenMP")
+    assert "GOMP_SPINCOUNT = '3000'" in said
 
 
 def test_another_ggml_is_refused_with_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
