@@ -56,6 +56,7 @@ class Stream:
         sock.setblocking(False)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.rank, self.bytes_sent = rank, 0
+        self.is_local = sock.getpeername()[0] == sock.getsockname()[0]
         self.wait_s = 0.0  # a running mean of how long frames of this rank are waited for
         self._sock = sock
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()

@@ -27,7 +27,10 @@ PENDING_MAX = 16  # handshakes at once, strangers' included; more wait in the ke
 BACKLOG = 16
 # A peer that is computing its half of a layer is tens of microseconds away; waking up costs as much again.
 SPIN_S = 200e-6
-WAIT_CAP_S = 8 * SPIN_S  # of one wait in the running mean, so that one bad one is forgotten after a few
+# Of a rank on this machine: as long as a layer takes. Two ranks that sleep in turns are one runnable thread
+# at a time, and the kernel then leaves both on one core; only ranks that are runnable at once get two.
+LOCAL_SPIN_S = 2e-3
+WAIT_CAP = 8  # bounds, of one wait in the running mean, so that one bad one is forgotten after a few
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,14 +120,15 @@ class Streams:
         return [stream.frame for stream in taken]
 
     def _wait(self, sending: list[Stream], taking: list[Stream], timeout_s: float) -> None:
-        """Until all are done: spin for SPIN_S where the ranks are usually quick, then sleep in poll().
+        """Until all are done: spin for a bounded time where the ranks are usually quick, then sleep.
 
         A rank whose waits are longer than the bound in the mean is slept for at once: spinning for it
         gains nothing, and takes the core from whoever it waits for when they share one.
         """
         begun, waited = time.perf_counter(), taking
-        is_quick = self.spins and all(stream.wait_s < SPIN_S for stream in taking)
-        while is_quick and (sending or taking) and time.perf_counter() - begun < SPIN_S:
+        spin_s = LOCAL_SPIN_S if all(stream.is_local for stream in (*sending, *taking)) else SPIN_S
+        is_quick = self.spins and all(stream.wait_s < spin_s for stream in taking)
+        while is_quick and (sending or taking) and time.perf_counter() - begun < spin_s:
             os.sched_yield()
             sending, taking = _go_on(sending, taking)
         while sending or taking:
@@ -132,7 +136,7 @@ class Streams:
             if left_s <= 0 or not _sleep(sending, taking, left_s):
                 raise _silent(sending, taking, timeout_s)
             sending, taking = _go_on(sending, taking)
-        wait_s = min(time.perf_counter() - begun, WAIT_CAP_S)
+        wait_s = min(time.perf_counter() - begun, WAIT_CAP * spin_s)
         for stream in waited:
             stream.wait_s += (wait_s - stream.wait_s) / 4
 
