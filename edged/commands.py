@@ -101,7 +101,7 @@ class Commands:
 
     async def _list_peers(self, request: Request) -> Document:
         members = self._parts.peers.membership.members
-        views = {view.node_id: view for view in await self._parts.coordinator.views(measure=False)}
+        views = {view.node_id: view for view in await self._parts.chooser.views(measure=False)}
         rows = []
         for node_id, member in members.items():
             link = self._parts.peers.links.get(node_id)
@@ -249,7 +249,7 @@ class Commands:
 
     async def _plan(self, request: Request) -> Document:
         asked = requests.read(requests.GenerateRequest, request.body)
-        return await self._parts.coordinator.plan(requests.check_generate(asked, needs_prompt=False))
+        return await self._parts.chooser.plan(requests.check_generate(asked, needs_prompt=False))
 
     async def _generate(self, request: Request) -> Document:
         asked = requests.read(requests.GenerateRequest, request.body)

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import logging
 import secrets
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
 
 from . import models, planning, wire
+from .choosing import Chooser
 from .config import Profile
 from .control import Emit
-from .device import Device
-from .errors import ConfigError, EdgedError, EngineError, JobError, PeerError, PolicyViolation
+from .errors import EdgedError, JobError, PeerError, PolicyViolation
 from .groups import Asked, Group, Groups, Load
 from .jobs import ENDED, Job, JobStore, State
 from .models import Model, ModelStore
 from .peers import Peers
 from .plugins import Host
 from .requests import GenerateRequest
-from .types import Candidate, EngineEntry, NodeView, PlanRequest, Predicted, Sampling, Strategy
+from .types import Candidate, Sampling
 
 log = logging.getLogger(__name__)
-DESCRIBE_S = 3.0
-MEASURE_S = 130.0
 RUNNING_MAX = 32  # jobs at once; rank 0 lets them in as the KV cache's memory allows
 STALL_S = 120.0  # without a token for so long (and ten times the predicted prefill) a job has failed
 CANCEL_S = 5.0
@@ -70,20 +67,16 @@ class Coordinator:
         store: JobStore,
         peers: Peers,
         host: Host,
-        device: Device,
         stored_models: ModelStore,
-        strategies: Mapping[str, Strategy],
-        engines: Mapping[str, EngineEntry],
+        chooser: Chooser,
     ) -> None:
         self._profile, self._store, self._peers, self._host = profile, store, peers, host
-        self._device, self._models = device, stored_models
-        self._strategies, self._engines = strategies, engines
+        self._models, self._chooser = stored_models, chooser
         self._groups = Groups(peers, profile.jobs.worker_idle)
         self._groups.when_lost = self._group_lost
         self._runs: dict[str, _Run] = {}
         self._slots = asyncio.Semaphore(RUNNING_MAX)
         self.is_draining = False
-        self.memory_taken: Callable[[], int] = int
         peers.takes("tokens", self._tokens)
         peers.takes("finished", self._finished)
         for job in store.unfinished():  # the daemon ended while they ran
@@ -111,140 +104,6 @@ class Coordinator:
         """End idle groups, delete old jobs; called now and then."""
         self._groups.end_idle()
         self._store.expire(time.time() - self._profile.jobs.keep)
-
-    # --- planning ---
-
-    def view(self) -> NodeView:
-        """This node."""
-        mine = self._peers.identity
-        return NodeView(
-            mine.node_id,
-            mine.name,
-            device=self._device.read(),
-            memory_budget=self._device.memory_budget(self.memory_taken()),
-            engines=tuple(self._engines),
-            speeds=self._device.speeds(),
-            links=self._peers.link_states(),
-            holds=tuple(model.sha256 for model in self._models.list() if model.complete),
-        )
-
-    async def views(self, *, measure: bool) -> list[NodeView]:
-        """This node first, then every online member that answers."""
-        online = [m for m in self._peers.membership.members.values() if self._peers.is_online(m.node_id)]
-        timeout_s = MEASURE_S if measure else DESCRIBE_S
-        asked = [
-            self._peers.ask(member.node_id, "describe", wire.Describe(measure), timeout_s)
-            for member in online
-        ]
-        if measure:
-            await self._try_measure()
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        found = [self.view()]
-        for member, answer in zip(online, answers, strict=True):
-            try:
-                if isinstance(answer, BaseException):
-                    raise answer
-                said = wire.read_body(wire.Described, answer)
-            except EdgedError as error:
-                log.warning("node not described", extra={"peer": member.node_id[:8], "reason": str(error)})
-                continue
-            found.append(
-                NodeView(
-                    member.node_id,
-                    member.name,
-                    member.zone,
-                    True,
-                    member.rights,
-                    said.device,
-                    said.memory_budget,
-                    said.engines,
-                    said.speeds,
-                    said.links,
-                    tuple(said.models),
-                    said.profile,
-                )
-            )
-        return found
-
-    async def _try_measure(self) -> None:
-        try:
-            await self._device.ensure_measured()
-        except EdgedError as error:
-            log.warning("device not measured", extra={"reason": str(error)})
-
-    async def plan(self, request: GenerateRequest) -> dict[str, Any]:
-        """Every candidate with its price, and the choice, without running it."""
-        model = self._models.find(request.model)
-        nodes = await self.views(measure=True)
-        asked = self._asked(request, model.sha256)
-        _, candidates, chosen = self._choose(model.sha256, nodes, asked.request)
-        by_id = {node.node_id: node for node in nodes}
-        return {
-            "chosen": chosen,
-            "candidates": [self._candidate_row(candidate) for candidate in candidates],
-            "explanation": planning.explain(candidates, chosen, by_id),
-        }
-
-    def _asked(self, request: GenerateRequest, sha256: str) -> Asked:
-        """What is to be planned, and among whom."""
-        mine = self._peers.identity.node_id
-        members = self._peers.membership.members.values()
-        online = frozenset({mine} | {m.node_id for m in members if self._peers.is_online(m.node_id)})
-        chosen = tuple(self._peers.find(name) for name in request.nodes) if request.nodes else None
-        for node_id in chosen or ():
-            if node_id not in online:
-                raise PeerError(
-                    f"node {self._peers.name_of(node_id)} is offline", remedy="start it, or leave it out"
-                )
-        if chosen and len(set(chosen)) != len(chosen):
-            raise ConfigError("expected each of --nodes once", remedy="name different nodes")
-        description = self._models.manifest(sha256).model
-        context = self._context(request, description.context_tokens)
-        wanted = PlanRequest(
-            request.strategy,
-            chosen,
-            tuple(request.shares) if request.shares else None,
-            context,
-            max(1, request.prompt_bytes // 4),
-            request.numerics,
-            self._profile.jobs.allow_guest or request.allow_guest,
-            request.private,
-            context * self._profile.jobs.sequences,
-            self._profile.jobs.cache_type,
-        )
-        return Asked(sha256, wanted, online)
-
-    def _context(self, request: GenerateRequest, most: int) -> int:
-        """KV cache tokens: the profile's, or more for a long prompt (a token is at least a byte)."""
-        needed = -(-(request.prompt_bytes + request.n + 128) // 256) * 256
-        return min(most, max(self._profile.jobs.context, needed))
-
-    def _choose(
-        self, sha256: str, nodes: Sequence[NodeView], request: PlanRequest
-    ) -> tuple[PlanRequest, list[Candidate], int | None]:
-        """The candidates and the choice; with the KV cache of a single sequence where more do not fit
-        beside the whole of the weights."""
-        candidates, chosen = self._choose_of(sha256, nodes, request)
-        description = self._models.manifest(sha256).model
-        if chosen is not None and not planning.is_windowed(candidates[chosen], description, request):
-            return request, candidates, chosen
-        single = dataclasses.replace(request, cache_tokens=request.context_tokens)
-        return single, *self._choose_of(sha256, nodes, single)
-
-    def _choose_of(
-        self, sha256: str, nodes: Sequence[NodeView], request: PlanRequest
-    ) -> tuple[list[Candidate], int | None]:
-        description = self._models.manifest(sha256).model
-        engines = self._engines_for(sha256)
-        candidates = planning.consider(self._strategies, description, nodes, request, engines)
-        answer = self._host.decide("edged_select_plan", candidates=candidates, request=request)
-        if (
-            isinstance(answer, int)
-            and 0 <= answer < len(candidates)
-            and not candidates[answer].refused_because
-        ):
-            return candidates, answer
-        return candidates, planning.choose(candidates)
 
     # --- jobs ---
 
@@ -339,7 +198,7 @@ class Coordinator:
     async def _run_epoch(self, run: _Run) -> wire.Finished:
         """Plan, load and generate once."""
         model = self._models.find(run.request.model)
-        asked = self._asked(run.request, model.sha256)
+        asked = self._chooser.asked(run.request, model.sha256)
         standing = self._groups.standing(asked)
         if standing is not None:
             self._begin_epoch(run, standing.candidate)
@@ -367,12 +226,12 @@ class Coordinator:
     async def _load(self, run: _Run, model: Model, asked: Asked) -> None:
         """Plan, and load the plan that was chosen."""
         request, manifest = run.request, self._models.manifest(model.sha256)
-        nodes = await self.views(measure=request.strategy == "auto")
-        wanted, candidates, chosen = self._choose(model.sha256, nodes, asked.request)
+        nodes = await self._chooser.views(measure=request.strategy == "auto")
+        wanted, candidates, chosen = self._chooser.choose(model.sha256, nodes, asked.request)
         if chosen is None and self._groups.end_unused():  # it may fit into the memory that they held
             await asyncio.sleep(SETTLE_S)
-            nodes = await self.views(measure=False)
-            wanted, candidates, chosen = self._choose(model.sha256, nodes, asked.request)
+            nodes = await self._chooser.views(measure=False)
+            wanted, candidates, chosen = self._chooser.choose(model.sha256, nodes, asked.request)
         if chosen is None:
             raise planning.refusal(candidates)
         candidate = candidates[chosen]
@@ -384,7 +243,7 @@ class Coordinator:
             candidate.engine,
             wanted.context_tokens,
             request.numerics,
-            self._holder_of(model, nodes),
+            self._chooser.holder_of(model, nodes),
             wanted.cache_tokens,
             wanted.cache_type,
         )
@@ -434,28 +293,6 @@ class Coordinator:
         if finished.reason == "error":
             raise JobError(finished.error or "the worker failed", code="engine")
         return finished
-
-    def _holder_of(self, model: Model, nodes: Sequence[NodeView]) -> str:
-        """Who gives the file to nodes that lack it: this node, or where it has a part of it another."""
-        mine = self._peers.identity.node_id
-        if model.complete:
-            return mine
-        return next((node.node_id for node in nodes if model.sha256 in node.holds), mine)
-
-    def _engines_for(self, sha256: str) -> list[EngineEntry]:
-        """Loaded engines that run a model: the one it is stored under, then those that take its models."""
-        stored = next((model.engine for model in self._models.list() if model.sha256 == sha256), None)
-        loaded = sorted(self._engines.values(), key=lambda entry: len(entry.takes))
-        able = [entry for entry in loaded if entry.name == stored]
-        able += [entry for entry in loaded if stored in entry.takes]
-        if able:
-            return able
-        architecture = self._models.manifest(sha256).model.architecture
-        known = ", ".join(sorted(self._engines)) or "none"
-        raise EngineError(
-            f"expected an engine for architecture {architecture!r} ({stored}); loaded: {known}",
-            remedy="load the plugin that brings it",
-        )
 
     # --- what comes back ---
 
@@ -583,29 +420,8 @@ class Coordinator:
 
     def _plan_row(self, run: _Run) -> dict[str, Any]:
         assert run.candidate is not None
-        row = self._candidate_row(run.candidate)
+        row = self._chooser.row_of(run.candidate)
         return {key: row[key] for key in ("strategy", "roles", "predicted")} | {"epoch": run.epoch}
-
-    def _candidate_row(self, candidate: Candidate) -> dict[str, Any]:
-        return {
-            "strategy": candidate.strategy,
-            "roles": [
-                {
-                    "node": role.node_id,
-                    "name": self._peers.name_of(role.node_id),
-                    "rank": role.rank,
-                    "stage": role.stage,
-                    "layers": list(role.layers),
-                    "share": round(role.share, 3),
-                    "heads": list(role.heads),
-                    "memory_bytes": role.memory_bytes,
-                }
-                for role in candidate.roles
-            ],
-            "predicted": _predicted_row(candidate.predicted),
-            "memory_bytes": {role.node_id: role.memory_bytes for role in candidate.roles},
-            "refused_because": candidate.refused_because,
-        }
 
 
 def _interrupted() -> JobError:
@@ -626,11 +442,6 @@ async def _emit_news(run: _Run, seen: tuple[int, int], emit: Emit) -> tuple[int,
             }
         )
     return now
-
-
-def _predicted_row(predicted: Predicted) -> dict[str, Any]:
-    row: dict[str, Any] = msgspec.to_builtins(predicted)
-    return row
 
 
 def _settled(run: _Run, task: asyncio.Task[dict[str, Any]]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from . import config, wire
 from . import identity as ids
+from .choosing import Chooser
 from .coordinator import Coordinator
 from .device import Device
 from .errors import ConfigError, EdgedError
@@ -43,6 +44,7 @@ class Parts:
     transfers: Transfers
     roles: Roles
     store: JobStore
+    chooser: Chooser
     coordinator: Coordinator
     engines: Mapping[str, EngineEntry]
     discoverers: Mapping[str, DiscovererEntry]
@@ -54,7 +56,7 @@ class Parts:
                 await self.device.ensure_measured()
             except EdgedError as error:
                 log.warning("device not measured", extra={"reason": str(error)})
-        view = self.coordinator.view()
+        view = self.chooser.view()
         held = {model.sha256: model.name for model in self.models.list() if model.complete}
         return wire.Described(
             view.device,
@@ -91,8 +93,9 @@ def compose(home: Home) -> Parts:
     peers = Peers(identity, home, profile, host, health)
     transfers = Transfers(home, profile, models, peers, supervisor, engines)
     roles = Roles(profile, peers, host, device, supervisor, transfers, engines)
-    coordinator = Coordinator(profile, store, peers, host, device, models, strategies, engines)
-    coordinator.memory_taken = lambda: roles.memory_taken
+    chooser = Chooser(profile, peers, host, device, models, strategies, engines)
+    chooser.memory_taken = lambda: roles.memory_taken
+    coordinator = Coordinator(profile, store, peers, host, models, chooser)
     parts = Parts(
         home,
         identity,
@@ -106,6 +109,7 @@ def compose(home: Home) -> Parts:
         transfers,
         roles,
         store,
+        chooser,
         coordinator,
         engines,
         host.registrations("edged_discoverers"),

@@ -24,7 +24,7 @@ LAYERS = {
     2: "plugins node planning jobs identity token requests framing",
     3: "transport certificate stream streams channel dataplane control client worker supervisor models "
     "partial ingest transfer health sdnotify device limits pressure",
-    4: "peers transfers roles groups coordinator commands parts daemon",
+    4: "peers transfers roles groups choosing coordinator commands parts daemon",
     5: "cli testing",
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}
