@@ -58,8 +58,8 @@ class Graph:
         self._kept = _kept_rows(spans) if self._is_last else []
         self._is_split, self._masks = len(shard.place.group) > 1, shard.masks
         layers = len(self._range)
-        per_layer = NODES_PER_LAYER + NODES_PER_SPAN * len(self.spans)
-        nodes = layers * per_layer + 64
+        per_layer = NODES_PER_LAYER + NODES_PER_SPAN * len(self.spans) + shard.weights.extra_nodes
+        nodes = (layers + 1) * per_layer  # the output head counts as a layer
         graphs, self._graph_nodes = (2 * layers + 2, per_layer) if self._is_split else (1, nodes)
         self._inputs_context = _ggml.new_context(self._lib, 16 + len(self.spans) * len(self._masks))
         self._context = _ggml.new_context(self._lib, nodes, graphs, self._graph_nodes)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from collections import Counter
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
@@ -22,7 +23,7 @@ from . import _ggml
 from ._model import REPACK_ROWS, Model
 from ._place import Place, Range
 from ._tensors import Piece
-from ._window import UNIT_BYTES, Window
+from ._window import NODES_PER_BAND, UNIT_BYTES, Window
 
 SLAB_ROWS = 256  # rows converted to F32 at a time
 PROBE_COLUMNS = 512  # batch of the mul_mat asked about, as in llama.cpp
@@ -114,6 +115,7 @@ class Weights:
         """`limit`: what they may take of the memory; the rest passes through a window over them."""
         self._lib, self._exact = lib, exact
         self._window: Window | None = None
+        self._band_counts: Counter[str] = Counter()  # by layer, or by what is outside of layers
         self._buffers: list[int] = []
         self._mapped: list[int] = []
         self._contexts: list[int] = []
@@ -147,6 +149,11 @@ class Weights:
     def ops(self, context: int) -> _ggml.Ops:
         """Operations of a graph that uses these weights."""
         return self._window.ops(context) if self._window else _ggml.Ops(self._lib, context)
+
+    @property
+    def extra_nodes(self) -> int:
+        """Nodes that a window adds to a graph for any one layer, or the output head, at most."""
+        return NODES_PER_BAND * max(self._band_counts.values(), default=0)
 
     def settle(self) -> None:
         """After a graph ran: EngineError where weights that it used could not be loaded."""
@@ -198,6 +205,8 @@ class Weights:
             self._fill(bands[band], tensor, is_plain=kind == plain)
             self._drop_pages(bands[band].tensor)
 
+        layer = ".".join(bands[0].key.split(".")[:2])
+        self._band_counts[layer] += len(bands)
         self.tensors[bands[0].key] = window.add([(tensor, kind) for tensor in tensors], fill)
 
     def _row_bytes(self, part: Part) -> int:

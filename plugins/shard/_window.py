@@ -26,6 +26,7 @@ from . import _ggml
 from ._spill import PAGE, Spill, blank, drop, whole_pages
 
 UNIT_BYTES = 8 << 20  # of memory; a larger matrix is cut into bands of rows
+NODES_PER_BAND = 3  # of a graph: wait for it, multiply, put below the ones before
 UNITS_AHEAD = 2  # the one that computes and the one that loads
 LOAD_S = 120.0  # a unit from the slowest of disks
 HOOK = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from edged_plugins.shard import _spill
+from edged_plugins.shard import _spill, _weights
+from edged_plugins.shard._graph import NODES_PER_LAYER
 from edged_plugins.shard._spill import Spill, blank, drop
 from edged_plugins.shard._window import UNIT_BYTES, UNITS_AHEAD, Window
 from shard_rig import ShardEngine, Shares, greedy_run, greedy_together, running, specs_of
@@ -96,6 +97,21 @@ def test_prompts_of_several_batches_and_sequences_side_by_side_come_out_the_same
         with most_of([window_of(engine)]) as most:
             assert greedy_together(engine, prompts, 3) == expected
         assert most[0] <= LEAST
+
+
+@pytest.mark.parametrize("stages", [[(1,)], [(2, 1)]], ids=["one", "tensor"])
+def test_matrices_in_many_bands_of_rows_come_out_the_same(
+    smollm2: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stages: Sequence[Shares]
+) -> None:
+    """As the matrices of a large model: more bands in a layer than the layer has nodes."""
+    specs = specs_of(smollm2, stages, threads=1)
+    prompt = list(range(1, 40))
+    with running(specs) as (engine, *_):
+        expected = greedy_run(engine, prompt, 4)
+    monkeypatch.setattr(_weights, "UNIT_BYTES", 32 << 10)
+    with running(limited(specs, tmp_path, 8 << 20)) as engines:
+        assert engines[0]._weights.extra_nodes > NODES_PER_LAYER
+        assert greedy_run(engines[0], prompt, 4) == expected
 
 
 def test_a_model_that_fits_has_no_window(smollm2: str, tmp_path: Path) -> None:
