@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import WORK, Document, Node, Nodes
+from support import WORK, Document, Node, Nodes, wait_online
 
 from edged.models import ModelStore, has_bit, settled_bits
 
@@ -91,4 +91,5 @@ def test_a_part_that_was_damaged_is_mended_before_it_is_used(duo: tuple[Node, No
         file.seek(last * (4 << 20))
         file.write(bytes(1000))
     phone.start().wait_ready()
+    wait_online([laptop, phone])
     assert laptop.call("generate", asked)["tokens"] == tokens
