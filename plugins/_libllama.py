@@ -90,7 +90,7 @@ def open_context(model: int, **parameters: Any) -> int:
     if not context:
         raise EngineError(
             f"libllama cannot make room for this model's context: {reason or 'it gives no reason'}",
-            remedy="free memory, or ask for a smaller context",
+            remedy="free memory, ask for a smaller context, or for another `jobs.cache_type`",
         )
     return int(context)
 

@@ -91,11 +91,6 @@ class LlamaEngine:
             self._sequences.wrote(step.sequence, step.position + len(step.tokens))
         return [found.get(index) for index in range(len(steps))]
 
-    def step(self, steps: Sequence[Step]) -> list[int | None]:
-        """One batch, begun and finished."""
-        self.begin(steps)
-        return self.finish()
-
     def release(self, sequence: int) -> None:
         self._sequences.release(sequence)
 
@@ -163,9 +158,8 @@ class Sequences:
 
     def __init__(self, model: int, spec: EngineSpec, most: int) -> None:
         self._model, self._threads, self._max = model, spec.threads, most
-        self._tokens = spec.context_tokens
-        self._cells_max = getattr(spec, "cache_tokens", 0) or most * spec.context_tokens
-        self._cache_type = CACHE_TYPES[getattr(spec, "cache_type", "f16")]
+        self._cells_max = max(spec.context_tokens, spec.cache_tokens)
+        self._cache_type = CACHE_TYPES[spec.cache_type]
         self._places: dict[int, int] = {}
         self._lengths: dict[int, int] = {}
         self._reserved: dict[int, int] = {}
@@ -182,20 +176,18 @@ class Sequences:
 
     def check(self, sequence: int, position: int, count: int) -> None:
         """EngineError unless `count` tokens can run from `position` of `sequence`."""
+        most = self._reserved.get(sequence)
+        if most is None:
+            raise EngineError(f"expected sequence {sequence} to be opened before a step of it")
         length = self._lengths.get(sequence, 0)
         if not 0 <= position <= length:
             raise EngineError(
                 f"sequence {sequence} holds {length} positions; tokens cannot start at {position}"
             )
-        most = self._reserved.get(sequence, self._tokens)
         if position + count > most:
             raise EngineError(
                 f"sequence {sequence} would have {position + count} tokens; it may have {most}",
                 remedy="shorten the prompt or ask for a larger context",
-            )
-        if sequence not in self._reserved and not self.reserve(sequence, self._tokens):
-            raise EngineError(
-                "the KV cache has no room for another sequence", remedy="run fewer jobs at a time"
             )
 
     def place(self, sequence: int, position: int) -> int:

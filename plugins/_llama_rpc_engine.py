@@ -103,11 +103,6 @@ class RpcDriver:
             raise self._error
         return self._engine.finish()
 
-    def step(self, steps: Sequence[Step]) -> list[int | None]:
-        """One batch, begun and finished."""
-        self.begin(steps)
-        return self.finish()
-
     def release(self, sequence: int) -> None:
         self._engine.release(sequence)
 

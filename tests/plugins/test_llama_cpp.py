@@ -33,7 +33,7 @@ def spec_of(path: Path, ranks: int = 1, **fields: object) -> EngineSpec:
     model = msgspec.convert(describe(str(path)), ModelDescription)
     whole = ((0, model.layers), (0, model.heads), (0, model.ffn), (0, model.vocab))
     roles = tuple(Role(rank, "n", 0, *whole, share=1.0) for rank in range(ranks))
-    chosen = {"context_tokens": 256, "threads": 1} | fields
+    chosen = {"context_tokens": 256, "cache_tokens": 4 * 256, "threads": 1} | fields
     return EngineSpec(str(path), model, roles, 0, **chosen)
 
 
@@ -46,12 +46,19 @@ def engine_of(path: Path, **fields: object) -> Iterator[LlamaEngine]:
         engine.close()
 
 
+def step(engine: Engine, *steps: Step) -> list[int | None]:
+    """One batch."""
+    engine.begin(steps)
+    return engine.finish()
+
+
 def generate(
     engine: Engine, prompt: str, count: int, sequence: int = 0, sampling: Sampling = GREEDY
 ) -> list[int]:
     pending, position, made = engine.encode(prompt, raw=True), 0, []
+    assert engine.open(sequence, pending, len(pending) + count) == 0
     for _ in range(count):
-        [token] = engine.step([Step(sequence, pending, position, sampling)])
+        [token] = step(engine, Step(sequence, pending, position, sampling))
         assert token is not None
         position += len(pending)
         pending = [token]
@@ -116,7 +123,9 @@ def together(engine: Engine, prompts: Sequence[str], count: int) -> list[list[in
         live = [n for n in range(len(prompts)) if turn >= 2 * n and len(made[n]) < count]
         if not live:
             break
-        tokens = engine.step([Step(n, pending[n], positions[n], GREEDY) for n in live])
+        for n in live:
+            assert positions[n] or engine.open(n, pending[n], len(pending[n]) + count) == 0
+        tokens = step(engine, *(Step(n, pending[n], positions[n], GREEDY) for n in live))
         for n, token in zip(live, tokens, strict=True):
             assert token is not None
             positions[n] += len(pending[n])
@@ -127,32 +136,32 @@ def together(engine: Engine, prompts: Sequence[str], count: int) -> list[list[in
 
 def test_a_prompt_in_parts_and_one_of_several_batches_give_the_same_token(smol: Path) -> None:
     path = tiny_models.tiny("stablelm", smol)
-    with engine_of(path, context_tokens=1024) as engine:
+    with engine_of(path, context_tokens=1024, cache_tokens=2048) as engine:
         ids = engine.encode("word " * 700, raw=True)
         assert len(ids) > 512
-        whole = engine.step([Step(0, ids, 0, GREEDY)])
-        assert engine.step([Step(1, ids[:300], 0, None)]) == [None]
-        assert engine.step([Step(1, ids[300:], 300, GREEDY)]) == whole
-        again = engine.step([Step(1, ids[100:], 100, GREEDY)])  # back to an earlier position
+        assert [engine.open(number, ids, 1024) for number in (0, 1)] == [0, 0]
+        whole = step(engine, Step(0, ids, 0, GREEDY))
+        assert step(engine, Step(1, ids[:300], 0, None)) == [None]
+        assert step(engine, Step(1, ids[300:], 300, GREEDY)) == whole
+        again = step(engine, Step(1, ids[100:], 100, GREEDY))  # back to an earlier position
         assert again == whole
 
 
 def test_what_cannot_run_is_an_error_and_not_an_abort(smol: Path) -> None:
     path = tiny_models.tiny("mamba", smol)
-    with engine_of(path, settings={"sequences_max": 2}) as engine:
+    with engine_of(path) as engine:
         generate(engine, PROMPT, 2)
-        for step, reason in (
+        assert engine.open(1, [1], 256) == 0
+        for wrong, reason in (
             (Step(0, [1], 200, GREEDY), "cannot start at 200"),
             (Step(0, [], 0, GREEDY), "one token or more"),
             (Step(0, [1 << 30], 0, GREEDY), "ids below"),
             (Step(1, [1] * 300, 0, GREEDY), "it may have 256"),
             (Step(0, [1], 1, GREEDY), "cannot go back"),
+            (Step(2, [1], 0, GREEDY), "sequence 2 to be opened"),
         ):
             with pytest.raises(EngineError, match=reason):
-                engine.step([step])
-        engine.step([Step(1, [1], 0, None)])
-        with pytest.raises(EngineError, match="no room for another"):
-            engine.step([Step(2, [1], 0, None)])
+                step(engine, wrong)
     engine.close()
 
 
@@ -164,14 +173,38 @@ def test_a_sequence_is_admitted_while_there_is_room(smol: Path) -> None:
         assert engine.open(1, [1], 10) == 0
         assert engine.open(2, [1], 10) is None
         with pytest.raises(EngineError, match="it may have 10"):
-            engine.step([Step(1, [1] * 11, 0, GREEDY)])
+            step(engine, Step(1, [1] * 11, 0, GREEDY))
         engine.begin([Step(0, [1], 0, None), Step(1, [2], 0, GREEDY)])
         nothing, token = engine.finish()
         assert nothing is None
         assert token is not None
         engine.release(1)
         assert engine.open(2, [1], 256) == 0
-        assert engine.step([Step(2, [2], 0, GREEDY)]) == [token]
+        assert step(engine, Step(2, [2], 0, GREEDY)) == [token]
+
+
+def test_the_cache_s_room_admits_and_its_type_is_libllama_s(smol: Path) -> None:
+    """A cache of 300 tokens has room for one sequence of 200; a context is the least it may be."""
+    sizes = {}
+    for cache_type in ("f32", "f16", "q8_0"):
+        with engine_of(smol, cache_tokens=300, cache_type=cache_type) as engine:
+            made = generate(engine, PROMPT, 12)
+            sizes[cache_type] = llama_cpp.llama_state_seq_get_size(engine._sequences.context, 0)
+            assert len(made) == 12
+            assert engine.open(1, [1], 300) is None
+            engine.release(0)
+            assert engine.open(1, [1], 300) == 0
+    assert 1.9 < sizes["f32"] / sizes["f16"] < 2.1
+    assert 1.8 < sizes["f16"] / sizes["q8_0"] < 1.9  # 16 bits to 8.5
+
+
+def test_a_cache_type_that_heads_do_not_fit_is_refused_with_the_reason(smol: Path) -> None:
+    with (
+        pytest.raises(EngineError, match=r"q8_0 with block size 32 does not divide .*16") as caught,
+        engine_of(tiny_models.tiny("stablelm", smol), cache_type="q8_0"),
+    ):
+        pass
+    assert "jobs.cache_type" in (caught.value.remedy or "")
 
 
 def test_parts_of_a_model_and_exact_numerics_are_refused(smol: Path) -> None:
