@@ -13,6 +13,7 @@ import pytest
 from edged import hookspecs
 from edged.errors import ConfigError
 from edged.plugins import Host
+from edged.types import Engine, Sampling, Step
 
 ROOT = Path(__file__).parent.parent
 HOOKS_PAGE = (ROOT / "docs" / "hooks.md").read_text()
@@ -116,6 +117,26 @@ def test_the_plugin_of_the_page_loads_and_does_what_it_says(tmp_path: Path) -> N
     mistaken.register("stove", stove, {"fiel": "x"})
     with pytest.raises(ConfigError, match=r"no setting plugin\.stove\.fiel; known: file"):
         mistaken.registrations("edged_sensors")
+
+
+def test_the_engine_of_the_page_does_what_it_says() -> None:
+    code = re.findall(r"```python\n(.*?)```", PLUGINS_PAGE, re.DOTALL)[1]
+    alphabet = types.ModuleType("edged_alphabet")
+    exec(compile(code, "docs/plugins.md", "exec"), alphabet.__dict__)
+    written = {name for name in vars(alphabet.Alphabet) if not name.startswith("_")}
+    assert written == {name for name in vars(Engine) if not name.startswith("_")} | {"end_tokens"}
+
+    spec = types.SimpleNamespace(context_tokens=8, cache_tokens=12)
+    engine: Engine = alphabet.Alphabet(spec, None)
+    prompt = engine.encode([{"role": "user", "content": "uv"}], raw=False)
+    assert [engine.open(number, prompt, 6) for number in (1, 2, 3)] == [0, 0, None]
+    engine.begin([Step(1, prompt, 0, Sampling()), Step(2, prompt[:1], 0, None)])
+    engine.begin([Step(2, prompt[1:], 1, Sampling())])
+    assert [engine.finish(), engine.finish()] == [[ord("w"), None], [ord("w")]]
+    assert engine.decode(prompt) == b"uv"
+    engine.release(1)
+    assert engine.open(3, prompt, 6) == 0
+    engine.close()
 
 
 def test_pages_name_files_that_are_there() -> None:
