@@ -72,6 +72,22 @@ def test_two_jobs_at_once_share_the_group(laptop: Node) -> None:
     assert [job.document()["tokens"][:8] for job in jobs] == alone
 
 
+@pytest.mark.parametrize("plan", ["local", "layers"])
+def test_jobs_beyond_the_cache_wait_and_say_what_each_says_alone(nodes: Nodes, smol: Path, plan: str) -> None:
+    """A cache of 256 tokens has room for about three; libllama's context grows under them."""
+    names = ["laptop", "jetson"][: 1 if plan == "local" else 2]
+    jobs = {"context": 256, "sequences": 1}
+    made = nodes.group(*names, plugins=PLUGINS, plugin=ALLOWED, jobs=jobs)
+    made[0].add(tiny_models.tiny("stablelm", smol), "tiny")
+    prompts = ("One", "Two birds", "Three ships at sea", "Four", "Five hills", "Six")
+    asked = [ASKED | {"prompt": p, "n": 60, "strategy": plan, "nodes": names} for p in prompts]
+    alone = [made[0].call("generate", one)["tokens"] for one in asked]
+    together = [made[0].job(one) for one in asked]
+    assert [job.document()["tokens"] for job in together] == alone
+    assert len({tuple(tokens) for tokens in alone}) > 1
+    assert [len(node.workers()) for node in made] == [1] * len(names)
+
+
 def test_engines_that_describe_alike_refuse_once(laptop: Node, smol: Path, tmp_path: Path) -> None:
     path = tmp_path / "new.gguf"
     tiny_models.write(path, "perceptron", smol)
