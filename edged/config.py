@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
 from .types import CacheType
@@ -195,6 +195,10 @@ def _value(hint: Any, value: Any, key: str, origin: str) -> Any:
         return duration(value, key, origin)
     if hint is Size:
         return size(value, key, origin)
+    if get_origin(hint) is Literal:
+        if value not in get_args(hint):
+            raise _wrong(" or ".join(f'"{word}"' for word in get_args(hint)), value, key, origin)
+        return value
     if get_origin(hint) is tuple:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise _wrong("a list of texts", value, key, origin)
@@ -246,7 +250,6 @@ def _check(profile: Profile, origin: str) -> None:
         (profile.jobs.queue >= 1, "jobs.queue of 1 or more"),
         (profile.jobs.context >= 64, "jobs.context of 64 or more"),
         (1 <= profile.jobs.sequences <= 64, "jobs.sequences from 1 to 64"),
-        (profile.jobs.cache_type in get_args(CacheType), 'jobs.cache_type "f32", "f16" or "q8_0"'),
         (len(set(profile.plugins)) == len(profile.plugins), "each plugin once"),
     )
     for holds, expected in rules:

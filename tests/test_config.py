@@ -55,6 +55,7 @@ def test_every_kind_of_value_is_read() -> None:
         [jobs]
         orphan_after = "90s"
         allow_guest = true
+        cache_type = "q8_0"
         [plugin.echo]
         any = [1, { of = "it" }]
         """
@@ -63,7 +64,7 @@ def test_every_kind_of_value_is_read() -> None:
     assert (read.device.idle_watts, type(read.device.idle_watts)) == (3.0, float)
     assert (read.budget.memory, read.budget.memory_share) == (2 << 30, 0.5)
     assert read.network.interfaces == ("lo", "192.0.2.1")
-    assert (read.jobs.orphan_after, read.jobs.allow_guest) == (90.0, True)
+    assert (read.jobs.orphan_after, read.jobs.allow_guest, read.jobs.cache_type) == (90.0, True, "q8_0")
     assert read.plugin == {"echo": {"any": [1, {"of": "it"}]}}
 
 
@@ -114,6 +115,9 @@ def test_an_unknown_key_names_the_nearest_one(text: str, says: str) -> None:
         ("[jobs]\nallow_guest = 1", "expected true or false for jobs.allow_guest"),
         ("[jobs]\nqueue = 0", "expected jobs.queue of 1 or more"),
         ("[jobs]\ncontext = 63", "expected jobs.context of 64 or more"),
+        ("[jobs]\nsequences = 0", "expected jobs.sequences from 1 to 64"),
+        ("[jobs]\ncache_type = 'q4_0'", 'expected "f32" or "f16" or "q8_0" for jobs.cache_type'),
+        ("[jobs]\ncache_type = []", 'expected "f32" or "f16" or "q8_0" for jobs.cache_type'),
         ("[jobs]\nkeep = 7", 'expected a duration like "30s"'),
     ],
 )

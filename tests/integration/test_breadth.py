@@ -122,3 +122,12 @@ def test_another_engine_takes_the_model_when_the_stored_one_is_not_loaded(nodes:
     profile.write_text(profile.read_text().replace('"shard"', '"llama_cpp"'))
     shard.start().wait_ready()
     assert shard.call("generate", asked)["tokens"] == expected
+
+
+def test_a_cache_type_that_heads_do_not_fit_is_refused_with_what_helps(nodes: Nodes, smol: Path) -> None:
+    [desk] = nodes.start("desk", plugins=("llama_cpp",), jobs={"cache_type": "q8_0"})
+    desk.add(tiny_models.tiny("stablelm", smol), "tiny")
+    error = desk.error("generate", ASKED)
+    assert "does not divide" in str(error)
+    assert "jobs.cache_type" in (error.remedy or "")
+    wait_no_workers(desk)

@@ -20,7 +20,7 @@ PROMPTS = tuple(f"Which colour has {noun}?" for noun in NOUNS)
 WORDS = "the sun rises over quiet hills and a river runs past old stones while birds sing "
 
 
-def node_with(nodes: Nodes, smol: Path, **jobs: int) -> Node:
+def node_with(nodes: Nodes, smol: Path, **jobs: int | str) -> Node:
     laptop = nodes.start("laptop", plugins=WORK, jobs=jobs)[0]
     laptop.add(smol, "smol")
     return laptop
@@ -110,3 +110,15 @@ def test_after_a_newcomer_a_job_is_planned_again(nodes: Nodes, smol: Path) -> No
     roomy = nodes.start("roomy", plugins=WORK, jobs=jobs)[0]
     pair_all([tight, roomy])
     assert "roomy" in [role["name"] for role in tight.call("generate", asked)["plan"]["roles"]]
+
+
+def test_the_cache_s_type_is_the_profile_s(nodes: Nodes, smol: Path) -> None:
+    """In the plan's memory: 32, 16 and 8.5 bits an element. Weights and all else are the same."""
+    needed = {}
+    for cache_type in ("f32", "f16", "q8_0"):
+        laptop = node_with(nodes, smol, context=1024, cache_type=cache_type)
+        document = laptop.call("generate", ASKED | {"prompt": PROMPTS[0], "numerics": "fast"})
+        assert len(document["tokens"]) == ASKED["n"]
+        needed[cache_type] = document["plan"]["roles"][0]["memory_bytes"]
+    ratio = (needed["f32"] - needed["f16"]) / (needed["f16"] - needed["q8_0"])
+    assert ratio == pytest.approx((32 - 16) / (16 - 8.5), rel=1e-6)
