@@ -200,7 +200,8 @@ class ZmqChannel:
         try:
             sock.send_multipart([packed, *frames])
         except zmq.Again as error:
-            raise PeerError(f"rank {to} took no message for {int(sock.sndtimeo) / 1000:g} s") from error
+            text = f"rank {to} took no message for {int(sock.sndtimeo) / 1000:g} s"
+            raise PeerError(text, rank=to) from error
         self._zmq_bytes_sent += sum(_on_wire(memoryview(frame).nbytes) for frame in (packed, *frames))
 
     def receive(self, source: int, timeout_s: float) -> tuple[dict[str, Any], list[memoryview]]:
@@ -211,7 +212,7 @@ class ZmqChannel:
         try:
             frames = sock.recv_multipart(copy=False)
         except zmq.Again as error:
-            raise PeerError(f"rank {source} sent nothing for {timeout_s:g} s") from error
+            raise PeerError(f"rank {source} sent nothing for {timeout_s:g} s", rank=source) from error
         if len(frames) > 1 + wire.FRAMES_MAX:
             raise ProtocolError(f"expected at most {wire.FRAMES_MAX} frames; {len(frames) - 1} came")
         return wire.unpack_map(frames[0].buffer), [frame.buffer for frame in frames[1:]]

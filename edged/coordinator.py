@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Awaitable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
@@ -291,8 +291,18 @@ class Coordinator:
                 raise PeerError(f"expected a token within {patience:.0f} s; none came", code="stalled")
         finished = run.finished.result()
         if finished.reason == "error":
-            raise JobError(finished.error or "the worker failed", code="engine")
+            self._raise_failure(run, finished)
         return finished
+
+    def _raise_failure(self, run: _Run, finished: wire.Finished) -> NoReturn:
+        """Rank 0 may see a loss before the lost node's daemon tells of it; then the node is named here."""
+        assert run.group is not None
+        roles, rank = run.group.load.roles, finished.lost_rank
+        if run.group.lost is None and rank is not None and 0 <= rank < len(roles):
+            self._groups.lose(run.group, roles[rank].node_id, finished.error)
+        if run.group.lost is not None:
+            raise run.group.lost
+        raise JobError(finished.error or "the worker failed", code="engine")
 
     # --- what comes back ---
 

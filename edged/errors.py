@@ -62,7 +62,15 @@ class PolicyViolation(JobError):
 
 
 class PeerError(JobError):
+    """`rank`: which one of a plan's ranks it is about, where it is known."""
+
     code = "peer-lost"
+
+    def __init__(
+        self, message: str, *, remedy: str = "", code: str | None = None, rank: int | None = None
+    ) -> None:
+        super().__init__(message, remedy=remedy, code=code)
+        self.rank = rank
 
 
 class EngineError(JobError):

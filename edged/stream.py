@@ -207,4 +207,4 @@ class Stream:
         return True
 
     def _gone(self) -> PeerError:
-        return PeerError(f"rank {self.rank} is gone: its stream ended")
+        return PeerError(f"rank {self.rank} is gone: its stream ended", rank=self.rank)

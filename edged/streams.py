@@ -233,8 +233,10 @@ def _sleep(sending: list[Stream], taking: list[Stream], timeout_s: float) -> boo
 
 def _silent(sending: list[Stream], taking: list[Stream], timeout_s: float) -> PeerError:
     if taking:
-        return PeerError(f"rank {taking[0].rank} sent nothing for {timeout_s:g} s")
-    return PeerError(f"rank {sending[0].rank} took no frame for {timeout_s:g} s")
+        rank = taking[0].rank
+        return PeerError(f"rank {rank} sent nothing for {timeout_s:g} s", rank=rank)
+    rank = sending[0].rank
+    return PeerError(f"rank {rank} took no frame for {timeout_s:g} s", rank=rank)
 
 
 def _dial(rank: int, end: StreamEnd, context: ssl.SSLContext) -> Stream | None:

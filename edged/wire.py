@@ -265,12 +265,14 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """`reason`: length, stop, cancelled or error; then `error` says why."""
+    """`reason`: length, stop, cancelled or error; then `error` says why, and `lost_rank` whose loss it
+    was, if it was one's."""
 
     job: str
     epoch: int
     reason: Reason
     error: str = ""
+    lost_rank: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

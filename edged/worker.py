@@ -286,14 +286,17 @@ class Worker:
             self._engine.release(sequence.number)
         self._finish(sequence, reason)
 
-    def _finish(self, sequence: _Sequence, reason: wire.Reason, error: str = "") -> None:
+    def _finish(
+        self, sequence: _Sequence, reason: wire.Reason, error: str = "", lost_rank: int | None = None
+    ) -> None:
         request = sequence.request
-        self._event("finished", wire.Finished(request.job, request.epoch, reason, error))
+        self._event("finished", wire.Finished(request.job, request.epoch, reason, error, lost_rank))
 
     def _fail(self, error: EdgedError) -> None:
         """A step went wrong; the ranks may not stand at the same place any more, so the worker ends."""
+        rank = error.rank if isinstance(error, PeerError) else None
         for sequence in [*self._running.values(), *self._waiting]:
-            self._finish(sequence, "error", str(error))
+            self._finish(sequence, "error", str(error), rank)
         self._running.clear()
         self._waiting.clear()
         self._event("failed", {"message": str(error), "is_peer": isinstance(error, PeerError)})

@@ -95,7 +95,7 @@ class Tunnels:
             link.heard = now
             has_moved |= self._handle(link, header, frames)
         if now - link.heard > self._silence_s and not link.queued:
-            raise PeerError(f"rank {link.rank} was silent for {self._silence_s:.0f} s")
+            raise PeerError(f"rank {link.rank} was silent for {self._silence_s:.0f} s", rank=link.rank)
         return has_moved
 
     def _handle(self, link: Link, header: Mapping[str, Any], frames: Sequence[memoryview]) -> bool:
