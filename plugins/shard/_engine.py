@@ -9,7 +9,6 @@ travel, embeddings do not.
 
 from __future__ import annotations
 
-import functools
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -109,6 +108,9 @@ class ShardEngine:
         positions = max(spec.context_tokens, spec.cache_tokens)
         self._admission = Admission(positions, settings.sequences_max)
         self._flights: deque[Flight] = deque()
+        self._times: Mapping[int, float] = {}  # of a layer by rows, where rank 0 has stages to keep busy
+        if place.rank == 0 and place.stages > 1:
+            self._times = _pace.measure(self._shard, self._cache)
         self.hidden: np.ndarray | None = None  # the last batch's, valid until the next
         self._is_closed = False
 
@@ -156,7 +158,7 @@ class ShardEngine:
 
     def lanes(self, sequences: int) -> int:
         """Into how many batches to divide so many decoding sequences: one for a lone stage."""
-        return _pace.lanes(sequences, self._place.stages, self._times) if self._place.stages > 1 else 1
+        return _pace.lanes(sequences, self._place.stages, self._times)
 
     def begin(self, steps: Sequence[Step]) -> None:
         """Hand a batch to the ranks; `finish` answers it. In the meantime others may be begun."""
@@ -202,10 +204,6 @@ class ShardEngine:
         """Forget `sequence` on every rank and give its memory back."""
         self._tell({"k": "release", "s": sequence})
         self._sequences.release(sequence)
-
-    @functools.cached_property
-    def _times(self) -> Mapping[int, float]:
-        return _pace.measure(self._shard, self._cache)
 
     def _begin(self, steps: Sequence[Step], keeps: Sequence[int]) -> None:
         work = self._plan(steps, keeps)

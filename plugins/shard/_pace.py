@@ -21,7 +21,7 @@ from ._messages import BATCH_TOKENS, BLOCK
 
 DECODE_ROWS = (1, 2, 4, 8, 16, 32)
 PROMPT_ROWS = (BLOCK, 2 * BLOCK, 4 * BLOCK)
-REPEATS = 3
+REPEATS = 3  # of a decoding batch; a prompt's takes long enough to be measured once
 
 Times = Mapping[int, float]  # rows of a batch -> seconds, ascending
 
@@ -69,7 +69,8 @@ def _time(shard: Shard, cache: Cache, spans: tuple[Span, ...]) -> float:
         given = np.zeros(graph.count, np.int32)
         if not shard.place.is_first:
             given = np.full((graph.count, shard.model.hidden), 0.1, np.float32)
-        return statistics.median(_seconds(graph, given, len(spans)) for _ in range(REPEATS))
+        repeats = REPEATS if len(spans) == graph.count else 1
+        return statistics.median(_seconds(graph, given, len(spans)) for _ in range(repeats))
     finally:
         graph.close()
 
