@@ -14,12 +14,12 @@ from . import planning, wire
 from .config import Profile
 from .device import Device
 from .errors import ConfigError, EdgedError, EngineError, PeerError
-from .groups import Asked
+from .groups import Asked, Member
 from .models import Model, ModelStore
 from .peers import Peers
 from .plugins import Host
 from .requests import GenerateRequest
-from .types import Candidate, EngineEntry, NodeView, PlanRequest, Predicted, Strategy
+from .types import RIGHTS, Candidate, EngineEntry, NodeView, PlanRequest, Predicted, Strategy
 
 log = logging.getLogger(__name__)
 DESCRIBE_S = 3.0
@@ -115,9 +115,10 @@ class Chooser:
 
     def asked(self, request: GenerateRequest, sha256: str) -> Asked:
         """What is to be planned, and among whom."""
-        mine = self._peers.identity.node_id
-        members = self._peers.membership.members.values()
-        online = frozenset({mine} | {m.node_id for m in members if self._peers.is_online(m.node_id)})
+        found = [m for m in self._peers.membership.members.values() if self._peers.is_online(m.node_id)]
+        members = {Member(m.node_id, m.zone, m.rights) for m in found}
+        members.add(Member(self._peers.identity.node_id, "own", RIGHTS))
+        online = {member.node_id for member in members}
         chosen = tuple(self._peers.find(name) for name in request.nodes) if request.nodes else None
         for node_id in chosen or ():
             if node_id not in online:
@@ -140,7 +141,7 @@ class Chooser:
             context * self._profile.jobs.sequences,
             self._profile.jobs.cache_type,
         )
-        return Asked(sha256, wanted, online)
+        return Asked(sha256, wanted, frozenset(members))
 
     def _context(self, request: GenerateRequest, most: int) -> int:
         """KV cache tokens: the profile's, or more for a long prompt (a token is at least a byte)."""

@@ -50,7 +50,8 @@ class _Run:
     group: Group | None = None
     candidate: Candidate | None = None
     load_ms: float = 0.0
-    bytes_before: int = 0
+    bytes_before: asyncio.Future[int] | None = None  # that the group had sent
+    tokens_before: int = 0  # that the group had made
     is_cancelled: bool = False
     news: asyncio.Event = field(default_factory=asyncio.Event)
     finished: asyncio.Future[wire.Finished] = field(default_factory=asyncio.Future)
@@ -76,6 +77,7 @@ class Coordinator:
         self._groups.when_lost = self._group_lost
         self._runs: dict[str, _Run] = {}
         self._slots = asyncio.Semaphore(RUNNING_MAX)
+        self._planning = asyncio.Lock()  # two plans at once would be promised the same memory
         self.is_draining = False
         peers.takes("tokens", self._tokens)
         peers.takes("finished", self._finished)
@@ -175,8 +177,9 @@ class Coordinator:
         finally:
             if run.group is not None:
                 self._groups.release(run.group, run.job_id)
-            if run.orphan is not None:
-                run.orphan.cancel()
+            for waiting in (run.orphan, run.bytes_before):
+                if waiting is not None:
+                    waiting.cancel()
             self._runs.pop(run.job_id, None)
 
     def _give_up(self, run: _Run, error: BaseException) -> None:
@@ -199,20 +202,19 @@ class Coordinator:
         """Plan, load and generate once."""
         model = self._models.find(run.request.model)
         asked = self._chooser.asked(run.request, model.sha256)
-        standing = self._groups.standing(asked)
-        if standing is not None:
-            self._begin_epoch(run, standing.candidate)
-            run.group = standing
-            run.load_ms = await self._of_the_job(self._groups.join(standing, run.job_id))
-        else:
-            await self._load(run, model, asked)
-        assert run.group is not None
+        async with self._planning:
+            run.group = self._groups.standing(asked) or await self._plan(run, model, asked)
+            self._begin_epoch(run, run.group.candidate)
+            self._groups.enter(run.group, run.job_id)
+        run.load_ms = await self._of_the_job(self._groups.loaded(run.group, run.job_id))
         if run.group.lost is not None:
             raise run.group.lost
-        run.bytes_before = await self._groups.bytes_sent(run.group)
         if run.is_cancelled:
             raise JobError("the job was cancelled", code="cancelled")
         assert run.candidate is not None
+        run.tokens_before = run.group.tokens
+        run.bytes_before = asyncio.ensure_future(self._groups.bytes_sent(run.group))
+        await asyncio.sleep(0)  # the question goes out before the job does, and is not waited for
         self._peers.tell(run.candidate.roles[0].node_id, "generate", self._order(run))
         return await self._until_finished(run)
 
@@ -223,19 +225,21 @@ class Coordinator:
         run.epoch += 1
         self._store.begin_epoch(run.job_id, run.epoch, self._plan_row(run))
 
-    async def _load(self, run: _Run, model: Model, asked: Asked) -> None:
-        """Plan, and load the plan that was chosen."""
+    async def _plan(self, run: _Run, model: Model, asked: Asked) -> Group:
+        """Plan, and begin to load what was chosen. What no job uses makes room for the whole of it."""
         request, manifest = run.request, self._models.manifest(model.sha256)
         nodes = await self._chooser.views(measure=request.strategy == "auto")
         wanted, candidates, chosen = self._chooser.choose(model.sha256, nodes, asked.request)
-        if chosen is None and self._groups.end_unused():  # it may fit into the memory that they held
-            await asyncio.sleep(SETTLE_S)
-            nodes = await self._chooser.views(measure=False)
-            wanted, candidates, chosen = self._chooser.choose(model.sha256, nodes, asked.request)
+        if wanted != asked.request:  # it does not fit, or with less than it wants
+            if serving := self._groups.still_serving(asked):
+                return serving
+            if self._groups.end_unused():
+                await asyncio.sleep(SETTLE_S)
+                nodes = await self._chooser.views(measure=False)
+                wanted, candidates, chosen = self._chooser.choose(model.sha256, nodes, asked.request)
         if chosen is None:
             raise planning.refusal(candidates)
         candidate = candidates[chosen]
-        self._begin_epoch(run, candidate)
         load = Load(
             candidate.roles,
             manifest,
@@ -247,9 +251,7 @@ class Coordinator:
             wanted.cache_tokens,
             wanted.cache_type,
         )
-        by_id = {node.node_id: node for node in nodes}
-        getting = self._groups.get(load, asked, candidate, by_id, run.job_id)
-        run.group, run.load_ms = await self._of_the_job(getting)
+        return self._groups.begin(load, asked, candidate, {node.node_id: node for node in nodes})
 
     async def _of_the_job(self, loading: Awaitable[T]) -> T:
         """Whatever class of error a peer sent: for whoever asked for the job it is the job that failed."""
@@ -281,13 +283,14 @@ class Coordinator:
     async def _until_finished(self, run: _Run) -> wire.Finished:
         """Wait for the end, as long as tokens keep coming."""
         assert run.candidate is not None
+        assert run.group is not None
         patience = STALL_S + (run.candidate.predicted.ttft_ms or 0) / 100
         while True:
-            before = len(run.tokens)
+            since = time.monotonic()
             await asyncio.wait([run.finished], timeout=patience)
             if run.finished.done():
                 break
-            if len(run.tokens) == before:
+            if run.group.heard_at < since:  # another job's token is life too: this one may wait its turn
                 raise PeerError(f"expected a token within {patience:.0f} s; none came", code="stalled")
         finished = run.finished.result()
         if finished.reason == "error":
@@ -326,6 +329,9 @@ class Coordinator:
         run.tokens += body.tokens
         run.text += body.text
         run.times += [time.monotonic()] * len(body.tokens)
+        if run.group is not None:
+            run.group.heard_at = time.monotonic()
+            run.group.tokens += len(body.tokens)
         run.news.set()
 
     def _finished(self, node_id: str, body: wire.Finished) -> None:
@@ -389,7 +395,8 @@ class Coordinator:
 
     def _cancel_run(self, run: _Run) -> None:
         run.is_cancelled = True
-        if run.group is not None and run.candidate is not None and run.group.lost is None:
+        is_loaded = run.group is not None and run.group.made is not None and run.group.made.done()
+        if run.group is not None and run.candidate is not None and run.group.lost is None and is_loaded:
             body = wire.Cancel(run.group.group_id, run.job_id)
             self._peers.tell_if_online(run.candidate.roles[0].node_id, "cancel", body)
         elif run.task is not None:
@@ -406,7 +413,7 @@ class Coordinator:
 
     async def _document(self, run: _Run, finished: wire.Finished) -> dict[str, Any]:
         assert run.group is not None
-        sent = await self._groups.bytes_sent(run.group) - run.bytes_before
+        sent = await self._bytes_of(run)
         gaps = [b - a for a, b in zip(run.times, run.times[1:], strict=False)]
         span = run.times[-1] - run.times[0] if len(run.times) > 1 else 0.0
         measured: dict[str, Any] = {
@@ -416,7 +423,7 @@ class Coordinator:
             "tokens_per_s": len(gaps) / span if span else None,
             "joules": None,
             "joules_source": None,
-            "bytes_sent": max(0, sent),
+            "bytes_sent": sent,
             "recoveries": [],
         }
         return {
@@ -427,6 +434,14 @@ class Coordinator:
             "plan": self._plan_row(run),
             "measured": measured,
         }
+
+    async def _bytes_of(self, run: _Run) -> int:
+        """What the group sent since the job began, in proportion to the job's part of its tokens."""
+        assert run.group is not None
+        assert run.bytes_before is not None
+        sent = await self._groups.bytes_sent(run.group) - await run.bytes_before
+        made = run.group.tokens - run.tokens_before
+        return max(0, round(sent * len(run.tokens) / made)) if made else max(0, sent)
 
     def _plan_row(self, run: _Run) -> dict[str, Any]:
         assert run.candidate is not None

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from . import wire
 from .errors import PeerError, ProtocolError
 from .peers import Peers
-from .types import CacheType, Candidate, NodeView, Numerics, PlanRequest, Role
+from .types import CacheType, Candidate, NodeView, Numerics, PlanRequest, Right, Role, Zone
 
 log = logging.getLogger(__name__)
 OFFER_S = 330.0  # an engine's first self-check may take that long
@@ -51,12 +51,21 @@ class Load:
 
 
 @dataclass(frozen=True, slots=True)
+class Member:
+    """A node, and what decides whether a job may use it."""
+
+    node_id: str
+    zone: Zone
+    rights: tuple[Right, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Asked:
     """What a group was planned for: an equal question gets it again, without a new plan."""
 
     model_sha256: str
     request: PlanRequest
-    members: frozenset[str]  # who was online: a newcomer may make another plan better
+    members: frozenset[Member]  # who was online, and as what: a newcomer may make another plan better
 
 
 @dataclass(slots=True)
@@ -70,6 +79,8 @@ class Group:
     load_ms: float = 0.0
     lost: PeerError | None = None
     made: asyncio.Task[None] | None = None  # until it is loaded
+    heard_at: float = 0.0  # when its last token came, of whichever job
+    tokens: int = 0  # that came, of all jobs
 
 
 class Groups:
@@ -93,23 +104,34 @@ class Groups:
                 return group
         return None
 
-    async def get(
-        self, load: Load, asked: Asked, candidate: Candidate, nodes: Mapping[str, NodeView], job: str
-    ) -> tuple[Group, float]:
-        """A standing group for this load, else a new one, in use by `job` until `release`; with the ms
-        spent waiting for it."""
+    def still_serving(self, asked: Asked) -> Group | None:
+        """As `standing`, also where other members came or went since; its own are what they were."""
+        for group in self._by_key.values():
+            nodes = {role.node_id for role in group.load.roles}
+            mine = {member for member in group.asked.members if member.node_id in nodes}
+            fits = group.load.context_tokens >= asked.request.context_tokens and mine <= asked.members
+            had = dataclasses.replace(group.asked, members=asked.members)
+            if fits and _without_sizes(had) == _without_sizes(asked):
+                return group
+        return None
+
+    def begin(self, load: Load, asked: Asked, candidate: Candidate, nodes: Mapping[str, NodeView]) -> Group:
+        """A standing group for this load, else a new one that begins to load; `enter` it at once."""
         group = self._by_key.get(load.key)
         if group is None:
             self._end_oldest()
             group = Group(secrets.token_hex(8), load, asked, candidate, idle_since=time.monotonic())
             self._groups[group.group_id] = self._by_key[load.key] = group
             group.made = asyncio.get_running_loop().create_task(self._make(group, nodes))
-        return group, await self.join(group, job)
+        return group
 
-    async def join(self, group: Group, job: str) -> float:
-        """Use `group` for `job` until `release`; the ms spent waiting until it is loaded."""
-        started = time.monotonic()
+    def enter(self, group: Group, job: str) -> None:
+        """`job` uses the group until `release`."""
         group.jobs.add(job)
+
+    async def loaded(self, group: Group, job: str) -> float:
+        """Wait until the group that `job` entered is loaded, or release it; the ms spent waiting."""
+        started = time.monotonic()
         assert group.made is not None
         if group.made.done():
             group.made.result()

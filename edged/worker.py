@@ -36,7 +36,7 @@ from typing import Any, cast
 from . import framing, wire
 from .certificate import new_credential
 from .channel import End, ZmqChannel
-from .errors import ConfigError, EdgedError, EngineError, PeerError, ProtocolError
+from .errors import ConfigError, EdgedError, EngineError, PeerError, PolicyViolation, ProtocolError
 from .streams import Streams
 from .types import Engine, EngineSpec, Step
 
@@ -45,6 +45,7 @@ OOM_SCORE_ABOVE_DAEMON = 300  # of 1000: the kernel ends a worker before anythin
 PR_SET_PDEATHSIG = 1
 SEQUENCES_MAX = 32  # at once in one worker; more jobs wait, also where the KV cache's memory says so
 PIECE_TOKENS, PIECE_TOKENS_SHARED = 512, 128  # of a prompt in one step: alone, and while others decode
+WAITING_MAX = 256  # a coordinator sends far fewer
 REST_TOKENS_MIN = 64  # a shorter rest of a prompt joins the piece before it: small batches round differently
 FOLLOW_S = 0.1  # how long a follower listens to its peers before it looks at its daemon's requests
 
@@ -210,7 +211,10 @@ class Worker:
         if self._engine is None:
             raise ProtocolError("expected load before generate")
         self._numbers += 1
+        known = [*self._running, *(sequence.request.job for sequence in self._waiting)]
         try:
+            if request.job in known or len(self._waiting) >= WAITING_MAX:
+                raise PolicyViolation(f"expected a new job, and fewer than {WAITING_MAX} waiting")
             prompt = request.raw if request.raw is not None else request.messages
             tokens = self._engine.encode(prompt, raw=request.raw is not None)
             if not tokens:
@@ -249,9 +253,9 @@ class Worker:
             sequence.given = 1
         room = PIECE_TOKENS_SHARED if batch or self._flights else PIECE_TOKENS
         for sequence in free:
-            if sequence.given or room < REST_TOKENS_MIN:
-                continue
             pending = len(sequence.pending)
+            if pending == 1 or room < REST_TOKENS_MIN:
+                continue
             sequence.given = pending if pending < room + REST_TOKENS_MIN else room
             room -= sequence.given
             batch.append(sequence)

@@ -41,6 +41,8 @@ class Cache:
             self._map = mmap.mmap(-1, max(1, 2 * layers * each), flags=flags)
         except OSError as exc:
             raise EngineError(f"out of memory for a KV cache of {2 * layers * each} bytes") from exc
+        if hasattr(mmap, "MADV_NOHUGEPAGE"):  # a huge page would hold rows of many sequences
+            self._map.madvise(mmap.MADV_NOHUGEPAGE)
         self._memory = np.frombuffer(self._map, dtype=np.uint8)
         start = self._memory.ctypes.data
         self._context = _ggml.new_context(lib, 2 * layers)

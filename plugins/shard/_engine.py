@@ -9,9 +9,10 @@ travel, embeddings do not.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -42,16 +43,17 @@ from ._sequences import Sequences
 from ._weights import Limit, Weights
 
 Candidates = tuple[np.ndarray, np.ndarray]  # ids, logits
+SLOW_DISK_BYTES_S = 20e6  # an SD card's: a rank that reads its weights again for each token is alive
 CACHE_TYPES = {"f32": _ggml.F32, "f16": _ggml.F16, "q8_0": _ggml.Q8_0}
 
 
 @dataclass(slots=True)
 class Flight:
-    """A batch that rank 0 has begun. `mine`: this rank's part of the answer, None until it is computed."""
+    """A batch that rank 0 has begun, and this rank's part of the answer."""
 
     steps: Sequence[Step]
     work: Work
-    mine: list[Candidates] | None = field(default=None)
+    mine: list[Candidates]
 
 
 def load(spec: EngineSpec, channel: Channel) -> ShardEngine:
@@ -63,8 +65,10 @@ class ShardEngine:
     """edged's `Engine` over ggml. Beyond the protocol: `logits`, `memory_bytes`, `hidden`."""
 
     def __init__(self, spec: EngineSpec, channel: Channel) -> None:
-        settings = Settings.read(spec.settings)
         model = read_model(spec.model_path)
+        settings = Settings.read(spec.settings)
+        reading_s = sum(tensor.bytes for tensor in model.head.tensors.values()) / SLOW_DISK_BYTES_S
+        settings = dataclasses.replace(settings, timeout_s=settings.timeout_s + reading_s)
         if channel.size != len(spec.roles) or channel.rank != spec.rank:
             raise EngineError(
                 f"expected a channel of rank {spec.rank} among {len(spec.roles)}, "
@@ -111,7 +115,7 @@ class ShardEngine:
         self._times: Mapping[int, float] = {}  # of a layer by rows, where rank 0 has stages to keep busy
         if place.rank == 0 and place.stages > 1:
             self._times = _pace.measure(self._shard, self._cache)
-        self.hidden: np.ndarray | None = None  # the last batch's, valid until the next
+        self.hidden: np.ndarray | None = None  # the last batch's
         self._is_closed = False
 
     # --- text ------------------------------------------------------------------------------------
@@ -157,7 +161,10 @@ class ShardEngine:
             raise EngineError("there is no room for another sequence", remedy="run fewer at a time")
 
     def lanes(self, sequences: int) -> int:
-        """Into how many batches to divide so many decoding sequences: one for a lone stage."""
+        """Into how many batches to divide so many decoding sequences: one for a lone stage, and where
+        rank 0 is in a later one, which would wait for its own messages."""
+        if not self._place.is_first:
+            return 1
         return _pace.lanes(sequences, self._place.stages, self._times)
 
     def begin(self, steps: Sequence[Step]) -> None:
@@ -165,13 +172,21 @@ class ShardEngine:
         self._check_drives()
         if not steps:
             raise EngineError("expected a step to run")
-        self._begin(steps, [keep_of(s.sampling, self._model.vocab) for s in steps])
+        # With more than one stage also a prompt's piece is answered, so that the last stage is never
+        # far behind what was begun.
+        least = 1 if self._place.stages > 1 else 0
+        self._begin(steps, [keep_of(s.sampling, self._model.vocab) or least for s in steps])
 
     def finish(self) -> list[int | None]:
         """The next token of each step of the oldest batch; None for those without a sampling."""
-        steps, found = self._finish()
-        drawn = iter(found)
-        return [None if s.sampling is None else _choose(next(drawn), s, s.sampling) for s in steps]
+        flight, found = self._finish()
+        kept = iter(found)
+        tokens: list[int | None] = []
+        for step, entry in zip(flight.steps, flight.work.entries, strict=True):
+            candidates = next(kept) if entry.keep else None
+            is_drawn = candidates is not None and step.sampling is not None
+            tokens.append(_choose(candidates, step, step.sampling) if is_drawn else None)
+        return tokens
 
     def step(self, steps: Sequence[Step]) -> list[int | None]:
         """`begin` and `finish` at once."""
@@ -203,24 +218,26 @@ class ShardEngine:
     def _drop(self, sequence: int) -> None:
         """Forget `sequence` on every rank and give its memory back."""
         self._tell({"k": "release", "s": sequence})
-        self._sequences.release(sequence)
+        self._release(sequence)
+
+    def _release(self, sequence: int) -> None:
+        slot = self._sequences.release(sequence)
+        if slot is not None:
+            self._graphs.forget(slot)
 
     def _begin(self, steps: Sequence[Step], keeps: Sequence[int]) -> None:
+        if self._flights and not self._place.is_first:
+            raise EngineError("rank 0 of a later stage runs one batch at a time")
         work = self._plan(steps, keeps)
         send_work(self._channel, work, self._place.first_stage)
-        flight = Flight(steps, work)
-        if self._place.is_first:  # the stages after this one wait for it; before others it would wait
-            flight.mine = self._execute(work)
-        self._flights.append(flight)
+        self._flights.append(Flight(steps, work, self._execute(work)))
 
-    def _finish(self) -> tuple[Sequence[Step], list[Candidates]]:
-        """The oldest batch's steps, and the candidates of those that keep any, over the vocabulary."""
+    def _finish(self) -> tuple[Flight, list[Candidates]]:
+        """The oldest batch, and the candidates of its steps that keep any, over the vocabulary."""
         if not self._flights:
             raise EngineError("no batch was begun")
         flight = self._flights.popleft()
-        if flight.mine is None:
-            flight.mine = self._execute(flight.work)
-        return flight.steps, self._gather(flight.work, flight.mine)
+        return flight, self._gather(flight.work, flight.mine)
 
     def _plan(self, steps: Sequence[Step], keeps: Sequence[int]) -> Work:
         """The steps as work, each checked, so that a bad one fails here before any rank computes."""
@@ -275,7 +292,7 @@ class ShardEngine:
         header, frames = self._channel.receive(0, self._settings.timeout_s)
         match header.get("k"):
             case "release":
-                self._sequences.release(read_release(header))
+                self._release(read_release(header))
             case "fork":
                 self._sequences.fork(*read_fork(header))
             case "step":
@@ -284,6 +301,8 @@ class ShardEngine:
                 raise ProtocolError(f"expected step, fork or release of rank 0, got {str(other)[:32]!r}")
 
     def _follow_step(self, work: Work) -> None:
+        if len({entry.sequence for entry in work.entries}) != len(work.entries):
+            raise ProtocolError("expected each sequence of a step once")
         for entry in work.entries:
             self._sequences.check(entry.sequence, entry.position, entry.count)
         found = self._execute(work)
@@ -344,9 +363,9 @@ class ShardEngine:
             hidden += self._reduce(partial)
 
         graph.run([piece.position for piece in batch], given, reduce)
-        self.hidden = graph.hidden
+        self.hidden = graph.hidden.copy()
         if place.targets:
-            frame = graph.hidden.tobytes()
+            frame = self.hidden.tobytes()
             for rank in place.targets:
                 self._channel.send(rank, {"k": "hidden"}, [frame])
         return graph

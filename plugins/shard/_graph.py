@@ -26,7 +26,7 @@ from ._layers import Inputs, Layers, Shard, Span
 
 NODES_PER_LAYER = 64
 NODES_PER_SPAN = 24  # of each layer; attention with soft-caps in exact numerics makes 20
-KEPT_MAX = 8  # graphs of single tokens: one for each batch in flight, and some for batches that come back
+SPARE_GRAPHS = 2  # of single tokens, beyond one for each stage's batch: for those that come back
 Reduce = Callable[[np.ndarray, np.ndarray], None]  # (partial, hidden states to add the sum to)
 
 
@@ -274,11 +274,16 @@ class Graphs:
             return self._of_prompt
         found = self._of_tokens.get(spans)
         if found is None:
-            if len(self._of_tokens) >= KEPT_MAX:
+            if len(self._of_tokens) >= self._shard.place.stages + SPARE_GRAPHS:
                 self._of_tokens.popitem(last=False)[1].close()
             found = self._of_tokens[spans] = Graph(self._shard, self._cache, spans)
         self._of_tokens.move_to_end(spans)
         return found
+
+    def forget(self, slot: int) -> None:
+        """No batch with what is in `slot` comes again."""
+        for spans in [spans for spans in self._of_tokens if any(span.slot == slot for span in spans)]:
+            self._of_tokens.pop(spans).close()
 
     def close(self) -> None:
         self.drop_prompt()

@@ -55,11 +55,14 @@ class Sequences:
         made = self._held[sequence] = Sequence(self._free.pop(), positions)
         self._cache.copy(held.slot, made.slot, positions)
 
-    def release(self, sequence: int) -> None:
+    def release(self, sequence: int) -> int | None:
+        """The slot that is free now, if the sequence had one."""
         held = self._held.pop(sequence, None)
-        if held:
-            self._cache.clear(held.slot)
-            self._free.append(held.slot)
+        if held is None:
+            return None
+        self._cache.clear(held.slot)
+        self._free.append(held.slot)
+        return held.slot
 
     def close(self) -> None:
         self._held.clear()

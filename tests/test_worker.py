@@ -1,0 +1,141 @@
+"""How rank 0 shares out its engine: lanes, prompts in pieces, waiting, cancelling; with a fake engine."""
+
+from __future__ import annotations
+
+import socket
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from edged import wire
+from edged.types import Sampling, Step
+from edged.worker import PIECE_TOKENS, PIECE_TOKENS_SHARED, WAITING_MAX, Worker
+
+GREEDY = Sampling(temperature=0)
+
+
+class Lanes:
+    """An engine whose tokens are 7, and that remembers its batches."""
+
+    end_tokens = frozenset({0})
+
+    def __init__(self, lanes: int, room: int = 100_000) -> None:
+        self._lanes, self.room = lanes, room
+        self.batches: list[dict[int, int]] = []  # sequence -> tokens given
+        self.in_flight: deque[Sequence[Step]] = deque()
+        self.most_in_flight = 0
+        self.positions: dict[int, int] = {}
+
+    def encode(self, prompt: str, raw: bool) -> list[int]:
+        return [7] * len(prompt)
+
+    def decode(self, tokens: Sequence[int]) -> bytes:
+        return b"x" * len(tokens)
+
+    def open(self, sequence: int, prompt: Sequence[int], positions: int) -> int | None:
+        if sum(self.positions.values()) + positions > self.room:
+            return None
+        self.positions[sequence] = positions
+        return 0
+
+    def lanes(self, sequences: int) -> int:
+        return min(self._lanes, sequences)
+
+    def begin(self, steps: Sequence[Step]) -> None:
+        assert not {s.sequence for s in steps} & {s.sequence for batch in self.in_flight for s in batch}
+        self.batches.append({step.sequence: len(step.tokens) for step in steps})
+        self.in_flight.append(steps)
+        self.most_in_flight = max(self.most_in_flight, len(self.in_flight))
+
+    def finish(self) -> list[int | None]:
+        return [7 if step.sampling else None for step in self.in_flight.popleft()]
+
+    def release(self, sequence: int) -> None:
+        assert sequence not in {s.sequence for batch in self.in_flight for s in batch}
+        del self.positions[sequence]
+
+
+@pytest.fixture
+def pipe() -> Iterator[socket.socket]:
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1 << 22)
+    with ours, theirs:
+        yield theirs
+
+
+def worker_of(pipe: socket.socket, engine: Lanes) -> Worker:
+    worker = Worker(pipe)
+    worker._engine, worker._context = engine, 4096
+    return worker
+
+
+def order(job: str, prompt: str = "p", tokens: int = 40) -> wire.Generate:
+    return wire.Generate("g", job, 1, (), prompt, tokens, GREEDY, True)
+
+
+def advance(worker: Worker, times: int) -> None:
+    for _ in range(times):
+        worker._advance(worker._engine)
+
+
+@pytest.mark.parametrize(("jobs", "lanes", "sizes"), [(8, 2, [4, 4]), (7, 2, [4, 3]), (6, 3, [2, 2, 2])])
+def test_decoding_jobs_are_divided_among_the_lanes(
+    pipe: socket.socket, jobs: int, lanes: int, sizes: list[int]
+) -> None:
+    engine = Lanes(lanes)
+    worker = worker_of(pipe, engine)
+    for job in range(jobs):
+        worker._begin(order(str(job)))
+    advance(worker, 10)
+    assert [len(batch) for batch in engine.batches[: len(sizes)]] == sizes
+    assert sorted(len(batch) for batch in engine.batches[-len(sizes) :]) == sorted(sizes)
+    assert engine.most_in_flight == lanes
+
+
+def test_a_prompt_is_given_in_pieces_beside_those_that_decode(pipe: socket.socket) -> None:
+    engine = Lanes(1)
+    worker = worker_of(pipe, engine)
+    worker._begin(order("long", "p" * 1000))
+    advance(worker, 2)
+    assert engine.batches == [{1: PIECE_TOKENS}, {1: 1000 - PIECE_TOKENS}]
+    worker._begin(order("other", "p" * 300))
+    advance(worker, 2)
+    assert engine.batches[2:] == [{1: 1, 2: PIECE_TOKENS_SHARED}, {1: 1, 2: 300 - PIECE_TOKENS_SHARED}]
+
+
+def test_a_job_waits_for_room_and_is_let_in_when_another_ends(pipe: socket.socket) -> None:
+    engine = Lanes(1, room=50)
+    worker = worker_of(pipe, engine)
+    worker._begin(order("a", tokens=3))
+    worker._begin(order("b", tokens=49))
+    advance(worker, 3)
+    assert engine.batches == [{1: 1}] * 3
+    advance(worker, 1)
+    assert engine.batches[-1] == {2: 1}
+
+
+def test_a_cancelled_job_leaves_its_lane_to_the_others(pipe: socket.socket) -> None:
+    engine = Lanes(2)
+    worker = worker_of(pipe, engine)
+    for job in "abcd":
+        worker._begin(order(job))
+    advance(worker, 3)
+    worker._cancel("b")
+    advance(worker, 3)
+    assert set(engine.positions) == {1, 3, 4}
+    assert sorted(len(batch) for batch in engine.batches[-2:]) == [1, 2]
+
+
+def test_a_flood_of_jobs_is_refused_and_harms_nobody(pipe: socket.socket) -> None:
+    engine = Lanes(1, room=41)
+    worker = worker_of(pipe, engine)
+    worker._begin(order("0"))
+    advance(worker, 1)
+    for job in range(1, WAITING_MAX + 50):
+        worker._begin(order(str(job)))
+    worker._begin(order("0"))  # and one that runs already
+    assert len(worker._waiting) == WAITING_MAX
+    advance(worker, 2)
+    assert engine.batches == [{1: 1}] * 3
