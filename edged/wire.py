@@ -75,9 +75,11 @@ DEPTH_MAX = 16
 CONTAINERS_MAX = 1 << 16  # a byte of msgpack makes 60 of Python; a model's tensors need thousands
 NAME_CHARS_MAX = 64
 CERTIFICATE_BYTES_MAX = 2048  # DER of a P-256 key and two short names takes about 400
+PORT_MAX = 65535
 PING_S = 1.0
 T = TypeVar("T")
 Certificate = Annotated[bytes, msgspec.Meta(max_length=CERTIFICATE_BYTES_MAX)]
+Port = Annotated[int, msgspec.Meta(ge=0, le=PORT_MAX)]
 Reason = Literal["length", "stop", "cancelled", "error"]
 
 
@@ -183,9 +185,9 @@ class Offered:
     `stream_ports`: of its TLS streams, where it offers any."""
 
     public_key: bytes
-    ports: dict[int, int]
+    ports: dict[int, Port]
     certificate: Certificate = b""
-    stream_ports: dict[int, int] = field(default_factory=dict)
+    stream_ports: dict[int, Port] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,9 +198,9 @@ class PeerEnd:
     rank: int
     node_id: str
     public_key: bytes
-    port: int
+    port: Port
     certificate: Certificate = b""
-    stream_port: int = 0
+    stream_port: Port = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -339,6 +339,21 @@ def test_a_certificate_that_is_none_costs_the_stream_and_not_the_plan(
         own.close()
 
 
+@pytest.mark.parametrize("port", [-1, 65536, 70000, 2**40])
+def test_a_port_that_is_none_is_a_protocol_error(port: int) -> None:
+    """No socket takes it: `connect` raises OverflowError."""
+    offered = {"public_key": b"k", "ports": {}, "stream_ports": {}}
+    peer = {"rank": 1, "node_id": "n", "public_key": b"k", "port": 0, "stream_port": 0}
+    for kind, body, name in (
+        (wire.Offered, offered | {"ports": {1: port}}, "ports"),
+        (wire.Offered, offered | {"stream_ports": {1: port}}, "stream_ports"),
+        (wire.PeerEnd, peer | {"port": port}, "port"),
+        (wire.PeerEnd, peer | {"stream_port": port}, "stream_port"),
+    ):
+        with pytest.raises(ProtocolError, match=rf"\$\.{name}\b"):
+            wire.read_body(kind, body)
+
+
 # --- beside ZeroMQ --------------------------------------------------------------------------------
 
 

@@ -31,6 +31,11 @@ FLOATS = st.floats(allow_nan=False, width=32)
 for scalar, strategy in ((str, WORDS), (int, COUNTS), (float, FLOATS), (bytes, st.binary(max_size=32))):
     st.register_type_strategy(scalar, strategy)
 
+PORTS = st.integers(0, 65535)  # Hypothesis does not know msgspec's bounds
+BY_RANK = st.dictionaries(COUNTS, PORTS, max_size=4)
+st.register_type_strategy(wire.PeerEnd, st.builds(wire.PeerEnd, port=PORTS, stream_port=PORTS))
+st.register_type_strategy(wire.Offered, st.builds(wire.Offered, ports=BY_RANK, stream_ports=BY_RANK))
+
 
 @pytest.mark.parametrize("kind", BODIES, ids=lambda kind: kind.__name__)
 @settings(max_examples=30)
