@@ -79,8 +79,10 @@ class ZmqChannel:
 
     @property
     def bytes_sent(self) -> int:
-        """Handed to TCP so far, framing and encryption included; of streams, handshakes too."""
-        return self._zmq_bytes_sent + (self._streams.bytes_sent if self._streams is not None else 0)
+        """Handed to TCP so far, framing and encryption included; of streams, handshakes too. On any
+        thread."""
+        streams = self._streams  # read once: the main thread may do without them meanwhile
+        return self._zmq_bytes_sent + (streams.bytes_sent if streams is not None else 0)
 
     def listen(self, ranks: Sequence[int]) -> dict[int, int]:
         """Bind a socket for each rank that will dial; rank -> port. `stream_ports` are set with it."""
@@ -97,9 +99,7 @@ class ZmqChannel:
             try:
                 self.stream_ports = self._streams.listen(ranks, self._interfaces, self._ports)
             except ConfigError as error:
-                log.info("no streams", extra={"reason": str(error)})
-                self._streams.close()
-                self._streams = None
+                self._do_without_streams(self._streams, error)
         return taken
 
     def open(self, group: str, ends: Mapping[int, End]) -> None:
@@ -140,7 +140,11 @@ class ZmqChannel:
             for rank, end in ends.items()
             if end.certificate and (end.stream_port or rank in self.stream_ports)
         }
-        met = streams.open(offered)
+        try:
+            met = streams.open(offered)
+        except OSError as error:
+            self._do_without_streams(streams, error)
+            met = set()
         for rank in offered:
             self.send(rank, {"k": "stream", "met": rank in met})
         for rank in offered:
@@ -149,6 +153,11 @@ class ZmqChannel:
                 raise ProtocolError(f"expected rank {rank} to say whether it has a stream")
             if rank in met and not header["met"]:
                 streams.drop(rank)
+
+    def _do_without_streams(self, streams: Streams, reason: Exception) -> None:
+        log.info("no streams", extra={"reason": str(reason)})
+        streams.close()
+        self._streams = None
 
     def spin(self, allowed: bool) -> None:
         """Whether waiting for a stream may burn the processor for some microseconds first."""

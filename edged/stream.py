@@ -11,6 +11,7 @@ record, and `bytes_sent` counts what the TCP socket took, handshake and record h
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import ssl
@@ -27,7 +28,10 @@ RAW_BYTES = 1 << 18  # taken from the socket at once
 
 
 def context_for(own: Credential, peer: bytes, is_server: bool) -> ssl.SSLContext:
-    """TLS 1.3, our certificate, and the peer's (DER) as the only authority there is."""
+    """TLS 1.3, our certificate, and the peer's (DER) as the only authority there is.
+
+    OSError where the system has no file in memory, ssl.SSLError where `peer` is no certificate.
+    """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER if is_server else ssl.PROTOCOL_TLS_CLIENT)
     context.minimum_version = context.maximum_version = ssl.TLSVersion.TLSv1_3
     context.check_hostname = False  # the certificate names a rank of a group, not a host
@@ -35,7 +39,9 @@ def context_for(own: Credential, peer: bytes, is_server: bool) -> ssl.SSLContext
     if is_server:
         context.num_tickets = 0  # nobody comes back
     context.load_verify_locations(cadata=peer)
-    keys = os.memfd_create("edged-key", os.MFD_CLOEXEC)  # `ssl` wants a file; a key does not touch a disk
+    if not hasattr(os, "memfd_create"):  # beside Linux, and in older C libraries on it
+        raise OSError(errno.ENOSYS, "expected memfd_create, to hand `ssl` a key that touches no disk")
+    keys = os.memfd_create("edged-key", os.MFD_CLOEXEC)
     try:
         os.write(keys, own.pem)
         context.load_cert_chain(f"/proc/self/fd/{keys}")
@@ -49,14 +55,17 @@ class Stream:
 
     `send` and `expect` begin a frame; `flush` and `fill` go on with it and say whether it is done.
     No call blocks. PeerError names the rank when the connection ended; ProtocolError when what came
-    is not the frame that was expected.
+    is not the frame that was expected. Made of a connection that is none any more, it closes `sock`
+    and raises OSError.
     """
 
     def __init__(self, sock: socket.socket, context: ssl.SSLContext, rank: int, is_server: bool) -> None:
-        sock.setblocking(False)
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            self.is_local = _take_over(sock)
+        except OSError:
+            sock.close()
+            raise
         self.rank, self.bytes_sent = rank, 0
-        self.is_local = sock.getpeername()[0] == sock.getsockname()[0]
         self.wait_s = 0.0  # a running mean of how long frames of this rank are waited for
         self._sock = sock
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -116,7 +125,7 @@ class Stream:
             self._small[PREFIX.size : end] = frame
             self._plain = self._small[:end]
         else:
-            self._tls.write(PREFIX.pack(size, number))
+            self._encrypt(memoryview(PREFIX.pack(size, number)))
             self._plain = frame
         return self.flush()
 
@@ -126,8 +135,7 @@ class Stream:
             if not self._pump():
                 return False
             piece, self._plain = self._plain[:PIECE_BYTES], self._plain[PIECE_BYTES:]
-            while piece:
-                piece = piece[self._tls.write(piece) :]
+            self._encrypt(piece)
         return self._pump()
 
     def expect(self, size: int) -> None:
@@ -174,6 +182,13 @@ class Stream:
             )
         self._numbers[1] += 1
 
+    def _encrypt(self, piece: memoryview) -> None:
+        try:
+            while piece:
+                piece = piece[self._tls.write(piece) :]
+        except ssl.SSLError as error:  # TLS is over since an alert, or since a record that was none
+            raise self._gone() from error
+
     # --- the socket ---
 
     def _pump(self) -> bool:
@@ -208,3 +223,14 @@ class Stream:
 
     def _gone(self) -> PeerError:
         return PeerError(f"rank {self.rank} is gone: its stream ended", rank=self.rank)
+
+
+def _take_over(sock: socket.socket) -> bool:
+    """Make `sock` ready for a stream; whether its other end is on this machine. OSError where it is
+    not connected: refused, or reset before it was accepted."""
+    if code := sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR):
+        raise OSError(code, os.strerror(code))
+    sock.setblocking(False)
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    is_local: bool = sock.getpeername()[0] == sock.getsockname()[0]
+    return is_local

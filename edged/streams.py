@@ -6,6 +6,7 @@ OPEN_S is talked to over ZeroMQ, which both sides agree on (`ZmqChannel.open`).
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -14,6 +15,7 @@ import ssl
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from .certificate import Credential
 from .errors import ConfigError, EdgedError, PeerError
@@ -31,6 +33,7 @@ SPIN_S = 200e-6
 # at a time, and the kernel then leaves both on one core; only ranks that are runnable at once get two.
 LOCAL_SPIN_S = 2e-3
 WAIT_CAP = 8  # bounds, of one wait in the running mean, so that one bad one is forgotten after a few
+_Address = tuple[int, Any]  # family, and what `connect` takes of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,16 +46,31 @@ class StreamEnd:
 
 
 @dataclass(slots=True)
+class _Dial:
+    """A TCP connection on its way. `rest`: the rank's other addresses, for when this one is refused."""
+
+    rank: int
+    sock: socket.socket
+    rest: list[_Address]
+
+
+@dataclass(slots=True)
 class _Pending:
+    """A handshake."""
+
     stream: Stream
     certificate: bytes
     until: float
 
 
 class Streams:
-    """`listen`, then `open`, then `move`. `spins`: whether a wait may burn the processor first."""
+    """`listen`, then `open`, then `move`. `spins`: whether a wait may burn the processor first.
+
+    OSError where this system's `ssl` cannot be given a key that stays in memory.
+    """
 
     def __init__(self, own: Credential) -> None:
+        context_for(own, own.certificate, is_server=False)  # found out now, before a peer counts on a stream
         self.certificate = own.certificate
         self.spins = True
         self._own = own
@@ -61,8 +79,8 @@ class Streams:
 
     @property
     def bytes_sent(self) -> int:
-        """Everything handed to TCP: frames, their prefixes, TLS records and handshakes."""
-        return sum(stream.bytes_sent for stream in self._streams.values())
+        """Everything handed to TCP: frames, their prefixes, TLS records and handshakes. On any thread."""
+        return sum(stream.bytes_sent for stream in list(self._streams.values()))
 
     def __contains__(self, rank: int) -> bool:
         return rank in self._streams
@@ -144,26 +162,43 @@ class Streams:
 
     def _meet(self, ends: Mapping[int, StreamEnd], until: float) -> None:
         contexts = self._contexts(ends)
-        pending = [
-            _Pending(stream, ends[rank].certificate, until)
-            for rank, context in contexts.items()
-            if rank not in self._listeners and (stream := _dial(rank, ends[rank], context)) is not None
-        ]
         awaited = {rank for rank in contexts if rank in self._listeners}
-        while (pending or awaited - self._streams.keys()) and time.monotonic() < until:
-            poller = select.poll()
-            if len(pending) < PENDING_MAX:
+        dials = [
+            dial
+            for rank in contexts
+            if rank not in awaited and (dial := _dial(rank, _addresses(rank, ends[rank]))) is not None
+        ]
+        pending: list[_Pending] = []
+        try:
+            while (dials or pending or awaited - self._streams.keys()) and time.monotonic() < until:
+                room = PENDING_MAX - len(pending)
+                ready = self._poll(dials, pending, awaited - self._streams.keys() if room > 0 else set())
+                for dial in [dial for dial in dials if dial.sock.fileno() in ready]:
+                    dials.remove(dial)
+                    if (stream := _stream(dial.sock, contexts[dial.rank], dial.rank, False)) is not None:
+                        pending.append(_Pending(stream, ends[dial.rank].certificate, until))
+                    elif (another := _dial(dial.rank, dial.rest)) is not None:
+                        dials.append(another)
                 for rank in awaited - self._streams.keys():
-                    for listener in self._listeners[rank]:
-                        poller.register(listener, select.POLLIN)
+                    pending += self._accept(rank, ends[rank], contexts[rank], PENDING_MAX - len(pending))
+                pending = [entry for entry in pending if self._is_still_pending(entry)]
+        finally:
+            for dial in dials:
+                dial.sock.close()
             for entry in pending:
-                poller.register(entry.stream, select.POLLIN)
-            poller.poll(50)
-            for rank in awaited - self._streams.keys():
-                pending += self._accept(rank, ends[rank], contexts[rank], PENDING_MAX - len(pending))
-            pending = [entry for entry in pending if self._is_still_pending(entry)]
+                entry.stream.close()
+
+    def _poll(self, dials: list[_Dial], pending: list[_Pending], awaited: set[int]) -> set[int]:
+        """Wait for a moment until something goes on; the descriptors of those that do."""
+        poller = select.poll()
+        for rank in awaited:
+            for listener in self._listeners[rank]:
+                poller.register(listener, select.POLLIN)
+        for dial in dials:
+            poller.register(dial.sock, select.POLLOUT)
         for entry in pending:
-            entry.stream.close()
+            poller.register(entry.stream, select.POLLIN)
+        return {number for number, _ in poller.poll(50)}
 
     def _contexts(self, ends: Mapping[int, StreamEnd]) -> dict[int, ssl.SSLContext]:
         """TLS for each rank whose certificate is one."""
@@ -171,7 +206,7 @@ class Streams:
         for rank, end in ends.items():
             try:
                 found[rank] = context_for(self._own, end.certificate, is_server=rank in self._listeners)
-            except ssl.SSLError as error:
+            except OSError as error:  # ssl.SSLError is one
                 log.info("no stream", extra={"rank": rank, "reason": str(error)})
         return found
 
@@ -179,13 +214,13 @@ class Streams:
         """Connections that wait for `rank`'s place, at most `room`."""
         found: list[_Pending] = []
         for listener in self._listeners[rank]:
-            while len(found) < room:
+            for _ in range(room - len(found)):
                 try:
                     sock, _ = listener.accept()
                 except OSError:  # none waits, or it left
                     break
-                stream = Stream(sock, context, rank, is_server=True)
-                found.append(_Pending(stream, end.certificate, time.monotonic() + HANDSHAKE_S))
+                if (stream := _stream(sock, context, rank, is_server=True)) is not None:
+                    found.append(_Pending(stream, end.certificate, time.monotonic() + HANDSHAKE_S))
         return found
 
     def _is_still_pending(self, entry: _Pending) -> bool:
@@ -195,7 +230,7 @@ class Streams:
             if not stream.handshake():
                 if time.monotonic() < entry.until:
                     return True
-                raise PeerError("expected the handshake to be done by now")
+                raise PeerError("expected the handshake to be done by now", rank=stream.rank)
             stream.check_peer(entry.certificate, self._own.group)
         except (OSError, EdgedError) as error:  # ssl.SSLError is an OSError
             log.info("stream refused", extra={"rank": stream.rank, "reason": str(error)})
@@ -239,14 +274,45 @@ def _silent(sending: list[Stream], taking: list[Stream], timeout_s: float) -> Pe
     return PeerError(f"rank {rank} took no frame for {timeout_s:g} s", rank=rank)
 
 
-def _dial(rank: int, end: StreamEnd, context: ssl.SSLContext) -> Stream | None:
-    """A connection on its way to `rank`; None where its port cannot be reached."""
+def _addresses(rank: int, end: StreamEnd) -> list[_Address]:
+    """Where `end` may be; blocks only where its address is a name, which ZeroMQ has just resolved."""
     try:
-        sock = socket.create_connection((end.address, end.port), HANDSHAKE_S)
+        found = socket.getaddrinfo(end.address, end.port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError) as error:  # UnicodeError: no name that DNS could hold
+        log.info("no stream", extra={"rank": rank, "reason": str(error)})
+        return []
+    return [(family, address) for family, _, _, _, address in found]
+
+
+def _dial(rank: int, addresses: list[_Address]) -> _Dial | None:
+    """Begin to connect to the first of `addresses` that allows it; None where none does."""
+    for number, (family, address) in enumerate(addresses, 1):
+        try:
+            return _Dial(rank, _connect(family, address), addresses[number:])
+        except OSError as error:
+            log.info("no stream", extra={"rank": rank, "reason": str(error)})
+    return None
+
+
+def _connect(family: int, address: Any) -> socket.socket:
+    sock = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        sock.setblocking(False)
+        with contextlib.suppress(BlockingIOError):  # on its way
+            sock.connect(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _stream(sock: socket.socket, context: ssl.SSLContext, rank: int, is_server: bool) -> Stream | None:
+    """A stream over `sock`; None where that was refused, or reset meanwhile."""
+    try:
+        return Stream(sock, context, rank, is_server)
     except OSError as error:
         log.info("no stream", extra={"rank": rank, "reason": str(error)})
         return None
-    return Stream(sock, context, rank, is_server=False)
 
 
 def _listen(interfaces: Sequence[str], ports: range) -> tuple[int, list[socket.socket]]:

@@ -317,10 +317,11 @@ class Worker:
 
 
 def _streams(group: str, rank: int) -> Streams | None:
-    """TLS streams to offer; None where `cryptography` is missing: then everything goes over ZeroMQ."""
+    """TLS streams to offer; None where `cryptography` is missing, or files in memory: then everything
+    goes over ZeroMQ."""
     try:
         return Streams(new_credential(group, rank))
-    except (ImportError, ValueError) as error:  # ValueError: a group's name that no certificate can hold
+    except (ImportError, OSError, ValueError) as error:  # ValueError: no certificate can hold the name
         log.info("no streams", extra={"reason": str(error)})
         return None
 

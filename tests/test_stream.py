@@ -7,6 +7,7 @@ import os
 import select
 import socket
 import ssl
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ import pytest
 
 from edged import channel as channels
 from edged import streams as streams_module
-from edged import wire
+from edged import wire, worker
 from edged.certificate import Credential, new_credential
 from edged.channel import End, ZmqChannel
 from edged.errors import PeerError, ProtocolError
@@ -191,6 +192,17 @@ def test_a_record_that_was_altered_on_its_way_ends_the_stream() -> None:
             a.move([], [(1, 8)], PATIENCE_S)
 
 
+def test_a_rank_that_cannot_be_sent_to_after_a_bad_record_is_named() -> None:
+    with met() as (a, b):
+        b._streams[0]._sock.send(b"\x17\x03\x03\x00\x08no tls..")
+        with pytest.raises(ProtocolError, match="expected sound records of rank 1"):
+            a.move([], [(1, 8)], PATIENCE_S)
+        for size in (8, 1 << 20):
+            with pytest.raises(PeerError, match="rank 1 is gone") as found:
+                a.move([(1, memoryview(bytes(size)))], [], PATIENCE_S)
+            assert found.value.rank == 1
+
+
 def knock(port: int, own: Credential | None, server: bytes) -> str:
     """What becomes of a stranger who dials `port`."""
     with socket.create_connection((LO, port), PATIENCE_S) as sock:
@@ -292,6 +304,113 @@ def test_strangers_who_say_nothing_hold_nobody_up(monkeypatch: pytest.MonkeyPatc
         right.close()
 
 
+def reset(sock: socket.socket) -> None:
+    """Close with a RST instead of a FIN."""
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.close()
+
+
+def test_a_stranger_who_resets_its_connection_costs_nothing() -> None:
+    """Linux hands out a connection that was reset before it was accepted; it has no peer any more."""
+    listener, right = streams_of(0), streams_of(1)
+    try:
+        [port] = listener.listen([1], [LO], ANY).values()
+        for _ in range(streams_module.PENDING_MAX // 2):
+            reset(socket.create_connection((LO, port)))
+        found = at_once(
+            lambda: listener.open({1: StreamEnd(right.certificate, "", 0)}),
+            lambda: right.open({0: StreamEnd(listener.certificate, LO, port)}),
+        )
+        assert found == [{1}, {0}]
+    finally:
+        listener.close()
+        right.close()
+
+
+def test_a_listener_that_resets_us_is_a_rank_without_a_stream() -> None:
+    dialler, other = streams_of(1), streams_of(0)
+    with socket.create_server((LO, 0)) as server:
+        end = StreamEnd(other.certificate, LO, server.getsockname()[1])
+        found = at_once(lambda: dialler.open({0: end}), lambda: reset(server.accept()[0]))
+    assert found[0] == set()
+    other.close()
+    dialler.close()
+
+
+def test_a_stream_over_no_connection_closes_its_socket() -> None:
+    own = new_credential(GROUP, 0)
+    sock = socket.socket()
+    with pytest.raises(OSError, match="not connected"):
+        Stream(sock, context_for(own, own.certificate, is_server=True), 1, is_server=True)
+    assert sock.fileno() == -1
+
+
+@contextlib.contextmanager
+def black_holes(count: int) -> Iterator[list[int]]:
+    """Ports on which a connection is neither taken nor refused: their listeners' queues are full."""
+    with contextlib.ExitStack() as held:
+        servers = [held.enter_context(socket.create_server((LO, 0), backlog=0)) for _ in range(count)]
+        for server in servers:
+            for _ in range(4):
+                sock = held.enter_context(socket.socket())
+                sock.setblocking(False)
+                sock.connect_ex(server.getsockname())
+        yield [server.getsockname()[1] for server in servers]
+
+
+def test_ranks_that_cannot_be_reached_take_no_time_from_those_that_can(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One after another they would: the last rank's listener has closed long before its turn."""
+    monkeypatch.setattr(streams_module, "OPEN_S", 2.0)
+    size = 5
+    ranks = [streams_of(rank) for rank in range(size)]
+    dialler, last = ranks[-1], ranks[-2]
+    try:
+        [port] = last.listen([size - 1], [LO], ANY).values()
+        with black_holes(size - 2) as closed:
+            ends = {
+                rank: StreamEnd(ranks[rank].certificate, LO, there)
+                for rank, there in enumerate([*closed, port])
+            }
+            found = at_once(
+                lambda: dialler.open(ends),
+                lambda: last.open({size - 1: StreamEnd(dialler.certificate, "", 0)}),
+            )
+        assert found == [{size - 2}, {size - 1}]
+    finally:
+        for own in ranks:
+            own.close()
+
+
+def test_every_address_of_a_name_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    def named(host: str, port: int, **_: Any) -> list[Any]:
+        assert host == "board"
+        return [(socket.AF_INET, socket.SOCK_STREAM, 0, "", (address, port)) for address in ("127.0.0.2", LO)]
+
+    listener, dialler = streams_of(0), streams_of(1)
+    try:
+        [port] = listener.listen([1], [LO], ANY).values()
+        monkeypatch.setattr(socket, "getaddrinfo", named)
+        found = at_once(
+            lambda: listener.open({1: StreamEnd(dialler.certificate, "", 0)}),
+            lambda: dialler.open({0: StreamEnd(listener.certificate, "board", port)}),
+        )
+        assert found == [{1}, {0}]
+    finally:
+        listener.close()
+        dialler.close()
+
+
+@pytest.mark.parametrize("address", ["", "a" * 64 + ".invalid"])
+def test_an_address_that_is_none_is_a_rank_without_a_stream(address: str) -> None:
+    dialler = streams_of(1)
+    try:
+        assert dialler.open({0: StreamEnd(streams_of(0).certificate, address, 1)}) == set()
+    finally:
+        dialler.close()
+
+
 def test_older_protocols_are_refused() -> None:
     one, other = new_credential(GROUP, 0), new_credential(GROUP, 1)
     server = context_for(one, other.certificate, is_server=True)
@@ -337,6 +456,21 @@ def test_a_certificate_that_is_none_costs_the_stream_and_not_the_plan(
         assert own.open({1: StreamEnd(b"no certificate", "", 0)}) == set()
     finally:
         own.close()
+
+
+def missing(name: str, flags: int) -> int:
+    raise PermissionError(f"no {name}")  # as a seccomp filter says it
+
+
+@pytest.mark.parametrize("memfd_create", [None, missing], ids=["not in libc", "not allowed"])
+def test_without_files_in_memory_there_are_no_streams(
+    memfd_create: Callable[..., int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if memfd_create is None:
+        monkeypatch.delattr(os, "memfd_create")
+    else:
+        monkeypatch.setattr(os, "memfd_create", memfd_create)
+    assert worker._streams(GROUP, 0) is None
 
 
 @pytest.mark.parametrize("port", [-1, 65536, 70000, 2**40])
@@ -431,6 +565,29 @@ def test_a_stream_is_used_where_both_have_it_and_zeromq_everywhere_else(
             assert seen[rank] == [[bytes([o, n]) * 5000 for o in others] for n in range(3)]
 
 
+def test_streams_that_fail_here_are_done_without_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `poll` does where a process may open too few files."""
+    real = Streams._poll
+
+    def poll(self: Streams, *rest: Any) -> set[int]:
+        if self._own.rank == 0:
+            raise OSError("too many open files")
+        return real(self, *rest)
+
+    monkeypatch.setattr(Streams, "_poll", poll)
+    monkeypatch.setattr(streams_module, "OPEN_S", 1.0)
+    with channels_of([True, True, True]) as ranks:
+        assert [rank in (ranks[1]._streams or ()) for rank in (0, 2)] == [False, True]
+
+        def exchange(rank: int) -> list[bytes]:
+            others = [other for other in range(3) if other != rank]
+            return [bytes(got) for got in ranks[rank].exchange(others, bytes([rank]) * 5000, PATIENCE_S)]
+
+        for rank, seen in enumerate(at_once(*(lambda r=r: exchange(r) for r in range(3)))):
+            assert seen == [bytes([other]) * 5000 for other in range(3) if other != rank]
+        assert all(own.bytes_sent > 5000 for own in ranks)
+
+
 @pytest.mark.parametrize("header", [{"k": "frame", "n": 1}, {"k": "other", "n": 0}, {}])
 def test_a_frame_over_zeromq_that_is_out_of_step_is_a_protocol_error(header: dict[str, Any]) -> None:
     with channels_of([False, False]) as (a, b):
@@ -499,6 +656,20 @@ def test_bytes_sent_are_exactly_those_on_the_wire(count: int, size: int) -> None
     for thread in counters[0].threads:
         thread.join(PATIENCE_S)
     assert counters[0].up == sent
+
+
+def test_bytes_sent_may_be_asked_for_while_streams_come() -> None:
+    """The daemon's `usage` is answered on another thread than the one that opens."""
+    own = streams_of(0)
+
+    class Arriving:
+        @property
+        def bytes_sent(self) -> int:
+            own._streams[len(own._streams) + 1] = self  # type: ignore[assignment]
+            return 7
+
+    own._streams[1] = Arriving()  # type: ignore[assignment]
+    assert own.bytes_sent == 7
 
 
 def test_a_stream_object_alone_reports_an_end_before_the_handshake() -> None:
