@@ -93,14 +93,20 @@ class ModelStore:
         entry = self._read().get(sha256)
         return entry is not None and entry.model is not None and entry.model.complete
 
-    def holds(self, sha256: str, ranges: Sequence[Range]) -> bool:
-        """True when these bytes are here, flushed and verified: a shard loads without a transfer."""
+    def holds(self, sha256: str, ranges: Sequence[Range], manifest_sha256: str) -> bool:
+        """True when these bytes are here, flushed and verified: a shard loads without a transfer.
+
+        The whole file is bound by its own SHA-256; a part by nothing but the manifest that its chunks
+        were checked against, so that must be the one with this hash (`manifest_hash`).
+        """
         entry = self._read().get(sha256)
         if entry is None or entry.model is None:
             return False
         if entry.model.complete:
             return True
         manifest = self.manifest(sha256)
+        if manifest_hash(manifest) != manifest_sha256:
+            return False
         bits = settled_bits(self._folder / sha256, len(manifest.chunks))
         return bits is not None and all(has_bit(bits, index) for index in chunks_of(manifest, ranges))
 

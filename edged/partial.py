@@ -4,6 +4,9 @@ A bit is written after the data of its chunk, so a killed process loses nothing 
 power cut may keep a bit and lose the data; hence `have` also notes the mtime of model.part when both
 were last flushed in order, and zero while they are written. A set bit is trusted unread only when
 that mtime still holds; otherwise every marked chunk is hashed again before it counts.
+
+A bit says that a chunk is as the manifest beside it has it, and nothing of the model's SHA-256: who made
+up the manifest made up the chunk. So a manifest with other chunks takes none of the bits over (`rebind`).
 """
 
 from __future__ import annotations
@@ -16,15 +19,17 @@ from types import TracebackType
 from typing import Any
 
 from . import wire
-from .errors import EngineError
+from .errors import EdgedError, EngineError
 from .models import (
     HAVE,
     HAVE_HEADER_BYTES,
     HAVE_MAGIC,
+    MANIFEST,
     MODEL,
     PART,
     has_bit,
     settled_bits,
+    unpack_manifest,
     write_entry,
 )
 
@@ -102,6 +107,28 @@ def fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def rebind(folder: Path, manifest: wire.Manifest) -> None:
+    """Forget a part whose chunks were checked against others than `manifest` has. Before that is written.
+
+    The file goes too: a worker that reads the old part keeps it by its descriptor, and nobody writes the
+    new manifest's chunks under it. Chunks that are the same, under another description, stay.
+    """
+    try:
+        before = unpack_manifest((folder / MANIFEST).read_bytes())
+    except (OSError, EdgedError):
+        before = None
+    if before is not None and _chunks(before) == _chunks(manifest):
+        return
+    (folder / HAVE).unlink(missing_ok=True)
+    fsync_folder(folder)  # the bits are gone before anything else changes
+    (folder / PART).unlink(missing_ok=True)
+    fsync_folder(folder)
+
+
+def _chunks(manifest: wire.Manifest) -> tuple[object, ...]:
+    return manifest.sha256, manifest.size, manifest.chunk_bytes, manifest.chunks
 
 
 class Partial:

@@ -39,7 +39,7 @@ from .models import (
     unpack_manifest,
     write_entry,
 )
-from .partial import Partial, check_disk, fsync_folder
+from .partial import Partial, check_disk, fsync_folder, rebind
 from .types import Range
 
 WINDOW = 4  # chunks asked for and not here: 16 MiB in memory, enough for 100 MB/s at 160 ms
@@ -204,6 +204,7 @@ def _fetch(want: _Fetch, manifest: wire.Manifest, folder: Path, link: Link, repo
     packed = pack_manifest(manifest)
     with held(folder.parent, wait=True):
         name = entry.model.name if entry and entry.model else _free_name(folder.parent, manifest)
+        rebind(folder, manifest)
         write_entry(folder, name, want.engine, None, packed)
     wanted = chunks_of(manifest, want.ranges)
 

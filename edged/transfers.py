@@ -18,7 +18,7 @@ import msgspec
 
 from . import models, wire
 from .config import Profile, data_ports
-from .errors import EngineError, PeerError, PolicyViolation
+from .errors import EngineError, PeerError, PolicyViolation, ProtocolError
 from .identity import Home
 from .models import Model, ModelStore
 from .peers import Peers
@@ -37,10 +37,15 @@ Ranges = tuple[Range, ...]
 
 @dataclass(frozen=True, slots=True)
 class _Fetching:
-    """A transfer on its way. `ranges` None: the whole file."""
+    """A transfer on its way. `ranges` None: the whole file; `manifest_sha256` None: any manifest."""
 
     ranges: Ranges | None
+    manifest_sha256: str | None
     task: asyncio.Task[Model]
+
+    def brings(self, manifest_sha256: str | None, ranges: Ranges | None) -> bool:
+        """Does it bring these bytes, checked against this manifest? A part is worth no more than that."""
+        return self.manifest_sha256 == manifest_sha256 and self.ranges in (None, ranges)
 
 
 class Transfers:
@@ -80,16 +85,22 @@ class Transfers:
         """
         if self._store.has(offer.model_sha256):
             return None
-        ranges = self._needs.get(_key(offer))
-        if ranges is None or not self._store.holds(offer.model_sha256, ranges):
+        return self._open(offer, self._needs.get(_key(offer)))
+
+    def _open(self, offer: wire.Offer, ranges: Ranges | None) -> int:
+        """A descriptor of the file that has these bytes of the offer's model, by the offer's manifest."""
+        path = self._store.adopt(self._store.manifest(offer.model_sha256)).path
+        try:
+            file = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise EngineError(f"expected to read model {offer.model_name!r}; {error.strerror}") from error
+        # looked up after the file is open: a transfer by another manifest begins another file
+        if ranges is None or not self._store.holds(offer.model_sha256, ranges, offer.manifest_sha256):
+            os.close(file)
             raise EngineError(
                 f"expected the role's part of model {offer.model_name!r} in the store; it is gone"
             )
-        path = self._store.adopt(self._store.manifest(offer.model_sha256)).path
-        try:
-            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise EngineError(f"expected to read model {offer.model_name!r}; {error.strerror}") from error
+        return file
 
     def description_of(self, sha256: str) -> ModelDescription:
         """What this node itself knows of a stored model."""
@@ -124,21 +135,34 @@ class Transfers:
         if not entry.ranges or not tensors:
             await self.fetch(offer.model_sha256, offer.holder, offer.manifest_sha256)
             return
-        await self._have(offer, ((0, min(tensor.offset for tensor in tensors)),))
-        await self._have(offer, await self._needed(entry, offer))
+        head = ((0, max(0, min(tensor.offset for tensor in tensors))),)
+        await self._have(offer, head)
+        if self._store.has(offer.model_sha256):
+            return
+        if self.description_of(offer.model_sha256) != offer.model:
+            raise ProtocolError(
+                f"expected model {offer.model_name!r} as its manifest describes it; the offer has another"
+            )
+        await self._have(offer, await self._needed(entry, offer, head))
 
     async def _have(self, offer: wire.Offer, ranges: Ranges) -> None:
-        if not self._store.holds(offer.model_sha256, ranges):
+        if not self._store.holds(offer.model_sha256, ranges, offer.manifest_sha256):
             await self.fetch(offer.model_sha256, offer.holder, offer.manifest_sha256, ranges=ranges)
 
-    async def _needed(self, entry: EngineEntry, offer: wire.Offer) -> Ranges:
+    async def _needed(self, entry: EngineEntry, offer: wire.Offer, head: Ranges) -> Ranges:
         """The byte ranges that a role reads: its engine says, in a process of its own."""
         key = _key(offer)
         if key not in self._needs:
-            model = self._store.adopt(self._store.manifest(offer.model_sha256))
-            spec = EngineSpec(model.path, offer.model, offer.roles, offer.rank, offer.context_tokens)
-            params = {"function": entry.ranges, "spec": wire.to_map(spec)}
-            result = await self._supervisor.run_task("edged.worker:ranges", params, timeout_s=RANGES_S)
+            file = self._open(offer, head)
+            try:
+                path = f"/proc/self/fd/{file}"
+                spec = EngineSpec(path, offer.model, offer.roles, offer.rank, offer.context_tokens)
+                params = {"function": entry.ranges, "spec": wire.to_map(spec)}
+                result = await self._supervisor.run_task(
+                    "edged.worker:ranges", params, timeout_s=RANGES_S, inherit=(file,)
+                )
+            finally:
+                os.close(file)
             while len(self._needs) >= NEEDS_MAX:
                 del self._needs[next(iter(self._needs))]
             self._needs[key] = msgspec.convert(result["ranges"], Ranges)
@@ -153,15 +177,15 @@ class Transfers:
         ranges: Ranges | None = None,
     ) -> Model:
         """Bring the whole file, or the chunks that `ranges` touch. One transfer of a model at a time:
-        who wants the same bytes shares it, who wants others waits and looks again."""
+        who wants the same bytes by the same manifest shares it, who wants others waits and looks again."""
         while (running := self._fetching.get(sha256)) is not None and not running.task.done():
-            if running.ranges in (None, ranges):
+            if running.brings(manifest_sha256, ranges):
                 return await asyncio.shield(running.task)
             await asyncio.wait([running.task])  # its error is told to those who asked for it
-            if ranges is not None and self._store.holds(sha256, ranges):
+            if ranges is not None and manifest_sha256 and self._store.holds(sha256, ranges, manifest_sha256):
                 return self._store.adopt(self._store.manifest(sha256))
         work = self._fetch(sha256, holder, manifest_sha256, on_progress, ranges)
-        fetching = _Fetching(ranges, asyncio.get_running_loop().create_task(work))
+        fetching = _Fetching(ranges, manifest_sha256, asyncio.get_running_loop().create_task(work))
         self._fetching[sha256] = fetching
         fetching.task.add_done_callback(lambda _: self._fetched(sha256, fetching))
         return await asyncio.shield(fetching.task)
@@ -269,6 +293,6 @@ class Transfers:
 
 
 def _key(offer: wire.Offer) -> tuple[object, ...]:
-    """What decides which bytes a role reads."""
+    """What decides which bytes a role reads; the file's head, which says so, is its manifest's."""
     cuts = tuple((role.stage, role.layers, role.heads, role.ffn, role.vocab) for role in offer.roles)
-    return offer.model_sha256, offer.engine, cuts, offer.rank
+    return offer.model_sha256, offer.manifest_sha256, offer.engine, cuts, offer.rank

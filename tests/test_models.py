@@ -315,7 +315,7 @@ def test_an_empty_or_missing_store_is_no_error(home):
     store = ModelStore(home)
     assert store.list() == []
     assert not store.has("0" * 64)
-    assert not store.holds("0" * 64, [(0, 1)])
+    assert not store.holds("0" * 64, [(0, 1)], "0" * 64)
     with pytest.raises(ConfigError, match="stored: none"):
         store.find("m")
 

@@ -167,6 +167,9 @@ class Pair:
         server, dial = self.serve(keys[0], served, **(serving or {}))
         return self.task("fetch", self.fetching(keys) | {"dial": dial} | changed, before), server
 
+    def holds(self, ranges, manifest=None) -> bool:
+        return self.store.holds(self.sha256, ranges, models.manifest_hash(manifest or self.manifest))
+
     def is_whole(self) -> bool:
         return self.store.has(self.sha256) and sha256_of(self.folder / "model.gguf") == self.sha256
 
@@ -486,8 +489,8 @@ def test_a_shard_alone_brings_only_the_chunks_it_touches(pair):
     (row,) = pair.store.list()
     assert (row.complete, row.path) == (False, result["path"])
     assert not pair.store.has(pair.sha256)
-    assert pair.store.holds(pair.sha256, ranges)
-    assert not pair.store.holds(pair.sha256, [(0, CHUNK_BYTES + 1)])
+    assert pair.holds(ranges)
+    assert not pair.holds([(0, CHUNK_BYTES + 1)])
     with open(pair.source, "rb") as source, open(result["path"], "rb") as part:
         for start, stop in ranges:
             assert os.pread(part.fileno(), stop - start, start) == os.pread(
@@ -498,17 +501,67 @@ def test_a_shard_alone_brings_only_the_chunks_it_touches(pair):
     rest = pair.fetch()[0].result()
     assert (rest["bytes"], rest["complete"]) == (SIZE - result["bytes"], True)
     assert pair.is_whole()
-    assert pair.store.holds(pair.sha256, [(0, SIZE)])
+    assert pair.holds([(0, SIZE)])
 
 
 def test_a_part_that_was_touched_since_is_not_trusted(pair):
     pair.fetch(ranges=[[0, 1]])[0].result()
-    assert pair.store.holds(pair.sha256, [(0, 1)])
+    assert pair.holds([(0, 1)])
     with open(pair.folder / "model.part", "r+b") as part:
         part.write(b"touched")
-    assert not pair.store.holds(pair.sha256, [(0, 1)])
+    assert not pair.holds([(0, 1)])
     assert pair.fetch(ranges=[[0, 1]])[0].result()["bytes"] == CHUNK_BYTES
-    assert pair.store.holds(pair.sha256, [(0, 1)])
+    assert pair.holds([(0, 1)])
+
+
+def planted(pair: Pair) -> tuple[dict, dict]:
+    """What a fetch and a serving task are told of other bytes under the model's SHA-256."""
+    other = pair.source.with_name("planted")
+    other.write_bytes(b"planted" + pair.source.read_bytes()[7:])
+    chunks = list(pair.manifest.chunks)
+    chunks[0] = hashlib.sha256(other.read_bytes()[:CHUNK_BYTES]).digest()
+    manifest = models.pack_manifest(dataclasses.replace(pair.manifest, chunks=tuple(chunks)))
+    return {"manifest": manifest}, {"manifest": manifest, "path": str(other)}
+
+
+def test_a_part_by_another_manifest_is_not_trusted_and_makes_way(pair):
+    fetched, served = planted(pair)
+    ranges = [[0, 1], [CHUNK_BYTES, CHUNK_BYTES + 1]]
+    before = pair.fetch(ranges=ranges, serving=served, **fetched)[0].result()
+    assert pair.holds(ranges, models.unpack_manifest(fetched["manifest"]))
+    assert not pair.holds(ranges)
+    with open(before["path"], "rb") as used:  # as by a worker
+        result = pair.fetch(ranges=ranges)[0].result()
+        assert (result["bytes"], result["bytes_resumed"]) == (2 * CHUNK_BYTES, 0)
+        assert used.read(7) == b"planted"  # nobody wrote under its hands
+    assert pair.holds(ranges)
+    with open(result["path"], "rb") as part, open(pair.source, "rb") as source:
+        assert part.read(2 * CHUNK_BYTES) == source.read(2 * CHUNK_BYTES)
+
+
+def test_a_killed_fetch_by_another_manifest_leaves_nothing_to_go_on_from(pair):
+    fetched, served = planted(pair)
+    fetching, _ = pair.fetch(bytes_s=40 << 20, serving=served, **fetched)
+    fetching.event(lambda e: e.get("phase") == "fetching" and CHUNK_BYTES < e["bytes"] < SIZE)
+    fetching.kill()
+    assert pair.fetch()[0].result()["bytes"] == SIZE
+    assert pair.is_whole()
+
+
+def test_a_part_stays_where_only_the_description_differs(pair):
+    described = dataclasses.replace(pair.manifest.model, context_tokens=7)
+    other = dataclasses.replace(pair.manifest, model=described)
+    pair.fetch(ranges=[[0, 1]], manifest=models.pack_manifest(other))[0].result()
+    assert not pair.holds([(0, 1)])
+    assert pair.fetch(ranges=[[0, 1]])[0].result()["bytes"] == 0
+    assert pair.holds([(0, 1)])
+    assert pair.store.manifest(pair.sha256).model == pair.manifest.model
+
+
+def test_a_whole_file_is_bound_by_its_own_hash_whatever_the_manifest(pair):
+    pair.fetch()[0].result()
+    other = models.unpack_manifest(planted(pair)[0]["manifest"])
+    assert pair.holds([(0, SIZE)], other)
 
 
 # --- pace -----------------------------------------------------------------------------------------

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support import WORK, Document, Node, Nodes, wait_online
 
-from edged.models import ModelStore, has_bit, settled_bits
+from edged.models import ModelStore, has_bit, pack_manifest, settled_bits
+from edged.partial import Partial
 
 EXACT = {"model": "smol", "prompt": "Why is the sky blue?", "n": 12, "temperature": 0.0, "ignore_eos": True,
          "numerics": "exact"}  # fmt: skip
@@ -90,6 +93,33 @@ def test_a_part_that_was_damaged_is_mended_before_it_is_used(duo: tuple[Node, No
     with part.open("r+b") as file:
         file.seek(last * (4 << 20))
         file.write(bytes(1000))
+    phone.start().wait_ready()
+    wait_online([laptop, phone])
+    assert laptop.call("generate", asked)["tokens"] == tokens
+
+
+def test_a_part_that_another_manifest_planted_is_not_computed_with(duo: tuple[Node, Node]) -> None:
+    """Somebody's own weights, with chunk hashes of their own, under the SHA-256 of a known model."""
+    laptop, phone = duo
+    asked = layers(laptop, phone, [5, 5])
+    tokens = laptop.call("generate", asked)["tokens"]
+    sha256 = rows(phone)[0]["sha256"]
+    phone.stop()
+    folder, manifest = phone.home.models / sha256, ModelStore(phone.home).manifest(sha256)
+    last = max(index for index, here in enumerate(chunks_here(phone, sha256)) if here)
+    start = last * manifest.chunk_bytes
+    with (folder / "model.part").open("r+b") as file:
+        file.seek(start)
+        file.write(bytes(100_000))
+        file.seek(start)
+        planted = hashlib.sha256(file.read(manifest.chunk_bytes)).digest()
+    chunks = (*manifest.chunks[:last], planted, *manifest.chunks[last + 1 :])
+    other = dataclasses.replace(manifest, chunks=chunks)
+    (folder / "manifest.bin").write_bytes(pack_manifest(other))
+    with Partial(folder, other) as part:
+        part.open_for_writing(lambda done: None)
+        part.settle()
+    assert chunks_here(phone, sha256)[last]
     phone.start().wait_ready()
     wait_online([laptop, phone])
     assert laptop.call("generate", asked)["tokens"] == tokens
