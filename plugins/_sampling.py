@@ -37,9 +37,13 @@ def kept(keep: int, vocab: int) -> int:
     return vocab if keep == KEEP_ALL else min(keep, vocab)
 
 
-def are_of(ids: np.ndarray, start: int, end: int) -> bool:
-    """Can `ids` be candidates of the slice of these rows?"""
-    return bool((((ids >= start) & (ids < end)) | (ids == REST)).all())
+def are_of(ids: np.ndarray, keep: int, start: int, end: int) -> bool:
+    """Can `ids` be what `best` gives for `keep` of the slice of these rows?"""
+    if keep == KEEP_TOP_P:
+        if len(ids) < 2 or ids[-1] != REST:
+            return False
+        ids = ids[:-1]
+    return bool(((ids >= start) & (ids < end)).all())
 
 
 def best(logits: np.ndarray, keep: int, first_id: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -18,6 +18,7 @@ from . import _ggml
 
 BLOCK = 32
 TIMED = 20
+HALF_MAX = 65504.0  # the largest finite f16
 ALIGN = BLOCK  # where a frame may be cut for any codec
 
 
@@ -65,7 +66,8 @@ class Codec:
 
 
 class Half(Codec):
-    """IEEE half precision, rounded to nearest."""
+    """IEEE half precision, rounded to nearest. What lies beyond its range becomes the largest it has: a
+    few values of a hidden state can be that large, and one infinity makes every logit NaN."""
 
     name = "f16"
 
@@ -74,6 +76,7 @@ class Half(Codec):
 
     def encode(self, values: np.ndarray) -> memoryview:
         self._room(self.size(len(values)), len(values))
+        values = np.clip(values, -HALF_MAX, HALF_MAX, out=self._values[: len(values)])
         self._lib.cpu_fp32_to_fp16(values.ctypes.data, self._frame.ctypes.data, len(values))
         return memoryview(self._frame)[: self.size(len(values))]
 

@@ -274,10 +274,11 @@ class ShardEngine:
             sizes = [kept(keep, end - start) for keep in keeps]
             shapes = (("<i4", (sum(sizes),)), ("<f4", (sum(sizes),)))
             ids, values = self._mailbox.expect(rank, "result", shapes, work.count)
-            if not are_of(ids, start, end):
-                raise ProtocolError(f"expected token ids {start} to {end} of rank {rank}")
             cuts = np.cumsum(sizes)[:-1]
-            by_rank.append(list(zip(np.split(ids, cuts), np.split(values, cuts), strict=True)))
+            found = list(zip(np.split(ids, cuts), np.split(values, cuts), strict=True))
+            if not all(are_of(own, keep, start, end) for (own, _), keep in zip(found, keeps, strict=True)):
+                raise ProtocolError(f"expected token ids {start} to {end} of rank {rank}")
+            by_rank.append(found)
         return [
             (np.concatenate([ids for ids, _ in parts]), np.concatenate([values for _, values in parts]))
             for parts in zip(*by_rank, strict=True)

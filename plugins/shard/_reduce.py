@@ -19,7 +19,7 @@ from edged import Channel, EngineSpec, ProtocolError
 
 from . import Settings, _ggml
 from ._codecs import ALIGN, CODECS
-from ._links import DIRECT, RING, Link, Links, Load, Way, choose_codec, choose_ways, probe
+from ._links import DIRECT, PROBE_S, RING, Link, Links, Load, Way, choose_codec, choose_ways, probe
 from ._messages import patience_s
 from ._place import Place
 
@@ -144,13 +144,13 @@ def settle(
     of which the first rank's counts. `work`: values of a token's partial, all-reduces a token, bytes of
     weights that a rank reads a token."""
     links = _measure(channel, group)
-    first = group[0]
+    first, patience = group[0], SETTLE_S + len(_pairs(group)) * PROBE_S
     if channel.rank != first:
         rows = [[a, b, link.latency_s, link.bytes_s] for (a, b), link in links.items() if a == channel.rank]
         channel.send(first, {"k": "links", "l": rows})
-        return _read_terms(_receive(channel, first, "terms"), group)
+        return _read_terms(_receive(channel, first, "terms", patience), group)
     for rank in group[1:]:
-        links |= _read_links(_receive(channel, rank, "links"), rank, group)
+        links |= _read_links(_receive(channel, rank, "links", patience), rank, group)
     codec = wire if wire != "auto" else choose_codec(group, links, _load(lib, *work))
     terms = Terms(codec, choose_ways(group, links))
     ways = [[size, way.name, way.hub] for size, way in terms.ways]
@@ -160,10 +160,18 @@ def settle(
 
 
 def _measure(channel: Channel, group: Sequence[int]) -> dict[tuple[int, int], Link]:
-    """This rank's links, pair after pair in one order, so that no two are measured over one another."""
-    pairs = [(a, b) for a in group for b in group if a < b]
-    mine = [pair for pair in pairs if channel.rank in pair]
-    return {pair: probe(channel, pair[1] if pair[0] == channel.rank else pair[0]) for pair in mine}
+    """This rank's links, pair after pair in one order, so that a rank measures one at a time. Pairs that
+    share no rank may be measured at once, and share what wire there is between them."""
+    found = {}
+    for before, pair in enumerate(_pairs(group)):
+        if channel.rank in pair:
+            other = pair[1] if pair[0] == channel.rank else pair[0]
+            found[pair] = probe(channel, other, SETTLE_S + before * PROBE_S)
+    return found
+
+
+def _pairs(group: Sequence[int]) -> list[tuple[int, int]]:
+    return list(itertools.combinations(sorted(group), 2))
 
 
 def _load(lib: _ggml.Ggml, width: int, sums: int, weight_bytes: float) -> Load:
@@ -176,8 +184,8 @@ def _load(lib: _ggml.Ggml, width: int, sums: int, weight_bytes: float) -> Load:
     )
 
 
-def _receive(channel: Channel, source: int, kind: str) -> Mapping[str, Any]:
-    header, _ = channel.receive(source, SETTLE_S)
+def _receive(channel: Channel, source: int, kind: str, timeout_s: float) -> Mapping[str, Any]:
+    header, _ = channel.receive(source, timeout_s)
     if header.get("k") != kind:
         raise ProtocolError(f"expected {kind} of rank {source}, got {str(header.get('k'))[:32]!r}")
     return header
@@ -200,8 +208,10 @@ def _read_links(header: Mapping[str, Any], rank: int, group: Sequence[int]) -> L
 
 def _read_terms(header: Mapping[str, Any], group: Sequence[int]) -> Terms:
     codec, rows = header.get("w"), header.get("a")
-    if codec not in CODECS or not isinstance(rows, list) or not 0 < len(rows) <= WAYS_MAX:
-        raise ProtocolError("expected a codec and at least one way to sum")
+    if type(codec) is not str or codec not in CODECS:
+        raise ProtocolError(f"expected a codec, got {str(codec)[:32]!r}")
+    if not isinstance(rows, list) or not 0 < len(rows) <= WAYS_MAX:
+        raise ProtocolError(f"expected 1 to {WAYS_MAX} ways to sum")
     ways = []
     for row in rows:
         if not isinstance(row, list) or len(row) != 3 or type(row[0]) is not int or type(row[2]) is not int:
@@ -211,4 +221,6 @@ def _read_terms(header: Mapping[str, Any], group: Sequence[int]) -> Terms:
         if way not in (DIRECT, RING) and (name != "star" or hub not in group):
             raise ProtocolError(f"expected a way to sum, got {str(name)[:32]!r}")
         ways.append((size, way))
+    if any(a >= b for a, b in itertools.pairwise([0, *(size for size, _ in ways)])):
+        raise ProtocolError("expected ways to sum in the order of their sizes")
     return Terms(codec, tuple(ways))

@@ -17,6 +17,7 @@ from edged_plugins.shard._links import (
     LARGE_BYTES,
     LARGE_TIMES,
     RING,
+    SLOW_S,
     SMALL_BYTES,
     SMALL_TIMES,
     Link,
@@ -25,6 +26,7 @@ from edged_plugins.shard._links import (
     choose_codec,
     choose_way,
     choose_ways,
+    probe,
     time_s,
 )
 from edged_plugins.shard._reduce import Reducer, Terms, settle
@@ -68,6 +70,14 @@ def test_a_codec_keeps_values_within_its_rounding(name: str, count: int) -> None
         step = np.abs(blocks).max(axis=1, keepdims=True) / 127
         bound = np.broadcast_to(step * (0.5 + 127 * 2**-11), blocks.shape).reshape(-1)[:count]
         assert (np.abs(back - values) <= bound * 1.001).all()
+
+
+def test_half_precision_ends_at_its_largest_value_and_not_at_infinity() -> None:
+    codec = CODECS["f16"](_ggml.load())
+    values = np.array([1e5, -1e5, 65504, -3], np.float32)
+    back = codec.decode(codec.encode(values), len(values))
+    assert back.tolist() == [65504, -65504, 65504, -3]
+    assert values[0] == 1e5  # which is the caller's
 
 
 # --- sums -----------------------------------------------------------------------------------------
@@ -218,6 +228,38 @@ def test_all_ranks_settle_on_the_terms_of_the_first(ranks: int) -> None:
     assert all(t == terms[0] for t in terms)
 
 
+class Narrow(MemoryChannel):
+    """A link on which each exchange of many bytes, or of any, seems to take `SLOW_S`."""
+
+    def __init__(self, channel: MemoryChannel, slow_from: int, clock: list[float]) -> None:
+        vars(self).update(vars(channel))
+        self._slow_from, self._clock, self.waits, self.sizes = slow_from, clock, [], []
+
+    def exchange(self, ranks: Sequence[int], frame: Any, timeout_s: float) -> list[memoryview]:
+        self.waits.append(timeout_s)
+        self.sizes.append(len(frame))
+        if len(frame) >= self._slow_from:
+            self._clock[0] += 2 * SLOW_S
+        return super().exchange(ranks, frame, timeout_s)
+
+
+@pytest.mark.parametrize(
+    ("slow_from", "small", "large"), [(LARGE_BYTES, SMALL_TIMES, 2), (SMALL_BYTES, 2, 1)]
+)
+def test_a_slow_link_is_not_probed_longer_than_it_takes_to_know(
+    monkeypatch: pytest.MonkeyPatch, slow_from: int, small: int, large: int
+) -> None:
+    """One end finds it slow; the other learns that from it, and both stop with the same exchange."""
+    clock = [0.0]
+    monkeypatch.setattr("edged_plugins.shard._links.time.perf_counter", lambda: clock[0])
+    a, b = connect(2)
+    ends = Narrow(a, slow_from, clock), Narrow(b, LARGE_BYTES + 1, clock)
+    links = together([lambda: probe(ends[0], 1, 7.0), lambda: probe(ends[1], 0, 7.0)])
+    assert ends[0].sizes == ends[1].sizes == [SMALL_BYTES] * (1 + small) + [LARGE_BYTES] * large
+    assert ends[0].waits[0] == 7.0
+    assert links[0].latency_s + LARGE_BYTES / links[0].bytes_s >= SLOW_S
+
+
 LINKS = {"k": "links", "l": [[1, 2, 1e-3, 1e6]]}
 
 
@@ -251,7 +293,12 @@ def test_links_that_are_none_are_a_protocol_error(said: dict[str, Any]) -> None:
         {"k": "terms", "w": "f32", "a": [[1, "tree", -1]]},
         {"k": "terms", "w": "f32", "a": [["1", "direct", -1]]},
         {"k": "terms", "w": "f32", "a": [[1, "direct"]]},
-        {"k": "terms", "w": "f32", "a": [[1, "direct", -1]] * 33},
+        {"k": "terms", "w": "f32", "a": [[size, "direct", -1] for size in range(1, 34)]},
+        {"k": "terms", "w": ["f32"], "a": [[1, "direct", -1]]},
+        {"k": "terms", "w": "f32", "a": [[1, ["direct"], -1]]},
+        {"k": "terms", "w": "f32", "a": [[0, "direct", -1]]},
+        {"k": "terms", "w": "f32", "a": [[2, "direct", -1], [1, "ring", -1]]},
+        {"k": "terms", "w": "f32", "a": [[2, "direct", -1], [2, "ring", -1]]},
     ],
 )
 def test_terms_that_are_none_are_a_protocol_error(said: dict[str, Any]) -> None:
@@ -267,7 +314,7 @@ def probing(
     """`channels[0]`, to which all `others` answer every probe, and then say what they say."""
     mine, by_rank = channels[0], {c.rank: c for c in channels}
     for other in others:
-        for size in [SMALL_BYTES] * SMALL_TIMES + [LARGE_BYTES] * LARGE_TIMES:
+        for size in [SMALL_BYTES] * (1 + SMALL_TIMES) + [LARGE_BYTES] * LARGE_TIMES:
             by_rank[other].move([(mine.rank, bytes(size))], [], PATIENCE_S)
     for other, header in said:
         by_rank[other].send(mine.rank, header)

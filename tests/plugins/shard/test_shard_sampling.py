@@ -72,9 +72,22 @@ def test_what_a_slice_leaves_out_is_one_candidate_more() -> None:
     few = best(logits[:5], KEEP_TOP_P)
     assert len(few[0]) == kept(KEEP_TOP_P, 5) == 6
     assert few[1][-1] == -np.inf
-    assert are_of(ids, 100, 100 + VOCAB)
+    assert are_of(ids, KEEP_TOP_P, 100, 100 + VOCAB)
     for stranger in (-2, 99, 100 + VOCAB):
-        assert not are_of(np.append(ids, stranger), 100, 100 + VOCAB)
+        assert not are_of(np.insert(ids, 0, stranger), KEEP_TOP_P, 100, 100 + VOCAB)
+
+
+@pytest.mark.parametrize("keep", [1, 7, KEEP_ALL, KEEP_TOP_P])
+def test_the_rest_stands_last_and_only_where_it_was_asked_for(keep: int) -> None:
+    ids, _ = best(logits_of(0), keep)
+    assert are_of(ids, keep, 0, VOCAB)
+    assert not are_of(np.full_like(ids, REST), keep, 0, VOCAB)
+    assert not are_of(np.array([REST]), keep, 0, VOCAB)
+    if keep == KEEP_TOP_P:
+        assert not are_of(ids[:-1], keep, 0, VOCAB)
+        assert not are_of(ids[::-1], keep, 0, VOCAB)
+    else:
+        assert not are_of(np.append(ids[:-1], REST), keep, 0, VOCAB)
 
 
 @pytest.mark.parametrize(
