@@ -249,7 +249,7 @@ def _check(profile: Profile, origin: str) -> None:
         ),
         (profile.jobs.queue >= 1, "jobs.queue of 1 or more"),
         (profile.jobs.context >= 64, "jobs.context of 64 or more"),
-        (1 <= profile.jobs.sequences <= 64, "jobs.sequences from 1 to 64"),
+        (1 <= profile.jobs.sequences <= 32, "jobs.sequences from 1 to 32"),
         (len(set(profile.plugins)) == len(profile.plugins), "each plugin once"),
     )
     for holds, expected in rules:

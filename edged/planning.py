@@ -32,6 +32,7 @@ KV_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}  # per element; exact numer
 F32_BYTES = 4
 DISK_BYTES_S = 100e6  # at which dropped weights are read again: nothing measures disks, so a slow one's
 BUDGET_MARGIN = 16  # a windowed role leaves this part of a budget free, which moves with the node's memory
+Q8_0_BLOCK = 32  # elements that share a scale; a block lies within one head
 PROMPT_BATCH = 512  # tokens of a prompt that one reading of the weights serves
 INFINITE = float("inf")
 GAIN_MIN = 0.9  # more nodes must predict at most this share of the time of fewer (hysteresis)
@@ -368,7 +369,7 @@ def validate(
         return "it is not on the nodes that were asked for, in their order"
     if len({role.node_id for role in roles}) != len(roles):
         return "a node has more than one role"
-    reason = _coverage(_stages(roles), model)
+    reason = _coverage(_stages(roles), model) or _cache_refusal(model, request)
     if reason:
         return reason
     for role in roles:
@@ -384,6 +385,15 @@ def validate(
         if not _are_linked(nodes[a.node_id], nodes[b.node_id]):
             return f"{nodes[a.node_id].name} and {nodes[b.node_id].name} have no connection to each other"
     return None
+
+
+def _cache_refusal(model: ModelDescription, request: PlanRequest) -> str | None:
+    if request.numerics == "exact" or request.cache_type != "q8_0" or model.head_dim % Q8_0_BLOCK == 0:
+        return None
+    return (
+        f"a KV cache in q8_0 needs heads of a multiple of {Q8_0_BLOCK} elements, and this model's have "
+        f"{model.head_dim}; set jobs.cache_type to f16"
+    )
 
 
 def _refusal(node: NodeView, role: Role, request: PlanRequest, *, is_submitter: bool) -> str | None:

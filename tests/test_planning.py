@@ -209,6 +209,26 @@ def test_who_may_take_part(
     assert planning.validate(plan, MODEL, nodes, PlanRequest(**request_)) == reason
 
 
+@pytest.mark.parametrize(
+    ("head_dim", "cache_type", "numerics", "is_refused"),
+    [
+        (80, "q8_0", "fast", True),
+        (96, "q8_0", "fast", False),
+        (80, "f16", "fast", False),
+        (80, "q8_0", "exact", False),  # whose cache is F32 whatever the profile says
+    ],
+)
+def test_a_cache_of_blocks_that_heads_do_not_fill_is_refused_before_anything_is_fetched(
+    head_dim: int, cache_type: Any, numerics: Any, is_refused: bool
+) -> None:
+    model = dataclasses.replace(MODEL, head_dim=head_dim)
+    request = PlanRequest(cache_type=cache_type, numerics=numerics)
+    refused = planning.validate(LOCAL, model, by_id(node("a")), request)
+    assert (refused is not None) == is_refused
+    if refused:
+        assert "multiple of 32 elements, and this model's have 80; set jobs.cache_type to f16" in refused
+
+
 @pytest.mark.parametrize(("budget", "is_refused"), [(None, False), (0, True), (-1, True), (1, False)])
 def test_a_part_that_does_not_fit_is_refused_with_both_sizes(budget: int | None, is_refused: bool) -> None:
     """`budget`: None, nothing, or that many bytes above (or below) what the part needs."""
