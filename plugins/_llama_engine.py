@@ -8,6 +8,7 @@ what the sequences hold when more come at once, up to what the plan counts.
 from __future__ import annotations
 
 import ctypes
+import logging
 from collections import deque
 from collections.abc import Mapping, Sequence
 
@@ -21,6 +22,7 @@ from ._llama_settings import SEQUENCES_MAX
 from ._sampling import best, choose, keep_of
 from ._tokenizer import Tokenizer
 
+log = logging.getLogger(__name__)
 CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}  # ggml_type
 BATCH_TOKENS = 512  # of one llama_decode: llama.cpp's own n_ubatch
 
@@ -153,7 +155,9 @@ class Sequences:
     """The sequences a context holds: which place of libllama's each has, how long it is and may become.
 
     Cells of the KV cache belong to no sequence (`kv_unified`), so that the context can grow by copying:
-    to twice the places, or twice the cells, whenever one more sequence asks for them.
+    to twice the places, or twice the cells, whenever one more sequence asks for them. While it is copied
+    both are held, the smaller beside the larger, which no plan counts; a new sequence for which that fails
+    is refused, and those that run keep the smaller.
     """
 
     def __init__(self, model: int, spec: EngineSpec, most: int) -> None:
@@ -164,12 +168,20 @@ class Sequences:
         self._lengths: dict[int, int] = {}
         self._reserved: dict[int, int] = {}
         self._room, self._cells = 1, spec.context_tokens
-        self.context = self._open()
+        self.context = self._open(self._room, self._cells)
 
     def reserve(self, sequence: int, positions: int) -> bool:
-        """Keep so many positions for a new sequence; False while others hold them, or all places."""
-        free = self._cells_max - sum(self._reserved.values())
-        if len(self._reserved) >= self._max or positions > free:
+        """Keep so many positions for a new sequence, in a larger context if need be; False while others
+        hold them, or all places, or the memory to grow."""
+        wanted = positions + sum(self._reserved.values())
+        if len(self._reserved) >= self._max or wanted > self._cells_max:
+            return False
+        try:
+            self._make_room(len(self._reserved) + 1, wanted)
+        except EngineError as error:
+            if not self._reserved:
+                raise  # there is nothing to wait for
+            log.warning("llama_cpp cannot grow its context", extra={"reason": str(error)})
             return False
         self._reserved[sequence] = positions
         return True
@@ -220,36 +232,40 @@ class Sequences:
         self._reserved.clear()
 
     def _free_place(self) -> int:
+        taken = set(self._places.values())
+        return next(place for place in range(self._room) if place not in taken)
+
+    def _make_room(self, sequences: int, positions: int) -> None:
         room, cells = self._room, self._cells
-        while room <= len(self._places):
+        while room < sequences:
             room = min(2 * room, self._max)
-        while cells < sum(self._reserved.values()):
+        while cells < positions:
             cells = min(2 * cells, self._cells_max)
         if (room, cells) != (self._room, self._cells):
             self._grow(room, cells)
-        taken = set(self._places.values())
-        return next(place for place in range(room) if place not in taken)
 
     def _grow(self, room: int, cells: int) -> None:
-        """A larger context, with what the sequences hold copied into it."""
-        smaller = self.context
-        self._room, self._cells = room, cells
-        self.context = self._open()
+        """A larger context, with what the sequences hold copied into it; EngineError leaves the smaller."""
+        larger = self._open(room, cells)
         try:
             for place in self._places.values():
-                _copy(smaller, self.context, place)
-        finally:
-            llama_cpp.llama_free(smaller)
+                _copy(self.context, larger, place)
+        except BaseException:
+            llama_cpp.llama_free(larger)
+            raise
+        smaller, self.context = self.context, larger
+        self._room, self._cells = room, cells
+        llama_cpp.llama_free(smaller)
 
-    def _open(self) -> int:
+    def _open(self, room: int, cells: int) -> int:
         return _libllama.open_context(
             self._model,
-            n_ctx=self._cells,
-            n_seq_max=self._room,
+            n_ctx=cells,
+            n_seq_max=room,
             kv_unified=True,  # else a sequence's state fits only a context of as many sequences
             n_batch=BATCH_TOKENS,
             n_ubatch=BATCH_TOKENS,
-            n_outputs_max=self._room,
+            n_outputs_max=room,
             n_threads=self._threads,
             n_threads_batch=self._threads,
             flash_attn_type=llama_cpp.LLAMA_FLASH_ATTN_TYPE_AUTO,

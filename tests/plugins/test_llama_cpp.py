@@ -183,6 +183,25 @@ def test_a_sequence_is_admitted_while_there_is_room(smol: Path) -> None:
         assert step(engine, Step(2, [2], 0, GREEDY)) == [token]
 
 
+def test_where_the_context_cannot_grow_the_new_sequence_waits_and_the_others_go_on(
+    smol: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with engine_of(smol) as engine:
+        ids = engine.encode(PROMPT, raw=True)
+        assert engine.open(0, ids, 200) == 0
+        token = step(engine, Step(0, ids, 0, GREEDY))
+        with monkeypatch.context() as patched:
+            patched.setattr(_libllama, "open_context", _no_memory)
+            assert engine.open(1, ids, 200) is None
+            step(engine, Step(0, token, len(ids), GREEDY))
+        assert engine.open(1, ids, 200) == 0  # once there is memory
+        assert step(engine, Step(1, ids, 0, GREEDY)) == token
+
+
+def _no_memory(*_: object, **__: object) -> int:
+    raise EngineError("libllama cannot make room")
+
+
 def test_the_cache_s_room_admits_and_its_type_is_libllama_s(smol: Path) -> None:
     """A cache of 300 tokens has room for one sequence of 200; a context is the least it may be."""
     sizes = {}
