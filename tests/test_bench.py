@@ -23,7 +23,9 @@ RUN_S = 240.0
 @pytest.fixture
 def record(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.syspath_prepend(str(BENCH))
-    return importlib.import_module("_record")
+    found = importlib.import_module("_record")
+    monkeypatch.setattr(found, "_commit", lambda: "abc1234")  # whatever this tree has changed
+    return found
 
 
 def rows(out: Path) -> dict[str, Any]:
@@ -48,11 +50,13 @@ def test_a_cut_off_run_goes_on_with_the_rows_it_lacks(record: Any, tmp_path: Pat
     assert json.loads(out.read_text()) == document
 
 
-@pytest.mark.parametrize("change", ["finished", "name", "commit", "quick"])
+@pytest.mark.parametrize("change", ["finished", "name", "commit", "quick", "dirty"])
 def test_rows_of_another_run_are_not_taken_over(
     record: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: str
 ) -> None:
     out = tmp_path / "some.json"
+    if change == "dirty":
+        monkeypatch.setattr(record, "_commit", lambda: "abc1234-dirty")
     first = record.Record("some", out, is_quick=False)
     first.put("whole", ratio=1.5)
     if change == "finished":

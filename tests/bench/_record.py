@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+DIRTY = "-dirty"
 QUICK = bool(os.environ.get("EDGED_BENCH_QUICK"))
 """Tiny settings that show whether a benchmark runs through; its figures mean nothing."""
 
@@ -23,7 +24,8 @@ def quick(tiny: Any, real: Any) -> Any:
 
 class Record:
     """Rows by name. A file that an earlier run of the same commit left unfinished is gone on with:
-    the rows it has are not measured again, but for those it was in the middle of."""
+    the rows it has are not measured again, but for those it was in the middle of. A tree with changes
+    of its own is nobody's commit: its rows are always measured again."""
 
     def __init__(self, name: str, out: Path | None, is_quick: bool = QUICK) -> None:
         self._name, self._out, self._commit = name, out, _commit()
@@ -48,6 +50,8 @@ class Record:
 
     def _earlier(self) -> list[dict[str, Any]]:
         if self._out is None or not self._out.exists():
+            return []
+        if self._commit is None or self._commit.endswith(DIRTY):
             return []
         found = json.loads(self._out.read_text())
         same = (found.get("name"), found.get("commit"), found.get("quick"), found.get("complete")) == (
@@ -80,10 +84,13 @@ class Record:
 
 
 def _commit() -> str | None:
-    done = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or None
+    commit, changed = _git("rev-parse", "--short", "HEAD"), _git("status", "--porcelain", "-uno")
+    return commit + DIRTY if commit and changed else commit or None
+
+
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(ROOT), *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:

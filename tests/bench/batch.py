@@ -35,8 +35,9 @@ def main(out: Path | None = None) -> dict[str, Any]:
         times: dict[str, dict[int, list[float]]] = {name: {size: [] for size in SIZES} for name in NAMES}
         for number in range(1, ROUNDS + 1):
             for size in SIZES:
-                for name, peer in peers.items():
-                    times[name][size].append(statistics.median(peer.call("batch", size, PROMPT, STEPS)))
+                for name in NAMES if number % 2 else NAMES[::-1]:  # neither always runs second
+                    steps = peers[name].call("batch", size, PROMPT, STEPS)
+                    times[name][size].append(statistics.median(steps))
             for size in SIZES:
                 _put(record, size, times, number)
     return record.done()

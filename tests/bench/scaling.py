@@ -14,8 +14,8 @@ and for layers T(1) + n (RTT/2 + h): n - 1 hops and the candidates back to rank 
 T(1) one node's time under the same quota in this run, h = 0.021 ms an exchange of 8 KiB in TLS 1.3 over
 loopback (a bare blocking loop between two pinned processes). T(1)/n is the best there is: three nodes
 divide the four groups of heads 2:1:1. RTT is what a datagram took in the run. `ratio` is the measured over
-the predicted time. CPU is per token, of all daemons, of all workers and of the relay; the workers' has
-their waiting in it where they poll.
+the predicted time. CPU is of a whole generation, its prompt of 16 tokens included, over the tokens it
+made: of all daemons, of all workers and of the relay; the workers' has their waiting in it where they poll.
 """
 
 from __future__ import annotations
