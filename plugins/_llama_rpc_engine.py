@@ -31,7 +31,6 @@ from ._llama_tunnel import LOOPBACK, Link, Tunnels, free_port, listening
 
 log = logging.getLogger(__name__)
 SERVERS_MAX = 16  # GGML_RPC_MAX_SERVERS
-STOP_S = 5.0
 
 
 def load(spec: EngineSpec, channel: Channel) -> RpcDriver | RpcServer:
@@ -117,8 +116,10 @@ class RpcDriver:
         self._stop_carrying()
 
     def _stop_carrying(self) -> None:
+        """Until the carrier has ended, whose the channel's sockets are: ZeroMQ's may not be closed under
+        another thread. Each of its calls ends by a timeout; a daemon that waits less ends the process."""
         self._is_closing.set()
-        self._carrier.join(STOP_S)
+        self._carrier.join()
 
     def _carry(self) -> None:
         """The channel's thread, from here on."""
