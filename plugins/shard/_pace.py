@@ -8,7 +8,6 @@ when the plan is loaded; the other stages got their layers in proportion to thei
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Mapping
 
@@ -21,7 +20,8 @@ from ._messages import BATCH_TOKENS, BLOCK
 
 DECODE_ROWS = (1, 2, 4, 8, 16, 32)
 PROMPT_ROWS = (BLOCK, 2 * BLOCK, 4 * BLOCK)
-REPEATS = 3  # of a decoding batch; a prompt's takes long enough to be measured once
+REPEATS = 5  # of a decoding batch, of which the shortest counts, since nothing else ran then; a prompt's
+# takes long enough to be measured once
 
 Times = Mapping[int, float]  # rows of a batch -> seconds, ascending
 
@@ -70,7 +70,7 @@ def _time(shard: Shard, cache: Cache, spans: tuple[Span, ...]) -> float:
         if not shard.place.is_first:
             given = np.full((graph.count, shard.model.hidden), 0.1, np.float32)
         repeats = REPEATS if len(spans) == graph.count else 1
-        return statistics.median(_seconds(graph, given, len(spans)) for _ in range(repeats))
+        return min(_seconds(graph, given, len(spans)) for _ in range(repeats))
     finally:
         graph.close()
 
