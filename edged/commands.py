@@ -141,6 +141,7 @@ class Commands:
     async def _trust(self, request: Request) -> Document:
         asked = requests.read(requests.Trust, request.body)
         member = self._parts.peers.trust(asked.node, asked.rights, asked.zone)
+        self._parts.roles.recheck_rights()
         return {
             "node_id": member.node_id,
             "name": member.name,

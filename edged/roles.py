@@ -272,6 +272,19 @@ class Roles:
     def _generate(self, coordinator: str, body: wire.Generate) -> None:
         self._of(coordinator, body.group).worker.send("generate", body)
 
+    def recheck_rights(self) -> None:
+        """End the roles of coordinators that may not submit jobs here any more."""
+        for group, held in list(self._held.items()):
+            member = self._peers.membership.member(held.coordinator)
+            if member is not None and "submit" not in member.rights:
+                self._give_back(group, f"{member.name} has no right to submit jobs here any more")
+
+    def _give_back(self, group: str, reason: str) -> None:
+        """End a role from this side: its coordinator gives it no other job."""
+        held = self._held[group]
+        self._peers.tell_if_online(held.coordinator, "lost", wire.Lost(group, held.offer.rank, reason))
+        self._end(group, reason)
+
     async def _usage(self, coordinator: str, body: wire.Usage) -> wire.Used:
         answer = await self._of(coordinator, body.group).worker.call("usage", {}, USAGE_S)
         return wire.read_body(wire.Used, answer)
@@ -298,7 +311,10 @@ class Roles:
         if held is None:
             return
         if message.kind == "failed":
-            log.warning("worker failed", extra={"group": group, "reason": message.body.get("message")})
+            reason = str(message.body.get("message"))
+            log.warning("worker failed", extra={"group": group, "reason": reason})
+            if not message.body.get("is_peer"):  # of a peer's loss its own node tells
+                self._give_back(group, reason)
         elif message.kind in ("tokens", "finished"):
             body = wire.read_body(wire.BODIES[message.kind], message.body)
             self._peers.tell_if_online(held.coordinator, message.kind, body)

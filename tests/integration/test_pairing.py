@@ -370,3 +370,20 @@ def test_forgetting_ends_running_work(nodes: Nodes, smol: Path) -> None:
 
 
 LONG = {"model": "smol", "prompt": "Hi", "n": 1500, "temperature": 0.0, "ignore_eos": True}
+
+
+def test_rights_that_are_taken_away_hold_for_what_is_loaded(nodes: Nodes, echo_model: Path) -> None:
+    """A warm plan would pass by every rule that a new one is checked against."""
+    laptop, phone = nodes.group("laptop", "phone", plugins=["echo", "layer_parallel"])
+    phone.add(echo_model, "echo")
+    asked = ECHO | {"strategy": "layers", "nodes": ["phone", "laptop"]}
+    assert phone.call("generate", asked)["text"].startswith("hello")
+    assert phone.call("generate", asked)["measured"]["load_ms"] == 0
+    laptop.call("trust", {"node": "phone", "rights": ["serve", "train"]})
+    wait_until("its role to end", lambda: not laptop.workers())
+    assert "no right to submit" in str(phone.error("generate", asked))
+    laptop.call("trust", {"node": "phone", "rights": ["submit", "serve", "train"]})
+    phone.call("trust", {"node": "laptop", "rights": ["submit"]})
+    assert "no right to serve" in str(phone.error("generate", asked))
+    phone.call("trust", {"node": "laptop", "rights": ["submit", "serve"], "zone": "guest"})
+    assert "guest" in str(phone.error("generate", asked))
