@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ class Device:
         self._root = root
         self._profile, self._cache = profile, cache
         self._sensors, self._engines, self._supervisor = sensors, engines, supervisor
+        self.promised: Callable[[], int] = int  # bytes planned for roles here that nothing holds yet
         self._lock = asyncio.Lock()  # two benchmarks at once would measure each other
 
     def read(self) -> DeviceState:
@@ -66,12 +67,19 @@ class Device:
         return DeviceState(**merged)
 
     def memory_budget(self, taken: int) -> int | None:
-        """Bytes a new worker may take when workers already hold `taken`; None where unknown."""
+        """Bytes a new worker may take when workers are planned with `taken`; None where unknown.
+
+        What is free now is not all to be had: a cache is touched as it fills, a role on its way in later.
+        """
         budget, free = self._profile.budget, self.read().memory_free
         if free is None:
             return None if budget.memory is None else max(0, budget.memory - taken)
-        allowed = int(free * budget.memory_share)
+        allowed = int(max(0, free - self.promised()) * budget.memory_share)
         return allowed if budget.memory is None else max(0, min(allowed, budget.memory - taken))
+
+    def resident(self, pid: int) -> int:
+        """Bytes that a worker holds in memory already, as `memory_free` counts them."""
+        return limits.resident(self._root, pid)
 
     @property
     def cache_folder(self) -> Path:

@@ -8,6 +8,7 @@ Sources: the kernel's documents on cgroup-v2, cgroup-v1 (cpu bandwidth, memory) 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Set
 from pathlib import Path
 
@@ -57,6 +58,17 @@ def memory(root: Path) -> tuple[int, int] | None:
         limit = _number(folder / "memory.limit_in_bytes")
         found.append(_within(folder, limit, "memory.usage_in_bytes", "total_inactive_file"))
     return min((pair for pair in found if pair is not None), key=lambda pair: pair[1], default=None)
+
+
+def resident(root: Path, pid: int) -> int:
+    """Bytes that a process holds in memory beside pages of files; 0 where it is gone.
+
+    A mapped file's pages count as free memory (`MemAvailable`): the kernel drops them for others."""
+    fields = (_text(root / f"proc/{pid}/statm") or "").split()
+    try:
+        return max(0, int(fields[1]) - int(fields[2])) * os.sysconf("SC_PAGE_SIZE")
+    except (IndexError, ValueError):
+        return 0
 
 
 def memory_pressure(root: Path) -> float | None:

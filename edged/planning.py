@@ -244,6 +244,18 @@ def granted(
     return max(budget - budget // BUDGET_MARGIN, least_memory_of(role, model, request, window_bytes))
 
 
+def admitted(
+    role: Role, model: ModelDescription, request: PlanRequest, budget: int | None, window_bytes: int
+) -> int:
+    """Memory that a planned role gets where it is offered: what it was planned with, no less than works and
+    no more than it needs; less, by a smaller window, where the budget has shrunk since. Above the budget
+    where nothing helps: then it is the least that would."""
+    full = memory_of(role, model, request)
+    least = least_memory_of(role, model, request, window_bytes)
+    planned = max(least, min(full, role.memory_bytes or full))
+    return planned if budget is None or planned <= budget else max(budget, least)
+
+
 def weights_room(role: Role, model: ModelDescription, request: PlanRequest) -> int:
     """Bytes that a planned role's memory leaves to its weights; 0: as much as they are."""
     full = memory_of(role, model, request)
@@ -417,15 +429,35 @@ def _are_linked(a: NodeView, b: NodeView) -> bool:
     )
 
 
+def is_sound(model: ModelDescription) -> bool:
+    """Are a description's figures ones that a model can have? Another node sends them, and memory is
+    counted by them."""
+    sizes = (model.layers, model.hidden, model.heads, model.kv_heads, model.head_dim, model.ffn, model.vocab)
+    bytes_ = (
+        *model.layer_bytes,
+        *itertools.chain(*model.layer_cuts),
+        model.embedding_bytes,
+        model.head_bytes,
+        *(tensor.bytes for tensor in model.tensors),
+    )
+    return (
+        all(size > 0 for size in (*sizes, model.parameters, model.context_tokens))
+        and all(count >= 0 for count in bytes_)
+        and _stored_bytes(model) > 0
+        and len(model.layer_bytes) == model.layers
+        and len(model.layer_cuts) in (0, model.layers)
+    )
+
+
 def is_within(role: Role, model: ModelDescription) -> bool:
-    """Are the role's figures ones that a part of this model can have?"""
+    """Are the role's figures ones that a part of this model, with sound figures, can have?"""
     limits = (
         (role.layers, model.layers),
         (role.heads, model.heads),
         (role.ffn, model.ffn),
         (role.vocab, model.vocab),
     )
-    return role.memory_bytes >= 0 and all(0 <= a <= b <= size for (a, b), size in limits)
+    return is_sound(model) and role.memory_bytes >= 0 and all(0 <= a <= b <= size for (a, b), size in limits)
 
 
 def _coverage(stages: Sequence[Sequence[Role]], model: ModelDescription) -> str | None:

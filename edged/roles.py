@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 from collections.abc import Mapping
@@ -39,6 +40,8 @@ class _Held:
     coordinator: str
     worker: WorkerHandle
     path: str  # the model file, as the worker reaches it
+    model: ModelDescription  # as this node's own store has it
+    memory_bytes: int  # that it was admitted with
 
 
 @dataclass(slots=True)
@@ -48,6 +51,7 @@ class _Admitting:
     offer: wire.Offer
     coordinator: str
     task: asyncio.Task[Any]
+    memory_bytes: int
     ended: str = ""  # why it was ended from outside
 
 
@@ -80,6 +84,7 @@ class Roles:
         peers.takes("generate", self._generate)
         peers.takes("cancel", self._cancel)
         peers.when_gone(self._peer_gone)
+        device.promised = lambda: self.memory_promised
 
     @property
     def count(self) -> int:
@@ -87,10 +92,17 @@ class Roles:
 
     @property
     def memory_taken(self) -> int:
-        """Bytes that the roles here, and those on their way in, were planned with."""
-        offers = [held.offer for held in self._held.values()]
-        offers += [admitting.offer for admitting in self._admitting.values()]
-        return sum(offer.roles[offer.rank].memory_bytes for offer in offers)
+        """Bytes that the roles here, and those on their way in, were admitted with."""
+        held = sum(held.memory_bytes for held in self._held.values())
+        return held + sum(admitting.memory_bytes for admitting in self._admitting.values())
+
+    @property
+    def memory_promised(self) -> int:
+        """Of these, the bytes that are in no worker's memory yet, and so still look free."""
+        waiting = sum(admitting.memory_bytes for admitting in self._admitting.values())
+        return waiting + sum(
+            max(0, held.memory_bytes - self._device.resident(held.worker.pid)) for held in self._held.values()
+        )
 
     async def drain(self, timeout_s: float) -> None:
         """Take no new role, and wait until the coordinators are done with those that are here."""
@@ -117,15 +129,17 @@ class Roles:
     # --- from the coordinator ---
 
     async def _offer(self, coordinator: str, offer: wire.Offer) -> wire.Offered:
-        entry = self._check_offer(coordinator, offer)
+        entry, memory_bytes = self._check_offer(coordinator, offer)
         task = asyncio.current_task()
         assert task is not None
-        admitting = self._admitting[offer.group] = _Admitting(offer, coordinator, task)
+        admitting = self._admitting[offer.group] = _Admitting(offer, coordinator, task, memory_bytes)
         try:
             await self._device.check(entry)
             await self._transfers.ensure(offer)
-            self._check_memory(offer, self._transfers.description_of(offer.model_sha256))
-            return await self._prepare(coordinator, offer)
+            model = self._transfers.description_of(offer.model_sha256)
+            admitting.memory_bytes = 0  # it is not beside itself
+            admitting.memory_bytes = self._check_memory(offer, model)
+            return await self._prepare(admitting, model)
         except EngineError as error:
             raise self._named(error) from error
         except asyncio.CancelledError:
@@ -136,8 +150,8 @@ class Roles:
         finally:
             self._admitting.pop(offer.group, None)
 
-    def _check_offer(self, coordinator: str, offer: wire.Offer) -> EngineEntry:
-        """Every reason to refuse, before anything is started."""
+    def _check_offer(self, coordinator: str, offer: wire.Offer) -> tuple[EngineEntry, int]:
+        """Every reason to refuse, before anything is started; its engine, and the memory it is to have."""
         mine = self._peers.identity
         if not 0 <= offer.rank < len(offer.roles) or offer.roles[offer.rank].node_id != mine.node_id:
             raise ProtocolError("expected an offer of a role for this node")
@@ -157,36 +171,35 @@ class Roles:
         if offer.engine not in self._engines:
             known = ", ".join(sorted(self._engines)) or "none"
             raise EngineError(f"{mine.name} has no engine {offer.engine!r}; loaded: {known}")
-        self._check_memory(offer, offer.model)
+        memory_bytes = self._check_memory(offer, offer.model)
+        role = dataclasses.replace(role, memory_bytes=memory_bytes)  # a guard judges what it will take
         reason = self._host.guard(
             "edged_admit_role", role=role, model_sha256=offer.model_sha256, coordinator=coordinator
         )
         if reason is not None:
             raise PolicyViolation(f"{mine.name} refuses the role: {reason}")
-        return self._engines[offer.engine]
+        return self._engines[offer.engine], memory_bytes
 
-    def _check_memory(self, offer: wire.Offer, model: ModelDescription) -> None:
-        """Does the role fit, by the coordinator's figure and by this node's own?"""
+    def _check_memory(self, offer: wire.Offer, model: ModelDescription) -> int:
+        """Bytes that the role gets here; PolicyViolation where not even the least that works fits."""
         name, role = self._peers.identity.name, offer.roles[offer.rank]
         if not 1 <= offer.context_tokens <= model.context_tokens or not planning.is_within(role, model):
             raise ProtocolError("expected a role and a context within the model's size")
         request, entry = _request_of(offer), self._engines[offer.engine]
-        full = planning.memory_of(role, model, request)
-        least = planning.least_memory_of(role, model, request, entry.window_bytes)
-        needed = max(role.memory_bytes or full, least)
-        admitting = role.memory_bytes if offer.group in self._admitting else 0
-        budget = self._device.memory_budget(self.memory_taken - admitting)
-        if budget is not None and needed > budget:
+        budget = self._device.memory_budget(self.memory_taken)
+        given = planning.admitted(role, model, request, budget, entry.window_bytes)
+        if budget is not None and given > budget:
             raise PolicyViolation(
-                f"{name}: its part needs {needed >> 20} MiB (at least {least >> 20}), and the budget is "
-                f"{budget >> 20} MiB",
+                f"{name}: its part needs at least {given >> 20} MiB, and the budget is {budget >> 20} MiB",
                 remedy="free memory there, or give it a smaller share",
             )
+        return given
 
-    async def _prepare(self, coordinator: str, offer: wire.Offer) -> wire.Offered:
-        group = offer.group
+    async def _prepare(self, admitting: _Admitting, model: ModelDescription) -> wire.Offered:
+        offer, group = admitting.offer, admitting.offer.group
         worker, path = await self._spawn(offer)
-        self._held[group] = _Held(offer, coordinator, worker, path)
+        self._held[group] = _Held(offer, admitting.coordinator, worker, path, model, admitting.memory_bytes)
+        admitting.memory_bytes = 0  # counted with the held ones from here on
         worker.on_exit = lambda reason: self._worker_ended(group, reason)
         ports = data_ports(self._profile.network.data_ports)
         try:
@@ -235,17 +248,18 @@ class Roles:
             ]
             for end in start.ends
         }
-        role, battery = offer.roles[offer.rank], self._device.read().battery
+        role = dataclasses.replace(offer.roles[offer.rank], memory_bytes=held.memory_bytes)
+        request, battery = _request_of(offer), self._device.read().battery
         spec = EngineSpec(
             held.path,
-            offer.model,
+            held.model,
             offer.roles,
             offer.rank,
             offer.context_tokens,
             offer.numerics,
             self._device.threads,
             self._engines[offer.engine].settings,
-            planning.weights_room(role, offer.model, _request_of(offer)),
+            planning.weights_room(role, held.model, request),
             str(self._device.cache_folder),
             offer.cache_tokens,
             offer.cache_type,
@@ -257,7 +271,7 @@ class Roles:
             "ends": ends,
             "may_spin": battery is None or battery.plugged is not False,
         }
-        timeout_s = LOAD_S + planning.memory_of(role, offer.model, _request_of(offer)) / LOAD_BYTES_S
+        timeout_s = LOAD_S + planning.memory_of(role, held.model, request) / LOAD_BYTES_S
         try:
             return wire.read_body(wire.Started, await held.worker.call("load", body, timeout_s))
         except EdgedError as error:

@@ -112,6 +112,14 @@ def test_a_new_worker_gets_what_is_free_and_what_is_left_of_the_profile(
     assert make(tmp_path, *states, budget=allowed).memory_budget(taken) == budget
 
 
+def test_what_is_promised_is_not_free(tmp_path: Path) -> None:
+    found = make(tmp_path, DeviceState(memory_free=10 * GIB), budget=Budget(memory_share=0.5))
+    found.promised = lambda: 4 * GIB
+    assert found.memory_budget(0) == 3 * GIB
+    found.promised = lambda: 11 * GIB
+    assert found.memory_budget(0) == 0
+
+
 def test_threads_are_the_profile_s_or_every_core(tmp_path: Path) -> None:
     assert make(tmp_path, budget=Budget(threads=3)).threads == 3
     assert 1 <= make(tmp_path).threads <= (os.cpu_count() or 1)

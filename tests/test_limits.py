@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -160,3 +161,15 @@ def test_pressure_is_the_share_of_time_that_something_waited(
 
 def test_a_kernel_without_pressure_says_none(tmp_path: Path) -> None:
     assert limits.memory_pressure(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("statm", "pages"), [("900 300 120 1 0 70 0", 180), ("900 10 12 1 0 0 0", 0), ("900", 0), ("", 0)]
+)
+def test_a_process_holds_what_is_resident_beside_files(tmp_path: Path, statm: str, pages: int) -> None:
+    root = tree(tmp_path, {"proc/77/statm": statm})
+    assert limits.resident(root, 77) == pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_a_process_that_is_gone_holds_nothing(tmp_path: Path) -> None:
+    assert limits.resident(tmp_path, 77) == 0

@@ -640,6 +640,27 @@ def test_a_role_outside_its_model_is_told_apart(changed: dict[str, object]) -> N
     assert not planning.is_within(dataclasses.replace(sound, **changed), model)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize(
+    "changed",
+    [
+        *({name: 0} for name in ("layers", "hidden", "heads", "kv_heads", "head_dim", "ffn", "vocab")),
+        {"kv_heads": -2},
+        {"parameters": 0},
+        {"context_tokens": 0},
+        {"head_bytes": -1},
+        {"layer_bytes": (1000, 1000, 1000, -1000)},
+        {"layer_bytes": (1000,)},
+        {"layer_bytes": (0, 0, 0, 0), "head_bytes": 0, "embedding_bytes": 0},
+        {"layer_cuts": ((1000, 0, 0),)},
+        {"tensors": (TensorEntry("a", "F32", (1,), 0, -4),)},
+    ],
+    ids=str,
+)
+def test_no_role_is_within_a_model_with_figures_that_none_has(changed: dict[str, Any]) -> None:
+    sound = planning.whole(NodeView("n", "n"), MODEL, "local").roles[0]
+    assert not planning.is_within(sound, dataclasses.replace(MODEL, **changed))
+
+
 # --- windows over weights ---------------------------------------------------------------------------
 
 BIG = dataclasses.replace(
@@ -681,6 +702,25 @@ def test_without_a_budget_or_an_engine_that_has_windows_all_must_fit() -> None:
     assert planning.granted(ENTIRE, BIG, ASKED, None, 16 << 20) == full
     assert planning.granted(ENTIRE, BIG, ASKED, full - 1, 0) == full
     assert planning.least_memory_of(ENTIRE, BIG, ASKED, 0) == full
+
+
+@given(
+    budget=st.none() | st.integers(0, 2 << 30),
+    planned=st.integers(0, 2 << 30),
+    part=st.sampled_from([ENTIRE, HALF]),
+)
+def test_a_role_is_admitted_with_what_was_planned_or_what_the_budget_still_has(
+    budget: int | None, planned: int, part: Role
+) -> None:
+    full = planning.memory_of(part, BIG, ASKED)
+    least = planning.least_memory_of(part, BIG, ASKED, WINDOWED.window_bytes)
+    asked = dataclasses.replace(part, memory_bytes=planned)
+    given_ = planning.admitted(asked, BIG, ASKED, budget, WINDOWED.window_bytes)
+    assert least <= given_ <= full
+    assert (budget is None or given_ <= budget) == (budget is None or least <= budget)
+    if planned and budget is not None and least <= planned <= full and least <= budget:
+        assert given_ == min(planned, budget)
+    assert planning.admitted(asked, BIG, ASKED, budget, 0) == full  # without a window all must fit
 
 
 def test_vectors_stay_in_memory_beside_the_window() -> None:

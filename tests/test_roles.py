@@ -1,0 +1,159 @@
+"""Roles as they are offered: what they are admitted with, by real workers of the echo engine."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+from edged_plugins import echo
+
+from edged import models, planning, wire
+from edged.config import Budget, Network, Profile
+from edged.device import Device
+from edged.errors import PolicyViolation, ProtocolError
+from edged.identity import Home
+from edged.ingest import ingest
+from edged.models import ModelStore
+from edged.peers import Peers
+from edged.plugins import Host
+from edged.roles import Roles
+from edged.supervisor import Supervisor
+from edged.transfers import Transfers
+from edged.types import DeviceState, EngineEntry, NodeView, PlanRequest, SensorEntry
+
+ECHO = echo.edged_engines({})[0]
+WINDOWED = dataclasses.replace(ECHO, window_bytes=1)
+CONTEXT = 512
+PLENTY = 64 << 30
+
+
+class Stranger:
+    """The side of the network: takes the answers that a node registers, and asks nobody."""
+
+    identity = SimpleNamespace(node_id="me", name="phone")
+    membership = SimpleNamespace(member=lambda node_id: None)
+
+    def __init__(self) -> None:
+        self.offered: Callable[[str, wire.Offer], Awaitable[Any]] | None = None
+
+    def answers(self, kind: str, answer: Any) -> None:
+        if kind == "offer":
+            self.offered = answer
+
+    def takes(self, kind: str, take: Any) -> None: ...
+
+    def when_gone(self, callback: Any) -> None: ...
+
+
+class Rig:
+    """One node with an echo model, and free memory as the test says."""
+
+    def __init__(self, folder: Path, engine: EngineEntry) -> None:
+        home = Home(folder)
+        home.models.mkdir(parents=True)
+        home.cache.mkdir(parents=True)
+        source = folder / "source"
+        source.write_text("edged-echo 1\n")
+        with source.open("rb") as file:
+            params = {"source_fd": file.fileno(), "name": "m", "models": str(home.models)}
+            added = ingest(params | {"describe": [["echo", ECHO.describe]]}, lambda event: None)
+        store, self.supervisor, self.peers = ModelStore(home), Supervisor(), Stranger()
+        self.manifest = store.manifest(added["sha256"])
+        self.engine, self.free = engine, PLENTY
+        engines, peers = {engine.name: engine}, cast("Peers", self.peers)
+        profile = Profile(budget=Budget(memory_share=1.0), network=Network(interfaces=("lo",)))
+        sensor = SensorEntry("free", lambda: DeviceState(memory_free=self.free))
+        self.device = Device(profile, home.cache, {"free": sensor}, engines, self.supervisor)
+        transfers = Transfers(home, profile, store, peers, self.supervisor, engines)
+        self.roles = Roles(profile, peers, Host(), self.device, self.supervisor, transfers, engines)
+        [role] = planning.whole(NodeView("me", "phone"), self.manifest.model, "local").roles
+        self.role = role
+        asked = PlanRequest(context_tokens=CONTEXT)
+        self.full = planning.memory_of(role, self.manifest.model, asked)
+        self.least = planning.least_memory_of(role, self.manifest.model, asked, engine.window_bytes)
+
+    async def offer(self, group: str = "g", memory_bytes: int = 0, **model: Any) -> None:
+        described = dataclasses.replace(self.manifest.model, **model)
+        role = dataclasses.replace(self.role, memory_bytes=memory_bytes)
+        assert self.peers.offered is not None
+        await self.peers.offered(
+            "coordinator",
+            wire.Offer(
+                group, 0, (role,), self.manifest.sha256, "m", models.manifest_hash(self.manifest), described,
+                self.engine.name, CONTEXT, "fast", (), "me",
+            ),
+        )  # fmt: skip
+
+
+def run(folder: Path, test: Callable[[Rig], Awaitable[None]], engine: EngineEntry = ECHO) -> None:
+    async def bounded() -> None:
+        rig = Rig(folder, engine)
+        try:
+            await test(rig)
+        finally:
+            await rig.roles.close()
+            await rig.supervisor.close()
+
+    asyncio.run(bounded())
+
+
+@pytest.mark.parametrize("claimed", [0, 1])
+def test_a_role_counts_with_what_it_needs_whatever_it_claims(tmp_path: Path, claimed: int) -> None:
+    async def test(rig: Rig) -> None:
+        await rig.offer(memory_bytes=claimed)
+        assert rig.roles.memory_taken == rig.full
+        rig.roles._end("g", "the test is done with it")
+        assert rig.roles.memory_taken == rig.roles.memory_promised == 0
+
+    run(tmp_path, test)
+
+
+def test_a_role_takes_what_this_node_knows_of_the_model_not_what_the_offer_says(tmp_path: Path) -> None:
+    async def test(rig: Rig) -> None:
+        await rig.offer(layer_bytes=(0,) * rig.manifest.model.layers, kv_heads=1)
+        assert rig.roles.memory_taken == rig.full
+        assert rig.roles._held["g"].model == rig.manifest.model
+
+    run(tmp_path, test)
+
+
+@pytest.mark.parametrize("model", [{"heads": 0}, {"vocab": 0}, {"kv_heads": -6}], ids=str)
+def test_a_model_with_figures_that_none_has_is_refused(tmp_path: Path, model: dict[str, int]) -> None:
+    async def test(rig: Rig) -> None:
+        with pytest.raises(ProtocolError, match="within the model's size"):
+            await rig.offer(**model)
+
+    run(tmp_path, test)
+
+
+def test_a_budget_that_shrank_makes_the_window_smaller_and_refuses_below_the_least(tmp_path: Path) -> None:
+    async def test(rig: Rig) -> None:
+        rig.free = rig.full - 1
+        await rig.offer(memory_bytes=rig.full)
+        assert rig.roles.memory_taken == rig.free
+        rig.roles._end("g", "the test is done with it")
+        rig.free = rig.least - 1
+        with pytest.raises(PolicyViolation, match="phone: its part needs at least"):
+            await rig.offer(memory_bytes=rig.full)
+        assert rig.roles.memory_taken == 0
+
+    run(tmp_path, test, WINDOWED)
+
+
+def test_memory_that_is_promised_and_not_touched_is_not_given_twice(tmp_path: Path) -> None:
+    async def test(rig: Rig) -> None:
+        rig.free = 2 * rig.full - 1
+        first, second = asyncio.create_task(rig.offer("a")), asyncio.create_task(rig.offer("b"))
+        await first  # while it was on its way in, nothing of it was resident
+        with pytest.raises(PolicyViolation, match="its part needs at least"):
+            await second
+        [worker] = [held.worker for held in rig.roles._held.values()]
+        assert rig.device.resident(worker.pid) > 0
+        assert 0 <= rig.roles.memory_promised < rig.full
+
+    run(tmp_path, test)
