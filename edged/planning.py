@@ -80,6 +80,12 @@ def consider(
     pass through; with `auto` they become refused candidates.
     """
     by_id = {node.node_id: node for node in nodes}
+    for node_id in request.nodes or ():
+        if node_id not in by_id:
+            raise PeerError(
+                f"expected node {node_id[:8]} to say what it can do; it did not answer",
+                remedy="see `edged peers`, or leave it out",
+            )
     ordered = [by_id[node_id] for node_id in request.nodes] if request.nodes else list(nodes)
     if request.strategy == "auto":
         names: Sequence[str] = _fitting(strategies, request, nodes[0].node_id)

@@ -661,6 +661,13 @@ def test_no_role_is_within_a_model_with_figures_that_none_has(changed: dict[str,
     assert not planning.is_within(sound, dataclasses.replace(MODEL, **changed))
 
 
+def test_a_node_named_by_hand_that_did_not_answer_is_named() -> None:
+    for strategy in ("auto", "layers"):
+        request = PlanRequest(strategy, nodes=("a", "silent"))
+        with pytest.raises(PeerError, match="expected node silent to say what it can do; it did not answer"):
+            planning.consider(STRATEGIES, BILLION, group(0.2, 5e9), request)
+
+
 # --- windows over weights ---------------------------------------------------------------------------
 
 BIG = dataclasses.replace(
