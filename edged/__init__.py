@@ -10,7 +10,7 @@ from .errors import (
     ProtocolError,
 )
 from .hookspecs import hookimpl
-from .planning import memory_of
+from .sizes import memory_of
 from .types import (
     RIGHTS,
     Announcement,

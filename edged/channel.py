@@ -18,7 +18,8 @@ import zmq
 
 from . import wire
 from .errors import ConfigError, PeerError, ProtocolError
-from .streams import StreamEnd, Streams
+from .meeting import StreamEnd
+from .streams import Streams
 from .transport import ZAP_ENDPOINT, answer_zap, bind, endpoint, new_keys, secure_client, secure_server
 
 log = logging.getLogger(__name__)

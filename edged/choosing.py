@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from . import planning, wire
+from . import planning, sizes, wire
 from .config import Profile
 from .device import Device
 from .errors import ConfigError, EdgedError, EngineError, PeerError
@@ -155,7 +155,7 @@ class Chooser:
         beside the whole of the weights."""
         candidates, chosen = self._choose_of(sha256, nodes, request)
         description = self._models.manifest(sha256).model
-        if chosen is not None and not planning.is_windowed(candidates[chosen], description, request):
+        if chosen is not None and not sizes.is_windowed(candidates[chosen], description, request):
             return request, candidates, chosen
         single = dataclasses.replace(request, cache_tokens=request.context_tokens)
         return single, *self._choose_of(sha256, nodes, single)

@@ -24,7 +24,7 @@ from .models import Model, ModelStore
 from .peers import Peers
 from .plugins import Host
 from .requests import GenerateRequest
-from .types import Candidate, Sampling
+from .types import Sampling
 
 log = logging.getLogger(__name__)
 RUNNING_MAX = 32  # jobs at once; rank 0 lets them in as the KV cache's memory allows
@@ -48,7 +48,6 @@ class _Run:
     text: str = ""
     epoch: int = 0
     group: Group | None = None
-    candidate: Candidate | None = None
     load_ms: float = 0.0
     bytes_before: asyncio.Future[int] | None = None  # that the group had sent
     tokens_before: int = 0  # that the group had made
@@ -184,9 +183,9 @@ class Coordinator:
 
     def _give_up(self, run: _Run, error: BaseException) -> None:
         """The worker must not go on for nobody; a group that stalled is not used again."""
-        if run.group is None or run.group.lost is not None or run.candidate is None:
+        if run.group is None or run.group.lost is not None:
             return
-        rank_0 = run.candidate.roles[0].node_id
+        rank_0 = run.group.rank_0
         self._peers.tell_if_online(rank_0, "cancel", wire.Cancel(run.group.group_id, run.job_id))
         if isinstance(error, PeerError) and error.code == "stalled":
             self._groups.lose(run.group, rank_0, "no token came")
@@ -204,24 +203,22 @@ class Coordinator:
         asked = self._chooser.asked(run.request, model.sha256)
         async with self._planning:
             run.group = self._groups.standing(asked) or await self._plan(run, model, asked)
-            self._begin_epoch(run, run.group.candidate)
+            self._begin_epoch(run)
             self._groups.enter(run.group, run.job_id)
         run.load_ms = await self._of_the_job(self._groups.loaded(run.group, run.job_id))
         if run.group.lost is not None:
             raise run.group.lost
         if run.is_cancelled:
             raise JobError("the job was cancelled", code="cancelled")
-        assert run.candidate is not None
         run.tokens_before = run.group.tokens
         run.bytes_before = asyncio.ensure_future(self._groups.bytes_sent(run.group))
         await asyncio.sleep(0)  # the question goes out before the job does, and is not waited for
-        self._peers.tell(run.candidate.roles[0].node_id, "generate", self._order(run))
+        self._peers.tell(run.group.rank_0, "generate", self._order(run))
         return await self._until_finished(run)
 
-    def _begin_epoch(self, run: _Run, candidate: Candidate) -> None:
+    def _begin_epoch(self, run: _Run) -> None:
         if run.is_cancelled:
             raise JobError("the job was cancelled", code="cancelled")
-        run.candidate = candidate
         run.epoch += 1
         self._store.begin_epoch(run.job_id, run.epoch, self._plan_row(run))
 
@@ -282,9 +279,8 @@ class Coordinator:
 
     async def _until_finished(self, run: _Run) -> wire.Finished:
         """Wait for the end, as long as tokens keep coming."""
-        assert run.candidate is not None
         assert run.group is not None
-        patience = STALL_S + (run.candidate.predicted.ttft_ms or 0) / 100
+        patience = STALL_S + (run.group.candidate.predicted.ttft_ms or 0) / 100
         while True:
             since = time.monotonic()
             await asyncio.wait([run.finished], timeout=patience)
@@ -342,9 +338,9 @@ class Coordinator:
     def _current(self, node_id: str, job: str, epoch: int) -> _Run | None:
         """The run that rank 0 of the current epoch speaks of; a late message of another is ignored."""
         run = self._runs.get(job)
-        if run is None or run.candidate is None or run.epoch != epoch:
+        if run is None or run.group is None or run.epoch != epoch:
             return None
-        return run if run.candidate.roles[0].node_id == node_id else None
+        return run if run.group.rank_0 == node_id else None
 
     def _group_lost(self, group: Group) -> None:
         for run in self._runs.values():
@@ -395,10 +391,9 @@ class Coordinator:
 
     def _cancel_run(self, run: _Run) -> None:
         run.is_cancelled = True
-        is_loaded = run.group is not None and run.group.made is not None and run.group.made.done()
-        if run.group is not None and run.candidate is not None and run.group.lost is None and is_loaded:
+        if run.group is not None and run.group.is_made and run.group.lost is None:
             body = wire.Cancel(run.group.group_id, run.job_id)
-            self._peers.tell_if_online(run.candidate.roles[0].node_id, "cancel", body)
+            self._peers.tell_if_online(run.group.rank_0, "cancel", body)
         elif run.task is not None:
             run.task.cancel()
 
@@ -444,8 +439,8 @@ class Coordinator:
         return max(0, round(sent * len(run.tokens) / made)) if made else max(0, sent)
 
     def _plan_row(self, run: _Run) -> dict[str, Any]:
-        assert run.candidate is not None
-        row = self._chooser.row_of(run.candidate)
+        assert run.group is not None
+        row = self._chooser.row_of(run.group.candidate)
         return {key: row[key] for key in ("strategy", "roles", "predicted")} | {"epoch": run.epoch}
 
 

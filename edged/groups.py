@@ -82,6 +82,22 @@ class Group:
     heard_at: float = 0.0  # when its last token came, of whichever job
     tokens: int = 0  # that came, of all jobs
 
+    @property
+    def rank_0(self) -> str:
+        """The node that drives the others."""
+        return self.load.roles[0].node_id
+
+    @property
+    def own_members(self) -> set[Member]:
+        """Those that have a role in it, as what they were when it was planned."""
+        nodes = {role.node_id for role in self.load.roles}
+        return {member for member in self.asked.members if member.node_id in nodes}
+
+    @property
+    def is_made(self) -> bool:
+        """Is loading over, well or not?"""
+        return self.made is not None and self.made.done()
+
 
 class Groups:
     """The groups that this node coordinates."""
@@ -97,23 +113,14 @@ class Groups:
         peers.when_gone(self._peer_gone)
 
     def standing(self, asked: Asked) -> Group | None:
-        """A group that was planned for the same question, with at least the context."""
-        for group in self._by_key.values():
-            fits = group.load.context_tokens >= asked.request.context_tokens
-            if fits and _without_sizes(group.asked) == _without_sizes(asked):
-                return group
-        return None
+        """A group that was planned for the same question among the same members."""
+        groups = self._by_key.values()
+        return next((g for g in groups if g.asked.members == asked.members and _answers(g, asked)), None)
 
     def still_serving(self, asked: Asked) -> Group | None:
-        """As `standing`, also where other members came or went since; its own are what they were."""
-        for group in self._by_key.values():
-            nodes = {role.node_id for role in group.load.roles}
-            mine = {member for member in group.asked.members if member.node_id in nodes}
-            fits = group.load.context_tokens >= asked.request.context_tokens and mine <= asked.members
-            had = dataclasses.replace(group.asked, members=asked.members)
-            if fits and _without_sizes(had) == _without_sizes(asked):
-                return group
-        return None
+        """A group that was planned for the same question, and whose own members are what they were."""
+        groups = self._by_key.values()
+        return next((g for g in groups if g.own_members <= asked.members and _answers(g, asked)), None)
 
     def begin(self, load: Load, asked: Asked, candidate: Candidate, nodes: Mapping[str, NodeView]) -> Group:
         """A standing group for this load, else a new one that begins to load; `enter` it at once."""
@@ -331,9 +338,17 @@ def _listeners(roles: Sequence[Role], nodes: Mapping[str, NodeView]) -> dict[tup
     return found
 
 
-def _without_sizes(asked: Asked) -> Asked:
-    request = dataclasses.replace(asked.request, context_tokens=0, cache_tokens=0, prompt_tokens=0)
-    return dataclasses.replace(asked, request=request)
+def _answers(group: Group, asked: Asked) -> bool:
+    """Was it planned for this question but for sizes, and is its context enough?"""
+    return (
+        group.load.context_tokens >= asked.request.context_tokens
+        and group.asked.model_sha256 == asked.model_sha256
+        and _without_sizes(group.asked.request) == _without_sizes(asked.request)
+    )
+
+
+def _without_sizes(request: PlanRequest) -> PlanRequest:
+    return dataclasses.replace(request, context_tokens=0, cache_tokens=0, prompt_tokens=0)
 
 
 def _pair(a: int, b: int) -> tuple[int, int]:

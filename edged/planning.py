@@ -14,6 +14,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from .errors import ConfigError, EdgedError, PeerError, PolicyViolation
+from .sizes import F32_BYTES, granted, held_bytes_of, weight_bytes_of, weights_room
 from .types import (
     Candidate,
     EngineEntry,
@@ -27,11 +28,7 @@ from .types import (
     Strategy,
 )
 
-WORKER_BYTES = 96 << 20  # interpreter, libraries and graph buffers of one worker (measured: 50 to 90 MiB)
-KV_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32}  # per element; exact numerics take F32
-F32_BYTES = 4
 DISK_BYTES_S = 100e6  # at which dropped weights are read again: nothing measures disks, so a slow one's
-BUDGET_MARGIN = 16  # a windowed role leaves this part of a budget free, which moves with the node's memory
 Q8_0_BLOCK = 32  # elements that share a scale; a block lies within one head
 PROMPT_BATCH = 512  # tokens of a prompt that one reading of the weights serves
 INFINITE = float("inf")
@@ -184,95 +181,6 @@ def finish(
 
 
 # --- the price ------------------------------------------------------------------------------------
-
-
-def weight_bytes_of(role: Role, model: ModelDescription) -> int:
-    """Bytes of weights a rank reads for each token, in the file's types (the embedding is one row)."""
-    heads = (role.heads[1] - role.heads[0]) / model.heads
-    ffn = (role.ffn[1] - role.ffn[0]) / model.ffn
-    layers = sum(a * heads + f * ffn + kept for a, f, kept in _layer_cuts(model)[slice(*role.layers)])
-    return round(layers + model.head_bytes * (role.vocab[1] - role.vocab[0]) / model.vocab)
-
-
-def _layer_cuts(model: ModelDescription) -> Sequence[tuple[float, float, float]]:
-    """As described; else as a gated feed-forward beside attention divides a layer."""
-    if model.layer_cuts:
-        return model.layer_cuts
-    attention = 2 * model.hidden * model.head_dim * (model.heads + model.kv_heads)
-    feed_forward = 3 * model.hidden * model.ffn
-    part = attention / (attention + feed_forward)
-    return [(total * part, total * (1 - part), 0.0) for total in model.layer_bytes]
-
-
-def held_bytes_of(role: Role, model: ModelDescription, request: PlanRequest) -> int:
-    """Bytes of a rank's weights in memory: the file's types, or F32 with exact numerics."""
-    weights = weight_bytes_of(role, model)
-    if request.numerics == "fast":
-        return weights
-    return round(weights * F32_BYTES * model.parameters / _stored_bytes(model))
-
-
-def _stored_bytes(model: ModelDescription) -> int:
-    """Of all tensors, one that is both embedding and output counted once."""
-    if model.tensors:
-        return sum(tensor.bytes for tensor in model.tensors)
-    is_tied = model.head_bytes == model.embedding_bytes
-    return sum(model.layer_bytes) + model.embedding_bytes + (0 if is_tied else model.head_bytes)
-
-
-def memory_of(role: Role, model: ModelDescription, request: PlanRequest) -> int:
-    """Weights, the KV cache of all sequences and the worker itself, in bytes."""
-    weights = held_bytes_of(role, model, request)
-    kv_heads = model.kv_heads * (role.heads[1] - role.heads[0]) / model.heads
-    positions = max(request.context_tokens, request.cache_tokens)
-    cache = 2 * (role.layers[1] - role.layers[0]) * positions * kv_heads * model.head_dim
-    of_element = KV_BYTES["f32" if request.numerics == "exact" else request.cache_type]
-    return round(weights + cache * of_element + WORKER_BYTES)
-
-
-def least_memory_of(role: Role, model: ModelDescription, request: PlanRequest, window_bytes: int) -> int:
-    """As `memory_of`, with the smallest window over the weights that the engine has (0: it has none).
-
-    Vectors, a few thousandths of a model, are not windowed."""
-    full, weights = memory_of(role, model, request), held_bytes_of(role, model, request)
-    vectors = sum(tensor.bytes for tensor in model.tensors if len(tensor.shape) == 1)
-    return full if not window_bytes else full - weights + min(weights, window_bytes + vectors)
-
-
-def granted(
-    role: Role, model: ModelDescription, request: PlanRequest, budget: int | None, window_bytes: int
-) -> int:
-    """Memory to plan a role with: all that it needs, or most of a smaller budget where a window fits
-    into that. Above the budget where nothing helps: then it is the least that would."""
-    full = memory_of(role, model, request)
-    if budget is None or full <= budget:
-        return full
-    return max(budget - budget // BUDGET_MARGIN, least_memory_of(role, model, request, window_bytes))
-
-
-def admitted(
-    role: Role, model: ModelDescription, request: PlanRequest, budget: int | None, window_bytes: int
-) -> int:
-    """Memory that a planned role gets where it is offered: what it was planned with, no less than works and
-    no more than it needs; less, by a smaller window, where the budget has shrunk since. Above the budget
-    where nothing helps: then it is the least that would."""
-    full = memory_of(role, model, request)
-    least = least_memory_of(role, model, request, window_bytes)
-    planned = max(least, min(full, role.memory_bytes or full))
-    return planned if budget is None or planned <= budget else max(budget, least)
-
-
-def weights_room(role: Role, model: ModelDescription, request: PlanRequest) -> int:
-    """Bytes that a planned role's memory leaves to its weights; 0: as much as they are."""
-    full = memory_of(role, model, request)
-    if not role.memory_bytes or role.memory_bytes >= full:
-        return 0
-    return max(1, role.memory_bytes - (full - held_bytes_of(role, model, request)))
-
-
-def is_windowed(candidate: Candidate, model: ModelDescription, request: PlanRequest) -> bool:
-    """Has some node less memory for its part's weights than they take?"""
-    return any(weights_room(role, model, request) for role in candidate.roles)
 
 
 def _rereading_s(role: Role, model: ModelDescription, request: PlanRequest) -> float:
@@ -433,37 +341,6 @@ def _are_linked(a: NodeView, b: NodeView) -> bool:
     return any(link.node_id == b.node_id for link in a.links) or any(
         link.node_id == a.node_id for link in b.links
     )
-
-
-def is_sound(model: ModelDescription) -> bool:
-    """Are a description's figures ones that a model can have? Another node sends them, and memory is
-    counted by them."""
-    sizes = (model.layers, model.hidden, model.heads, model.kv_heads, model.head_dim, model.ffn, model.vocab)
-    bytes_ = (
-        *model.layer_bytes,
-        *itertools.chain(*model.layer_cuts),
-        model.embedding_bytes,
-        model.head_bytes,
-        *(tensor.bytes for tensor in model.tensors),
-    )
-    return (
-        all(size > 0 for size in (*sizes, model.parameters, model.context_tokens))
-        and all(count >= 0 for count in bytes_)
-        and _stored_bytes(model) > 0
-        and len(model.layer_bytes) == model.layers
-        and len(model.layer_cuts) in (0, model.layers)
-    )
-
-
-def is_within(role: Role, model: ModelDescription) -> bool:
-    """Are the role's figures ones that a part of this model, with sound figures, can have?"""
-    limits = (
-        (role.layers, model.layers),
-        (role.heads, model.heads),
-        (role.ffn, model.ffn),
-        (role.vocab, model.vocab),
-    )
-    return is_sound(model) and role.memory_bytes >= 0 and all(0 <= a <= b <= size for (a, b), size in limits)
 
 
 def _coverage(stages: Sequence[Sequence[Role]], model: ModelDescription) -> str | None:

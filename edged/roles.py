@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from . import planning, wire
+from . import sizes, wire
 from .config import Profile, data_ports
 from .device import Device
 from .errors import EdgedError, EngineError, PeerError, PolicyViolation, ProtocolError
@@ -183,11 +183,11 @@ class Roles:
     def _check_memory(self, offer: wire.Offer, model: ModelDescription) -> int:
         """Bytes that the role gets here; PolicyViolation where not even the least that works fits."""
         name, role = self._peers.identity.name, offer.roles[offer.rank]
-        if not 1 <= offer.context_tokens <= model.context_tokens or not planning.is_within(role, model):
+        if not 1 <= offer.context_tokens <= model.context_tokens or not sizes.is_within(role, model):
             raise ProtocolError("expected a role and a context within the model's size")
         request, entry = _request_of(offer), self._engines[offer.engine]
         budget = self._device.memory_budget(self.memory_taken)
-        given = planning.admitted(role, model, request, budget, entry.window_bytes)
+        given = sizes.admitted(role, model, request, budget, entry.window_bytes)
         if budget is not None and given > budget:
             raise PolicyViolation(
                 f"{name}: its part needs at least {given >> 20} MiB, and the budget is {budget >> 20} MiB",
@@ -259,7 +259,7 @@ class Roles:
             offer.numerics,
             self._device.threads,
             self._engines[offer.engine].settings,
-            planning.weights_room(role, held.model, request),
+            sizes.weights_room(role, held.model, request),
             str(self._device.cache_folder),
             offer.cache_tokens,
             offer.cache_type,
@@ -271,7 +271,7 @@ class Roles:
             "ends": ends,
             "may_spin": battery is None or battery.plugged is not False,
         }
-        timeout_s = LOAD_S + planning.memory_of(role, held.model, request) / LOAD_BYTES_S
+        timeout_s = LOAD_S + sizes.memory_of(role, held.model, request) / LOAD_BYTES_S
         try:
             return wire.read_body(wire.Started, await held.worker.call("load", body, timeout_s))
         except EdgedError as error:

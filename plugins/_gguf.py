@@ -10,6 +10,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -42,6 +43,11 @@ class Tensor:
     def block(self) -> int:
         return GGML_QUANT_SIZES[GGMLQuantizationType(self.type)][0]
 
+    @property
+    def row_bytes(self) -> int:
+        """Of one row; a vector is one."""
+        return self.bytes // (self.shape[1] if len(self.shape) > 1 else 1)
+
 
 @dataclass(frozen=True, slots=True)
 class ArrayKey:
@@ -55,6 +61,20 @@ class Head:
     path: str
     keys: dict[str, Any]
     tensors: dict[str, Tensor]
+
+    @property
+    def weight_type(self) -> str:
+        """The type that holds most of the layers' bytes."""
+        count: Counter[str] = Counter()
+        for tensor in self.tensors.values():
+            if tensor.name.startswith("blk."):
+                count[tensor.type_name] += tensor.bytes
+        return count.most_common(1)[0][0] if count else "F32"
+
+
+def ggml_type(name: str) -> int:
+    """ggml's number of an element type: "f16" is 1."""
+    return int(GGMLQuantizationType[name.upper()])
 
 
 class _Cursor:

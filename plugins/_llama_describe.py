@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -20,8 +19,7 @@ from edged import EngineError, ModelDescription, TensorEntry
 
 from . import _libllama
 from ._gguf import Head, read_head
-
-LLAMA_CPP_VERSION = "0.3.36"
+from ._libraries import LLAMA_CPP_VERSION
 
 
 def describe(path: str) -> dict[str, Any]:
@@ -89,7 +87,7 @@ def _description(head: Head, architecture: str, model: int) -> ModelDescription:
         ffn=ffn,
         vocab=vocab,
         context_tokens=max(1, llama_cpp.llama_model_n_ctx_train(model)),
-        weight_type=_weight_type(head),
+        weight_type=head.weight_type,
         head_unit=heads,
         ffn_unit=ffn,
         vocab_unit=vocab,
@@ -123,12 +121,3 @@ def _ffn(head: Head, architecture: str, hidden: int) -> int:
     """The feed-forward's width; where layers differ or have none, the hidden width."""
     width = head.keys.get(f"{architecture}.feed_forward_length")
     return width if isinstance(width, int) and width > 0 else hidden
-
-
-def _weight_type(head: Head) -> str:
-    """The type that holds most of the layers' bytes."""
-    count: Counter[str] = Counter()
-    for tensor in head.tensors.values():
-        if tensor.name.startswith("blk."):
-            count[tensor.type_name] += tensor.bytes
-    return count.most_common(1)[0][0] if count else "F32"

@@ -18,12 +18,12 @@ import numpy as np
 from edged import Channel, EngineError, EngineSpec, Step
 
 from . import _libllama
+from ._gguf import ggml_type
 from ._llama_settings import SEQUENCES_MAX
 from ._sampling import best, choose, keep_of
 from ._tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-CACHE_TYPES = {"f32": 0, "f16": 1, "q8_0": 8}  # ggml_type
 BATCH_TOKENS = 512  # of one llama_decode: llama.cpp's own n_ubatch
 
 
@@ -163,7 +163,7 @@ class Sequences:
     def __init__(self, model: int, spec: EngineSpec, most: int) -> None:
         self._model, self._threads, self._max = model, spec.threads, most
         self._cells_max = max(spec.context_tokens, spec.cache_tokens)
-        self._cache_type = CACHE_TYPES[spec.cache_type]
+        self._cache_type = ggml_type(spec.cache_type)
         self._places: dict[int, int] = {}
         self._lengths: dict[int, int] = {}
         self._reserved: dict[int, int] = {}

@@ -18,7 +18,6 @@ from collections.abc import Mapping, Sequence
 from ctypes import POINTER, c_char_p, c_size_t, c_void_p
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import llama_cpp
@@ -26,6 +25,7 @@ import llama_cpp
 from edged import Channel, EdgedError, EngineError, EngineSpec, Step
 
 from . import _libllama, _llama_describe
+from ._libraries import open_library
 from ._llama_engine import LlamaEngine
 from ._llama_tunnel import LOOPBACK, Link, Tunnels, free_port, listening
 
@@ -197,7 +197,8 @@ class _Functions:
 @functools.cache
 def _libraries() -> _Functions:
     """ggml's RPC library, beside the libllama that uses it. Its version was checked with libllama's."""
-    rpc, base, cpu = (_open(stem) for stem in ("ggml-rpc", "ggml-base", "ggml-cpu"))
+    rpc = open_library("ggml-rpc", "build llama-cpp-python with its RPC backend (CMAKE_ARGS=-DGGML_RPC=on)")
+    base, cpu = open_library("ggml-base"), open_library("ggml-cpu")
     found = _Functions(
         rpc.ggml_backend_rpc_add_server,
         rpc.ggml_backend_rpc_start_server,
@@ -210,18 +211,6 @@ def _libraries() -> _Functions:
     found.reg_dev_get.restype, found.reg_dev_get.argtypes = c_void_p, (c_void_p, c_size_t)
     found.cpu_reg.restype, found.cpu_reg.argtypes = c_void_p, ()
     return found
-
-
-def _open(stem: str) -> ctypes.CDLL:
-    """The file that libllama itself links against, so that both share one copy."""
-    folder = Path(llama_cpp.__file__).parent / "lib"
-    for name in (f"lib{stem}.so.0", f"lib{stem}.so", f"lib{stem}.0.dylib", f"lib{stem}.dylib"):
-        if (folder / name).exists():
-            return ctypes.CDLL(str(folder / name))
-    raise EngineError(
-        f"no lib{stem} in {folder}",
-        remedy="build llama-cpp-python with its RPC backend (CMAKE_ARGS=-DGGML_RPC=on)",
-    )
 
 
 def check(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -196,7 +196,7 @@ def _dial(port: int) -> socket.socket:
     while (owner := _uid_of((LOOPBACK, port), None)) is None:
         if time.monotonic() > until:
             raise EngineError(f"expected llama.cpp's RPC server on {LOOPBACK}:{port}; nobody listens")
-        time.sleep(0.01)
+        time.sleep(0.01)  # until its thread listens; ggml tells nobody
     if owner != os.getuid():
         raise EngineError(f"expected llama.cpp's RPC server on {LOOPBACK}:{port}; another user listens there")
     end = socket.create_connection((LOOPBACK, port), CONNECT_S)

@@ -20,10 +20,10 @@ CORE, PLUGINS = ROOT / "edged", ROOT / "plugins"
 
 LAYERS = {
     0: "types errors version",
-    1: "hookspecs config wire",
+    1: "hookspecs config wire sizes",
     2: "plugins node planning jobs identity token requests framing",
-    3: "transport certificate stream streams channel dataplane control client worker supervisor models "
-    "partial ingest transfer health sdnotify device limits pressure",
+    3: "transport certificate stream meeting streams channel dataplane control client worker supervisor "
+    "models partial ingest transfer health sdnotify device limits pressure",
     4: "peers transfers roles groups choosing coordinator commands parts daemon",
     5: "cli testing",
 }
@@ -43,7 +43,7 @@ NEVER_IN_CORE = {
 DOORS = {
     "pluggy": ("hookspecs plugins", "one host decides what a failing plugin does"),
     "zmq": ("transport channel dataplane", "one place each for the control plane, ranks and transfers"),
-    "ssl": ("stream streams", "who may be at the other end of a stream is decided in one place"),
+    "ssl": ("stream meeting", "who may be at the other end of a stream is decided in one place"),
     "cryptography": ("certificate", "keys are made in one way, in a worker with peers only"),
     "msgpack": ("wire channel token", "what is read from outside is bounded where it is unpacked"),
     "tomllib": ("config", "every value of a file is checked and has an origin"),
@@ -53,7 +53,7 @@ DOORS = {
     "rich": ("cli", "the daemon prints nothing"),
     "ctypes": ("worker cli", "one call, prctl, for a child that must not outlive us; the rest is engines"),
 }
-PURE = "types wire node planning"
+PURE = "types wire sizes node planning"
 PURE_MAY_IMPORT = {
     "__future__": "no code",
     "collections": "values",
@@ -78,7 +78,7 @@ PLUGIN_DOORS = {
     ),
     "gguf": ("shard _gguf _libllama", "model files are read in a worker"),
     "ctypes": (
-        "shard _tokenizer _libllama _llama_engine _llama_rpc_engine",
+        "shard _tokenizer _libraries _libllama _llama_engine _llama_rpc_engine",
         "ggml and libllama through their C headers",
     ),
 }

@@ -12,9 +12,10 @@ from edged_plugins import layer_parallel, tensor_parallel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edged import planning
+from edged import planning, sizes
 from edged.errors import ConfigError, PeerError, PolicyViolation
-from edged.planning import CORE_STRATEGIES, WORKER_BYTES
+from edged.planning import CORE_STRATEGIES
+from edged.sizes import WORKER_BYTES
 from edged.types import (
     Candidate,
     DeviceState,
@@ -232,7 +233,7 @@ def test_a_cache_of_blocks_that_heads_do_not_fill_is_refused_before_anything_is_
 @pytest.mark.parametrize(("budget", "is_refused"), [(None, False), (0, True), (-1, True), (1, False)])
 def test_a_part_that_does_not_fit_is_refused_with_both_sizes(budget: int | None, is_refused: bool) -> None:
     """`budget`: None, nothing, or that many bytes above (or below) what the part needs."""
-    needed = planning.memory_of(LOCAL.roles[0], MODEL, PlanRequest())
+    needed = sizes.memory_of(LOCAL.roles[0], MODEL, PlanRequest())
     given_ = {0: 0, -1: needed - 1, 1: needed}.get(budget) if budget is not None else None
     nodes = by_id(node("a", memory_budget=given_))
     refused = planning.finish(LOCAL, MODEL, nodes, PlanRequest()).refused_because
@@ -248,11 +249,11 @@ def test_memory_is_weights_cache_and_worker() -> None:
     """Half the heads (of 192 attention parameters a layer), a quarter of the columns (of 384): a third
     of two layers of 1000 bytes. The cache: keys and values, two layers, 100 tokens, one KV head of 2."""
     part = role(0, "a", layers=(0, 2), heads=(0, 2), ffn=(0, 4), vocab=(0, 0))
-    assert planning.weight_bytes_of(part, MODEL) == 667
+    assert sizes.weight_bytes_of(part, MODEL) == 667
     cache = 2 * 2 * 100 * 1 * 2
-    fast = planning.memory_of(part, MODEL, PlanRequest(context_tokens=100))
+    fast = sizes.memory_of(part, MODEL, PlanRequest(context_tokens=100))
     assert fast == 667 + 2 * cache + WORKER_BYTES
-    exact = planning.memory_of(part, MODEL, PlanRequest(context_tokens=100, numerics="exact"))
+    exact = sizes.memory_of(part, MODEL, PlanRequest(context_tokens=100, numerics="exact"))
     stored = 4 * 1000 + 400  # head and embedding are one tensor
     assert exact == round(667 * 4 * 2200 / stored) + 4 * cache + WORKER_BYTES
 
@@ -262,7 +263,7 @@ def test_a_description_that_says_what_is_cut_is_believed() -> None:
     a layer halves the waiting and the traffic."""
     told = dataclasses.replace(MODEL, layer_cuts=((300, 600, 100),) * 4, reductions=1)
     part = role(0, "a", layers=(0, 2), heads=(0, 2), ffn=(0, 4), vocab=(0, 0))
-    assert planning.weight_bytes_of(part, told) == 2 * (150 + 150 + 100)
+    assert sizes.weight_bytes_of(part, told) == 2 * (150 + 150 + 100)
     halves = (role(0, "a", heads=(0, 2), ffn=(0, 8), vocab=(0, 16)), role(1, "b", heads=(2, 4), ffn=(8, 16)))
     nodes = {"a": node("a", {"b": 1.0}), "b": node("b", {"a": 1.0})}
     one, two = (
@@ -276,8 +277,8 @@ def test_a_description_that_says_what_is_cut_is_believed() -> None:
 
 def test_the_output_head_counts_by_its_rows() -> None:
     part = role(0, "a", layers=(0, 1), vocab=(8, 32))
-    assert planning.weight_bytes_of(part, MODEL) == 1000 + 300
-    assert planning.weight_bytes_of(role(0, "a"), MODEL) == 4400
+    assert sizes.weight_bytes_of(part, MODEL) == 1000 + 300
+    assert sizes.weight_bytes_of(role(0, "a"), MODEL) == 4400
 
 
 def test_the_price_of_one_node_is_its_bytes_over_its_speed() -> None:
@@ -636,8 +637,8 @@ def test_a_speed_that_cannot_be_counts_as_unmeasured(speed: float) -> None:
 def test_a_role_outside_its_model_is_told_apart(changed: dict[str, object]) -> None:
     model = MODEL
     sound = planning.whole(NodeView("n", "n"), model, "local").roles[0]
-    assert planning.is_within(sound, model)
-    assert not planning.is_within(dataclasses.replace(sound, **changed), model)  # type: ignore[arg-type]
+    assert sizes.is_within(sound, model)
+    assert not sizes.is_within(dataclasses.replace(sound, **changed), model)  # type: ignore[arg-type] - a table's values
 
 
 @pytest.mark.parametrize(
@@ -658,7 +659,7 @@ def test_a_role_outside_its_model_is_told_apart(changed: dict[str, object]) -> N
 )
 def test_no_role_is_within_a_model_with_figures_that_none_has(changed: dict[str, Any]) -> None:
     sound = planning.whole(NodeView("n", "n"), MODEL, "local").roles[0]
-    assert not planning.is_within(sound, dataclasses.replace(MODEL, **changed))
+    assert not sizes.is_within(sound, dataclasses.replace(MODEL, **changed))
 
 
 def test_a_node_named_by_hand_that_did_not_answer_is_named() -> None:
@@ -688,27 +689,27 @@ def test_a_role_is_planned_with_what_it_needs_or_what_the_budget_has(
     budget: int, part: Role, exact: bool
 ) -> None:
     request = dataclasses.replace(ASKED, numerics="exact" if exact else "fast")
-    full = planning.memory_of(part, BIG, request)
-    least = planning.least_memory_of(part, BIG, request, WINDOWED.window_bytes)
-    given_ = planning.granted(part, BIG, request, budget, WINDOWED.window_bytes)
+    full = sizes.memory_of(part, BIG, request)
+    least = sizes.least_memory_of(part, BIG, request, WINDOWED.window_bytes)
+    given_ = sizes.granted(part, BIG, request, budget, WINDOWED.window_bytes)
     assert (given_ <= budget) == (least <= budget or full <= budget)
     assert least <= given_ <= full
     assert given_ in (full, least, budget - budget // 16)
     planned = dataclasses.replace(part, memory_bytes=given_)
-    room = planning.weights_room(planned, BIG, request)
+    room = sizes.weights_room(planned, BIG, request)
     if given_ == full:
         assert room == 0
     else:  # the parts make the whole
-        cache_and_worker = full - planning.held_bytes_of(part, BIG, request)
+        cache_and_worker = full - sizes.held_bytes_of(part, BIG, request)
         assert room + cache_and_worker == given_
         assert room >= WINDOWED.window_bytes
 
 
 def test_without_a_budget_or_an_engine_that_has_windows_all_must_fit() -> None:
-    full = planning.memory_of(ENTIRE, BIG, ASKED)
-    assert planning.granted(ENTIRE, BIG, ASKED, None, 16 << 20) == full
-    assert planning.granted(ENTIRE, BIG, ASKED, full - 1, 0) == full
-    assert planning.least_memory_of(ENTIRE, BIG, ASKED, 0) == full
+    full = sizes.memory_of(ENTIRE, BIG, ASKED)
+    assert sizes.granted(ENTIRE, BIG, ASKED, None, 16 << 20) == full
+    assert sizes.granted(ENTIRE, BIG, ASKED, full - 1, 0) == full
+    assert sizes.least_memory_of(ENTIRE, BIG, ASKED, 0) == full
 
 
 @given(
@@ -719,22 +720,22 @@ def test_without_a_budget_or_an_engine_that_has_windows_all_must_fit() -> None:
 def test_a_role_is_admitted_with_what_was_planned_or_what_the_budget_still_has(
     budget: int | None, planned: int, part: Role
 ) -> None:
-    full = planning.memory_of(part, BIG, ASKED)
-    least = planning.least_memory_of(part, BIG, ASKED, WINDOWED.window_bytes)
+    full = sizes.memory_of(part, BIG, ASKED)
+    least = sizes.least_memory_of(part, BIG, ASKED, WINDOWED.window_bytes)
     asked = dataclasses.replace(part, memory_bytes=planned)
-    given_ = planning.admitted(asked, BIG, ASKED, budget, WINDOWED.window_bytes)
+    given_ = sizes.admitted(asked, BIG, ASKED, budget, WINDOWED.window_bytes)
     assert least <= given_ <= full
     assert (budget is None or given_ <= budget) == (budget is None or least <= budget)
     if planned and budget is not None and least <= planned <= full and least <= budget:
         assert given_ == min(planned, budget)
-    assert planning.admitted(asked, BIG, ASKED, budget, 0) == full  # without a window all must fit
+    assert sizes.admitted(asked, BIG, ASKED, budget, 0) == full  # without a window all must fit
 
 
 def test_vectors_stay_in_memory_beside_the_window() -> None:
     vectors = (TensorEntry("a", "F32", (256,), 0, 1024), TensorEntry("b", "F32", (256, 2), 0, 2048))
     model = dataclasses.replace(BIG, tensors=vectors)
-    least = planning.least_memory_of(ENTIRE, BIG, ASKED, 16 << 20)
-    assert planning.least_memory_of(ENTIRE, model, ASKED, 16 << 20) == least + 1024
+    least = sizes.least_memory_of(ENTIRE, BIG, ASKED, 16 << 20)
+    assert sizes.least_memory_of(ENTIRE, model, ASKED, 16 << 20) == least + 1024
 
 
 def considered(engine: EngineEntry, budget: int) -> Candidate:
@@ -744,8 +745,8 @@ def considered(engine: EngineEntry, budget: int) -> Candidate:
 
 
 def test_what_does_not_fit_is_priced_with_reading_it_again_and_refused_below_the_least() -> None:
-    full = planning.memory_of(ENTIRE, BIG, ASKED)
-    least = planning.least_memory_of(ENTIRE, BIG, ASKED, WINDOWED.window_bytes)
+    full = sizes.memory_of(ENTIRE, BIG, ASKED)
+    least = sizes.least_memory_of(ENTIRE, BIG, ASKED, WINDOWED.window_bytes)
     fitting = considered(WINDOWED, full)
     assert fitting.predicted.tpot_ms is not None
     windowed = considered(WINDOWED, full // 2)
@@ -763,7 +764,7 @@ def test_what_does_not_fit_is_priced_with_reading_it_again_and_refused_below_the
 
 
 def test_two_nodes_that_hold_a_model_win_over_one_that_reads_it_again() -> None:
-    full = planning.memory_of(ENTIRE, BIG, ASKED)
+    full = sizes.memory_of(ENTIRE, BIG, ASKED)
     views = [
         node("a", {"b": 1.0}, memory_budget=full * 2 // 3),
         node("b", {"a": 1.0}, memory_budget=full * 2 // 3),

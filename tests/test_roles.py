@@ -12,7 +12,7 @@ from typing import Any, cast
 import pytest
 from edged_plugins import echo
 
-from edged import models, planning, wire
+from edged import models, planning, sizes, wire
 from edged.config import Budget, Network, Profile
 from edged.device import Device
 from edged.errors import PolicyViolation, ProtocolError
@@ -74,8 +74,8 @@ class Rig:
         [role] = planning.whole(NodeView("me", "phone"), self.manifest.model, "local").roles
         self.role = role
         asked = PlanRequest(context_tokens=CONTEXT)
-        self.full = planning.memory_of(role, self.manifest.model, asked)
-        self.least = planning.least_memory_of(role, self.manifest.model, asked, engine.window_bytes)
+        self.full = sizes.memory_of(role, self.manifest.model, asked)
+        self.least = sizes.least_memory_of(role, self.manifest.model, asked, engine.window_bytes)
 
     async def offer(self, group: str = "g", memory_bytes: int = 0, **model: Any) -> None:
         described = dataclasses.replace(self.manifest.model, **model)

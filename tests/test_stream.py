@@ -17,13 +17,13 @@ from typing import Any
 import pytest
 
 from edged import channel as channels
-from edged import streams as streams_module
-from edged import wire, worker
+from edged import meeting, wire, worker
 from edged.certificate import Credential, new_credential
 from edged.channel import End, ZmqChannel
 from edged.errors import PeerError, ProtocolError
+from edged.meeting import Meeting, StreamEnd
 from edged.stream import PREFIX, Stream, context_for
-from edged.streams import StreamEnd, Streams
+from edged.streams import Streams
 
 LO = "127.0.0.1"
 ANY = range(1)
@@ -222,7 +222,7 @@ def knock(port: int, own: Credential | None, server: bytes) -> str:
 STRANGERS: dict[str, Callable[[list[Streams]], Credential | None]] = {
     "no certificate": lambda ranks: None,
     "a certificate of the same names": lambda ranks: new_credential(GROUP, 1),
-    "another rank's": lambda ranks: ranks[2]._own,
+    "another rank's": lambda ranks: ranks[2]._meeting._own,
     "another group's": lambda ranks: new_credential("other", 1),
 }
 
@@ -256,7 +256,7 @@ def test_the_right_key_with_another_rank_in_its_certificate_is_refused(
     try:
         [port] = listener.listen([1], [LO], ANY).values()
         end = StreamEnd(listener.certificate, LO, port)
-        monkeypatch.setattr(streams_module, "OPEN_S", 1.0)
+        monkeypatch.setattr(meeting, "OPEN_S", 1.0)
         found = at_once(
             lambda: listener.open({1: StreamEnd(other.certificate, "", 0)}), lambda: other.open({0: end})
         )
@@ -267,7 +267,7 @@ def test_the_right_key_with_another_rank_in_its_certificate_is_refused(
 
 
 def test_a_dialler_talks_to_the_right_listener_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams_module, "OPEN_S", 1.0)
+    monkeypatch.setattr(meeting, "OPEN_S", 1.0)
     right, wrong, dialler = streams_of(0), streams_of(0), streams_of(1)
     try:
         [port] = wrong.listen([1], [LO], ANY).values()
@@ -282,8 +282,8 @@ def test_a_dialler_talks_to_the_right_listener_only(monkeypatch: pytest.MonkeyPa
 
 
 def test_strangers_who_say_nothing_hold_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams_module, "HANDSHAKE_S", 0.2)
-    monkeypatch.setattr(streams_module, "PENDING_MAX", 2)
+    monkeypatch.setattr(meeting, "HANDSHAKE_S", 0.2)
+    monkeypatch.setattr(meeting, "PENDING_MAX", 2)
     listener, right = streams_of(0), streams_of(1)
     strangers: list[socket.socket] = []
     try:
@@ -315,7 +315,7 @@ def test_a_stranger_who_resets_its_connection_costs_nothing() -> None:
     listener, right = streams_of(0), streams_of(1)
     try:
         [port] = listener.listen([1], [LO], ANY).values()
-        for _ in range(streams_module.PENDING_MAX // 2):
+        for _ in range(meeting.PENDING_MAX // 2):
             reset(socket.create_connection((LO, port)))
         found = at_once(
             lambda: listener.open({1: StreamEnd(right.certificate, "", 0)}),
@@ -362,7 +362,7 @@ def test_ranks_that_cannot_be_reached_take_no_time_from_those_that_can(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """One after another they would: the last rank's listener has closed long before its turn."""
-    monkeypatch.setattr(streams_module, "OPEN_S", 2.0)
+    monkeypatch.setattr(meeting, "OPEN_S", 2.0)
     size = 5
     ranks = [streams_of(rank) for rank in range(size)]
     dialler, last = ranks[-1], ranks[-2]
@@ -449,7 +449,7 @@ def test_a_certificate_that_is_too_large_is_a_protocol_error() -> None:
 def test_a_certificate_that_is_none_costs_the_stream_and_not_the_plan(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(streams_module, "OPEN_S", 0.2)
+    monkeypatch.setattr(meeting, "OPEN_S", 0.2)
     own = streams_of(0)
     try:
         own.listen([1], [LO], ANY)
@@ -539,7 +539,7 @@ def test_a_stream_is_used_where_both_have_it_and_zeromq_everywhere_else(
     by_stream: set[tuple[int, int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(streams_module, "OPEN_S", 1.0)
+    monkeypatch.setattr(meeting, "OPEN_S", 1.0)
     with channels_of(offers, hidden) as ranks:
         size = len(ranks)
         found = {
@@ -567,15 +567,15 @@ def test_a_stream_is_used_where_both_have_it_and_zeromq_everywhere_else(
 
 def test_streams_that_fail_here_are_done_without_on_both_sides(monkeypatch: pytest.MonkeyPatch) -> None:
     """As `poll` does where a process may open too few files."""
-    real = Streams._poll
+    real = Meeting._poll
 
-    def poll(self: Streams, *rest: Any) -> set[int]:
+    def poll(self: Meeting, *rest: Any) -> set[int]:
         if self._own.rank == 0:
             raise OSError("too many open files")
         return real(self, *rest)
 
-    monkeypatch.setattr(Streams, "_poll", poll)
-    monkeypatch.setattr(streams_module, "OPEN_S", 1.0)
+    monkeypatch.setattr(Meeting, "_poll", poll)
+    monkeypatch.setattr(meeting, "OPEN_S", 1.0)
     with channels_of([True, True, True]) as ranks:
         assert [rank in (ranks[1]._streams or ()) for rank in (0, 2)] == [False, True]
 
@@ -602,7 +602,7 @@ def test_a_rank_that_does_not_say_whether_it_has_a_stream_is_not_one_of_ours(
     monkeypatch.setattr(channels.ZmqChannel, "_open_streams", lambda self, streams, ends: None)
     with channels_of([True, True]) as (a, b):
         monkeypatch.undo()
-        monkeypatch.setattr(streams_module, "OPEN_S", 0.2)
+        monkeypatch.setattr(meeting, "OPEN_S", 0.2)
         b.send(0, {"k": "stream", "met": "yes"})
         ends = {1: End(b.public_key, "", 0, b.certificate)}
         with pytest.raises(ProtocolError, match="whether it has a stream"):
@@ -650,7 +650,7 @@ def test_bytes_sent_are_exactly_those_on_the_wire(count: int, size: int) -> None
             at_once(lambda: swap(a, 1, bytes(size)), lambda: swap(b, 0, bytes(size)))
         until = time.monotonic() + PATIENCE_S
         while counters[0].up < b.bytes_sent and time.monotonic() < until:
-            time.sleep(0.01)
+            time.sleep(0.01)  # the relay's thread has the last bytes yet to count
         sent = b.bytes_sent
     counters[0].listener.close()
     for thread in counters[0].threads:
@@ -665,10 +665,10 @@ def test_bytes_sent_may_be_asked_for_while_streams_come() -> None:
     class Arriving:
         @property
         def bytes_sent(self) -> int:
-            own._streams[len(own._streams) + 1] = self  # type: ignore[assignment]
+            own._streams[len(own._streams) + 1] = self  # type: ignore[assignment] - a stand-in
             return 7
 
-    own._streams[1] = Arriving()  # type: ignore[assignment]
+    own._streams[1] = Arriving()  # type: ignore[assignment] - a stand-in
     assert own.bytes_sent == 7
 
 

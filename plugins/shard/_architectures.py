@@ -10,7 +10,7 @@ bit for bit.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -71,7 +71,6 @@ class Architecture:
 
 
 _FACTORS = ("rope_freqs", "rope_factors_long", "rope_factors_short")
-_LAYER_NORM = "attention.layer_norm_epsilon"
 
 _LLAMA = Architecture(rope_factors=_FACTORS, biases=MATRICES)
 _MINICPM = Architecture(rope_factors=_FACTORS, biases=MATRICES, scales=_minicpm_scales, has_scale_keys=True)
@@ -98,37 +97,18 @@ _PHI3 = Architecture(
     has_fused_gate=True,
     has_scaled_queries=True,
 )
-_GPT2 = Architecture(
+_GPT = Architecture(
     norm="norm",
-    epsilon_key=_LAYER_NORM,
+    epsilon_key="attention.layer_norm_epsilon",
     rope=None,
     activation="gelu",
     is_gated=False,
-    embedding=("position_embd",),
     biases=EVERY,
     needs_biases=True,
 )
-_GPTNEOX = Architecture(
-    norm="norm",
-    epsilon_key=_LAYER_NORM,
-    rope=_ggml.ROPE_NEOX,
-    activation="gelu",
-    is_gated=False,
-    biases=EVERY,
-    needs_biases=True,
-    parallel_key="use_parallel_residual",
-)
-_BLOOM = Architecture(
-    norm="norm",
-    epsilon_key=_LAYER_NORM,
-    rope=None,
-    activation="gelu",
-    is_gated=False,
-    embedding=("token_embd_norm",),
-    biases=EVERY,
-    needs_biases=True,
-    alibi=8.0,
-)
+_GPT2 = replace(_GPT, embedding=("position_embd",))
+_GPTNEOX = replace(_GPT, rope=_ggml.ROPE_NEOX, parallel_key="use_parallel_residual")
+_BLOOM = replace(_GPT, embedding=("token_embd_norm",), alibi=8.0)
 
 ARCHITECTURES = {
     "llama": _LLAMA,

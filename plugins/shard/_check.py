@@ -2,15 +2,13 @@
 
 The binding trusts signatures that ctypes cannot check, so at first start small random models
 run through both, prompt and single tokens. On the CPU the logits must be bit-equal: the same
-kernels run on the same numbers. The caller keeps the result under `check_key`.
+kernels run on the same numbers.
 """
 
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
-import platform
 import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -55,13 +53,6 @@ def check(settings: Mapping[str, Any]) -> dict[str, Any]:
             remedy="use the engine llama_cpp here, and report this machine's processor",
         )
     return {"version": _ggml.GGML_VERSION, "max_error": error}
-
-
-def check_key(settings: Mapping[str, Any]) -> str:
-    """Under what a result of `check` stays true: library files and processor."""
-    sizes = [(f.name, f.stat().st_size) for f in sorted(_ggml.library_folder().iterdir())]
-    facts = (_ggml.GGML_VERSION, sizes, platform.machine(), _processor(), sorted(settings.items()))
-    return hashlib.sha256(repr(facts).encode()).hexdigest()
 
 
 def compare(path: str, settings: Mapping[str, Any]) -> float:
@@ -143,14 +134,3 @@ class Alone:
         if sends or takes:
             raise EngineError("there is no other rank")
         return []
-
-
-def _processor() -> str:
-    """Model and flags of the processor, which decide the kernels."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            lines = file.read().split("\n\n")[0].splitlines()
-    except OSError:
-        return platform.processor()
-    kept = ("model name", "flags", "Features", "CPU part", "CPU implementer")
-    return "\n".join(line for line in lines if line.startswith(kept))

@@ -38,7 +38,7 @@ def describe(path: str) -> dict[str, Any]:
             ffn=model.ffn,
             vocab=model.vocab,
             context_tokens=model.context_tokens,
-            weight_type=_weight_type(model),
+            weight_type=model.head.weight_type,
             head_unit=model.head_unit,
             ffn_unit=model.ffn_unit,
             vocab_unit=model.vocab_unit,
@@ -70,12 +70,3 @@ def _bytes(model: Model, pieces: Iterable[Piece]) -> int:
         tensor = model.head.tensors[piece.source]
         total += tensor.bytes * math.prod(model.pieces.shape(piece)) // math.prod(tensor.shape)
     return total
-
-
-def _weight_type(model: Model) -> str:
-    """The type that holds most of the layers' bytes."""
-    count: Counter[str] = Counter()
-    for tensor in model.head.tensors.values():
-        if tensor.name.startswith("blk."):
-            count[tensor.type_name] += tensor.bytes
-    return count.most_common(1)[0][0]

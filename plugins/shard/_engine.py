@@ -18,6 +18,7 @@ import numpy as np
 
 from edged import Channel, EngineError, EngineSpec, ProtocolError, Sampling, Step
 
+from .._gguf import ggml_type
 from .._sampling import KEEP_ALL, are_of, best, choose, keep_of, kept
 from .._tokenizer import Tokenizer
 from . import Settings, _ggml, _pace
@@ -44,7 +45,6 @@ from ._weights import Limit, Weights
 
 Candidates = tuple[np.ndarray, np.ndarray]  # ids, logits
 SLOW_DISK_BYTES_S = 20e6  # an SD card's: a rank that reads its weights again for each token is alive
-CACHE_TYPES = {"f32": _ggml.F32, "f16": _ggml.F16, "q8_0": _ggml.Q8_0}
 
 
 @dataclass(slots=True)
@@ -84,7 +84,7 @@ class ShardEngine:
         place = find_place(model, spec.roles, spec.rank)
         lib = _ggml.load()
         exact = spec.numerics == "exact"
-        cache_type = CACHE_TYPES["f32" if exact else spec.cache_type]
+        cache_type = ggml_type("f32" if exact else spec.cache_type)
         if model.head_dim % lib.blck_size(cache_type):
             raise EngineError(
                 f"a KV cache in {spec.cache_type} needs heads of whole blocks; they have {model.head_dim}",
@@ -115,7 +115,8 @@ class ShardEngine:
         self._times: Mapping[int, float] = {}  # of a layer by rows, where rank 0 has stages to keep busy
         if place.rank == 0 and place.stages > 1:
             self._times = _pace.measure(self._shard, self._cache)
-        self.hidden: np.ndarray | None = None  # the last batch's
+        self._lanes: dict[int, int] = {}  # by sequences; asked for before every batch
+        self.hidden: np.ndarray | None = None  # the last batch's, which all ranks of a group agree on
         self._is_closed = False
 
     # --- text ------------------------------------------------------------------------------------
@@ -165,7 +166,9 @@ class ShardEngine:
         rank 0 is in a later one, which would wait for its own messages."""
         if not self._place.is_first:
             return 1
-        return _pace.lanes(sequences, self._place.stages, self._times)
+        if sequences not in self._lanes:
+            self._lanes[sequences] = _pace.lanes(sequences, self._place.stages, self._times)
+        return self._lanes[sequences]
 
     def begin(self, steps: Sequence[Step]) -> None:
         """Hand a batch to the ranks; `finish` answers it. In the meantime others may be begun."""
@@ -364,9 +367,10 @@ class ShardEngine:
             hidden += self._reduce(partial)
 
         graph.run([piece.position for piece in batch], given, reduce)
-        self.hidden = graph.hidden.copy()
+        if len(place.group) > 1:
+            self.hidden = graph.hidden.copy()
         if place.targets:
-            frame = self.hidden.tobytes()
+            frame = graph.hidden.tobytes()
             for rank in place.targets:
                 self._channel.send(rank, {"k": "hidden"}, [frame])
         return graph

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
-import pathlib
 from collections.abc import Callable
 from ctypes import c_bool, c_char_p, c_float, c_int, c_int64, c_size_t, c_void_p
 from typing import Any
@@ -20,8 +18,9 @@ import numpy as np
 
 from edged import EngineError
 
+from .._libraries import LLAMA_CPP_VERSION, open_library
+
 GGML_VERSION = "0.25.3"
-LLAMA_CPP_VERSION = "0.3.36"
 
 F32, F16, Q8_0, I32, I64 = 0, 1, 8, 26, 27
 PREC_F32 = 10
@@ -178,38 +177,15 @@ class Ops:
         return bound
 
 
-def library_folder() -> pathlib.Path:
-    """Where llama-cpp-python keeps its shared libraries, without importing it."""
-    spec = importlib.util.find_spec("llama_cpp")
-    if spec is None or not spec.submodule_search_locations:
-        raise EngineError(
-            f"the shard engine needs llama-cpp-python {LLAMA_CPP_VERSION}, which is not installed",
-            remedy=f"pip install llama-cpp-python=={LLAMA_CPP_VERSION}",
-        )
-    return pathlib.Path(spec.submodule_search_locations[0]) / "lib"
-
-
-def _open(folder: pathlib.Path, stem: str) -> ctypes.CDLL:
-    """The file that libllama itself links against, so that both share one copy."""
-    for name in (f"lib{stem}.so.0", f"lib{stem}.so", f"lib{stem}.0.dylib", f"lib{stem}.dylib"):
-        if (folder / name).exists():
-            return ctypes.CDLL(str(folder / name))
-    raise EngineError(
-        f"no lib{stem} in {folder}; llama-cpp-python {LLAMA_CPP_VERSION} ships it",
-        remedy=f"pip install --force-reinstall llama-cpp-python=={LLAMA_CPP_VERSION}",
-    )
-
-
 @functools.cache
 def load() -> Ggml:
     """The bound libraries, after checking that they are the version this binding was written for."""
-    folder = library_folder()
     try:
-        base, cpu = _open(folder, "ggml-base"), _open(folder, "ggml-cpu")
+        base, cpu = open_library("ggml-base"), open_library("ggml-cpu")
         base.ggml_version.restype = c_char_p
         version = base.ggml_version().decode()
     except (OSError, AttributeError) as exc:
-        raise EngineError(f"ggml's libraries in {folder} do not load: {exc}") from exc
+        raise EngineError(f"ggml's libraries do not load: {exc}") from exc
     if version != GGML_VERSION:
         raise EngineError(
             f"expected ggml {GGML_VERSION} (llama-cpp-python {LLAMA_CPP_VERSION}), found {version}",

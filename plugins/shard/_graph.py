@@ -57,6 +57,7 @@ class Graph:
         self._is_last = shard.place.is_last and not is_probe
         self._kept = _kept_rows(spans) if self._is_last else []
         self._is_split, self._masks = len(shard.place.group) > 1, shard.masks
+        self._has_post_norms = "post_ffw_norm" in shard.model.architecture.layer_norms
         layers = len(self._range)
         per_layer = NODES_PER_LAYER + NODES_PER_SPAN * len(self.spans) + shard.weights.extra_nodes
         nodes = (layers + 1) * per_layer  # the output head counts as a layer
@@ -190,10 +191,6 @@ class Graph:
             return whole
         self._end_segment(partial, made)
         return layers.copy(layers.add(layers.residual(made, norm), whole), whole)
-
-    @property
-    def _has_post_norms(self) -> bool:
-        return "post_ffw_norm" in self._shard.model.architecture.layer_norms
 
     def _expand(self, tensor: int) -> int:
         if self._open is None:

@@ -134,10 +134,10 @@ def read_work(header: Mapping[str, Any], frames: Sequence[Any], embeds: bool, vo
 
 def read_fork(header: Mapping[str, Any]) -> tuple[int, int, int]:
     """(source, new sequence, positions) of a fork message."""
-    numbers = (header.get("f"), header.get("s"), header.get("n"))
+    source, sequence, positions = numbers = [header.get(key, -1) for key in ("f", "s", "n")]
     if any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
         raise ProtocolError("expected a fork with two sequences and a number of positions")
-    return numbers  # type: ignore[return-value]
+    return source, sequence, positions
 
 
 def read_release(header: Mapping[str, Any]) -> int:

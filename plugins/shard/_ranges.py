@@ -32,9 +32,8 @@ def ranges_of(model: Model, place: Place) -> list[Range]:
 
 def _rows_of(part: Part) -> Range:
     tensor = part.tensor
-    row_bytes = tensor.bytes // (tensor.shape[1] if len(tensor.shape) > 1 else 1)
     first, last = part.rows
-    return tensor.offset + first * row_bytes, tensor.offset + last * row_bytes
+    return tensor.offset + first * tensor.row_bytes, tensor.offset + last * tensor.row_bytes
 
 
 def _joined(ranges: list[Range]) -> list[Range]:

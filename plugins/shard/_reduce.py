@@ -25,7 +25,6 @@ from ._place import Place
 
 SETTLE_S = 120.0  # until every rank has come as far as measuring; ranks begin to load at about one time
 WAYS_MAX = 32
-SUMS_PER_LAYER = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +131,7 @@ def join(lib: _ggml.Ggml, channel: Channel, spec: EngineSpec, place: Place, sett
     wire = "f32" if spec.numerics == "exact" else settings.wire
     first, end = place.layers
     weight_bytes = sum(spec.model.layer_bytes[first:end]) / len(place.group)
-    work = spec.model.hidden, SUMS_PER_LAYER * (end - first), weight_bytes
+    work = spec.model.hidden, spec.model.reductions * (end - first), weight_bytes
     terms = settle(lib, channel, place.group, wire, work)
     return Reducer(lib, channel, place.group, terms, settings.timeout_s)
 

@@ -276,10 +276,9 @@ class Weights:
     def _slice(self, part: Part) -> np.ndarray:
         """The part's bytes, (rows, bytes of a row), uncopied."""
         tensor = part.tensor
-        row_bytes = tensor.bytes // (tensor.shape[1] if len(tensor.shape) > 1 else 1)
-        block_bytes = row_bytes * tensor.block // tensor.shape[0]
+        block_bytes = tensor.row_bytes * tensor.block // tensor.shape[0]
         first, last = (c // tensor.block * block_bytes for c in part.columns)
-        whole = self._file[tensor.offset : tensor.offset + tensor.bytes].reshape(-1, row_bytes)
+        whole = self._file[tensor.offset : tensor.offset + tensor.bytes].reshape(-1, tensor.row_bytes)
         return whole[part.rows[0] : part.rows[1], first:last]
 
     def _fill_converted(self, part: Part, source: np.ndarray, tensor: int) -> None:

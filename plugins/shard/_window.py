@@ -243,7 +243,7 @@ class Ops(_ggml.Ops):
 
     def __init__(self, lib: _ggml.Ggml, context: int, bands: Mapping[int, Sequence[Unit]], hook: Any) -> None:
         super().__init__(lib, context)
-        self._lib, self._context, self._bands, self._hook = lib, context, bands, hook
+        self._bands, self._hook = bands, hook
 
     def mul_mat(self, weight: int, x: int) -> int:
         """weight times x; of a matrix in bands of rows, the bands' products one below the other."""

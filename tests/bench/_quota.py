@@ -52,4 +52,4 @@ def _remove(group: Path) -> None:
         except OSError:
             if time.monotonic() > deadline:
                 raise
-            time.sleep(0.1)
+            time.sleep(0.1)  # a cgroup is busy until the kernel has reaped who was in it

@@ -14,9 +14,10 @@ import llama_cpp
 import msgpack
 import msgspec
 import numpy as np
+from edged_plugins._gguf import ggml_type
 from edged_plugins._tokenizer import silence
 from edged_plugins.shard._describe import describe
-from edged_plugins.shard._engine import CACHE_TYPES, ShardEngine, load
+from edged_plugins.shard._engine import ShardEngine, load
 
 from edged import EngineSpec, ModelDescription, PeerError, ProtocolError, Role, Sampling, Step
 
@@ -94,7 +95,7 @@ class LlamaCpp:
         parameters.flash_attn_type = (
             llama_cpp.LLAMA_FLASH_ATTN_TYPE_ENABLED if flash else llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         )
-        parameters.type_k = parameters.type_v = CACHE_TYPES[cache_type]
+        parameters.type_k = parameters.type_v = ggml_type(cache_type)
         self._context = llama_cpp.llama_init_from_model(self._model, parameters)
         self.vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
 

@@ -28,7 +28,7 @@ from shard_rig import (
     specs_of,
 )
 
-from edged import EngineError, PlanRequest, Step, planning
+from edged import EngineError, PlanRequest, Step, sizes
 
 FULL = {"heads": 4, "kv_heads": 4, "has_fused_qkv": True}
 PARALLEL = {"rope.dimension_count": 16, "use_parallel_residual": True}
@@ -244,7 +244,7 @@ def test_planning_expects_the_memory_that_slices_take(
     request = PlanRequest(numerics=numerics)
     with running(specs) as engines:
         for spec, engine in zip(specs, engines, strict=True):
-            expected = planning.held_bytes_of(spec.roles[spec.rank], spec.model, request)
+            expected = sizes.held_bytes_of(spec.roles[spec.rank], spec.model, request)
             assert engine.memory_bytes == pytest.approx(expected, rel=0.02)
 
 

@@ -14,7 +14,7 @@ import llama_cpp
 import msgspec
 import numpy as np
 import pytest
-from edged_plugins import shard
+from edged_plugins import _libraries, shard
 from edged_plugins.shard import _check, _ggml, _measure, _messages
 from edged_plugins.shard._architectures import ARCHITECTURES
 from edged_plugins.shard._engine import load
@@ -379,9 +379,9 @@ def test_another_ggml_is_refused_with_what_to_install(monkeypatch: pytest.Monkey
 
 
 def test_a_machine_without_llama_cpp_is_told_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_ggml.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(_libraries.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(EngineError, match="llama-cpp-python") as caught:
-        _ggml.library_folder()
+        _libraries.library_folder()
     assert "pip install" in caught.value.remedy
 
 
