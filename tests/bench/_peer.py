@@ -11,9 +11,10 @@ import os
 import select
 import subprocess
 import sys
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from edged.worker import bound_spinning
 
@@ -66,20 +67,40 @@ class Peer:
         return answer["answer"]
 
 
-class Runner(Protocol):
-    """What both engines can do. Times are milliseconds; tokens are random, of the model's vocabulary."""
+class Turns(ABC):
+    """What both engines are asked for, over `load`, `_step` and `_clear`, which are theirs. Times are
+    milliseconds; tokens are random, of the model's vocabulary."""
 
+    @abstractmethod
     def load(self, path: str, threads: int, sequences: int) -> None:
         """Load a model in place of the one before; `sequences` caches of CONTEXT tokens."""
 
+    @abstractmethod
+    def _step(self, numbers: Sequence[int], position: int, count: int) -> float:
+        """Run `count` tokens of each sequence, with the logits of each one's last; the time."""
+
+    @abstractmethod
+    def _clear(self, sequences: int) -> None:
+        """Forget so many sequences."""
+
     def prefill(self, count: int) -> float:
         """Time of a prompt of `count` tokens, to its first token, in an empty cache."""
+        spent = self._step([0], 0, count)
+        self._clear(1)
+        return spent
 
     def decode(self, after: int, steps: int) -> list[float]:
         """Times of single tokens after a prompt of `after`; the first, which builds graphs, left out."""
+        return self.batch(1, after, steps)
 
     def batch(self, sequences: int, after: int, steps: int) -> list[float]:
         """Times of steps that give one token to each of `sequences`, as `decode`."""
+        numbers = range(sequences)
+        for number in numbers:
+            self._step([number], 0, after)
+        spent = [self._step(numbers, after + position, 1) for position in range(steps + 1)]
+        self._clear(sequences)
+        return spent[1:]
 
 
 def engine(which: str) -> Peer:

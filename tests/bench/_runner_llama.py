@@ -9,7 +9,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from _peer import CONTEXT
+from _peer import CONTEXT, Turns
 
 
 @llama_cpp.llama_log_callback
@@ -21,8 +21,8 @@ def silence() -> None:
     llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
 
 
-class Llama:
-    """See `_peer.Runner`."""
+class Llama(Turns):
+    """See `_peer.Turns`."""
 
     def __init__(self) -> None:
         silence()
@@ -50,22 +50,6 @@ class Llama:
             raise OSError(f"llama.cpp made no context for {sequences} sequences")
         self._vocab = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self._model))
 
-    def prefill(self, count: int) -> float:
-        spent = self._step([0], 0, count)
-        self._clear()
-        return spent
-
-    def decode(self, after: int, steps: int) -> list[float]:
-        return self.batch(1, after, steps)
-
-    def batch(self, sequences: int, after: int, steps: int) -> list[float]:
-        numbers = range(sequences)
-        for number in numbers:
-            self._step([number], 0, after)
-        spent = [self._step(numbers, after + position, 1) for position in range(steps + 1)]
-        self._clear()
-        return spent[1:]
-
     def _step(self, numbers: Sequence[int], position: int, count: int) -> float:
         """`count` tokens of each sequence, with the logits of each one's last."""
         total = len(numbers) * count
@@ -84,5 +68,5 @@ class Llama:
             raise OSError(f"llama_decode answered {failed}")
         return spent
 
-    def _clear(self) -> None:
+    def _clear(self, sequences: int) -> None:
         llama_cpp.llama_memory_clear(llama_cpp.llama_get_memory(self._context), True)

@@ -3,37 +3,22 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import msgspec
 import numpy as np
-from _peer import CONTEXT
+from _peer import CONTEXT, Turns
+from edged_plugins.shard._check import Alone
 from edged_plugins.shard._describe import describe
 from edged_plugins.shard._engine import ShardEngine, load
 
-from edged import EngineSpec, ModelDescription, PeerError, Role, Sampling, Step
+from edged import EngineSpec, ModelDescription, Role, Sampling, Step
 
 GREEDY = Sampling(temperature=0)
 
 
-class Alone:
-    """The channel of a rank that has no other."""
-
-    rank, size, bytes_sent = 0, 1, 0
-
-    def send(self, to: int, header: Mapping[str, Any], frames: Sequence[Any] = ()) -> None:
-        raise PeerError(f"there is no rank {to}")
-
-    def receive(self, source: int, timeout_s: float) -> tuple[dict[str, Any], list[memoryview]]:
-        raise PeerError(f"there is no rank {source}")
-
-    def poll(self, source: int, timeout_s: float) -> bool:
-        return False
-
-
-class Ours:
-    """See `_peer.Runner`."""
+class Ours(Turns):
+    """See `_peer.Turns`."""
 
     def __init__(self) -> None:
         self._engine: ShardEngine | None = None
@@ -51,22 +36,6 @@ class Ours:
         )
         self._engine, self._vocab = load(spec, Alone()), model.vocab
 
-    def prefill(self, count: int) -> float:
-        spent = self._step([0], 0, count)
-        self._release(1)
-        return spent
-
-    def decode(self, after: int, steps: int) -> list[float]:
-        return self.batch(1, after, steps)
-
-    def batch(self, sequences: int, after: int, steps: int) -> list[float]:
-        numbers = range(sequences)
-        for number in numbers:
-            self._step([number], 0, after)
-        spent = [self._step(numbers, after + position, 1) for position in range(steps + 1)]
-        self._release(sequences)
-        return spent[1:]
-
     def _step(self, numbers: Sequence[int], position: int, count: int) -> float:
         assert self._engine is not None
         steps = [Step(number, self._tokens(count), position, GREEDY) for number in numbers]
@@ -77,7 +46,7 @@ class Ours:
     def _tokens(self, count: int) -> list[int]:
         return [int(token) for token in self._random.integers(0, self._vocab, count)]
 
-    def _release(self, sequences: int) -> None:
+    def _clear(self, sequences: int) -> None:
         assert self._engine is not None
         for number in range(sequences):
             self._engine.release(number)
