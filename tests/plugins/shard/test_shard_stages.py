@@ -61,7 +61,8 @@ def test_one_node_and_two_and_three_stages_give_llama_cpps_tokens(
             assert all(np.array_equal(a, b) for a, b in zip(ours, logits, strict=True))
     for stages in ([(1,)] * 2, [(1,)] * 3):
         with running(specs_of(path, stages)) as engines:
-            found = greedy_together(engines[0], prompts, TOKENS)
+            # Each alone: the product of K-quants sums several rows in another order than one.
+            found = [greedy_run(engines[0], p, TOKENS) for p in prompts]
         assert found == [tokens for tokens, _ in expected]
 
 
