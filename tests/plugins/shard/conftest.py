@@ -106,4 +106,6 @@ def _no_thread_left() -> Iterator[None]:
 
     before = set(threading.enumerate())
     yield
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)  # asyncio does not join the thread that waited for a child
     assert set(threading.enumerate()) <= before
