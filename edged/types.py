@@ -93,6 +93,7 @@ class Predicted:
     joules_per_token: float | None = None
     bytes_per_token: int | None = None
     joules_source: str | None = None
+    correction: float = 1.0  # that earlier jobs of the same plan brought to time and joules
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,23 +115,46 @@ class EngineSpeed:
     weight_type: str
     decode_bytes_s: float
     prefill_flops_s: float
+    layer_s: float = 0.0  # of a token, in each layer, beside reading its weights
+    token_s: float = 0.0  # of a token, beside its layers
+
+
+@dataclass(frozen=True, slots=True)
+class LinkCost:
+    """One way of a data-plane connection while both ways are used: seconds until a few bytes are there, then
+    bytes a second."""
+
+    latency_s: float
+    bytes_s: float
+
+    def time_s(self, size: float) -> float:
+        """Seconds of sending `size` bytes each way."""
+        return self.latency_s + size / self.bytes_s
 
 
 @dataclass(frozen=True, slots=True)
 class LinkState:
-    """What a node measured of its connection to `node_id`. `dials`: this side can open connections."""
+    """What a node measured of its connection to `node_id`. `dials`: this side can open connections.
+
+    `rtt_ms` is of pings between daemons; `latency_s` and `bandwidth_bytes_s` are of the data plane, as
+    LinkCost."""
 
     node_id: str
     rtt_ms: float | None = None
     bandwidth_bytes_s: float | None = None
     dials: bool = True
+    latency_s: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Battery:
+    """All batteries of a device as one. `joules`, `capacity_joules`: in them now, and when full."""
+
     percent: float | None = None
     charging: bool | None = None
     plugged: bool | None = None
+    joules: float | None = None
+    capacity_joules: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +169,13 @@ class DeviceState:
     battery: Battery | None = None
     temperature_celsius: float | None = None
     power_watts: float | None = None
+    power_source: str | None = None  # which sensor says so
+    battery_celsius: float | None = None
+    is_throttled: bool | None = None  # slowed down by heat or a weak supply
+    memory_pressure: float | None = None  # percent of the last ten seconds in which something waited for it
+    in_use: bool | None = None  # somebody is at the device
+    is_wireless: bool | None = None
+    is_metered: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +194,11 @@ class NodeView:
     links: tuple[LinkState, ...] = ()
     holds: tuple[str, ...] = ()  # sha256 of complete models
     profile: str | None = None  # its device class
+    saving: str = ""  # why it takes no new role now: its battery, its heat, its owner
+    watts: tuple[float, float] | None = None  # idle and at work, as its profile says
+    power_mode: int | None = None  # 1 is the weakest; None where the device has but one
+    bearable: float | None = None  # jobs a slot that its battery bears in the long run
+    weight: float = 1.0  # what a policy lets it do, of what its speed says
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,6 +215,7 @@ class PlanRequest:
     private: bool = False
     cache_tokens: int = 0  # of all sequences together; at least one context
     cache_type: CacheType = "f16"
+    policy: str = ""  # what chooses; "": the default
 
 
 # --- running ------------------------------------------------------------------------------------
@@ -359,8 +396,57 @@ class Propose(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
+    """A way to form a plan. `search`: "package.module:attribute" of a function like `propose` that looks
+    further and takes longer; it runs in a process of its own, within the planner's deadline, and where it is
+    not done by then `propose` stands."""
+
     name: str
     propose: Propose
+    search: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Situation:
+    """What a policy chooses in. `nodes`: every node of the candidates, by id. `draw`: a random number in
+    [0, 1), new for each choice, so that a policy needs none of its own. `now`: Unix time."""
+
+    candidates: Sequence[Candidate]
+    nodes: Mapping[str, NodeView]
+    request: PlanRequest
+    draw: float
+    now: float
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a job went whose plan a policy chose. `joules_per_token`: None where unknown."""
+
+    candidate: Candidate
+    joules_per_token: float | None
+    is_done: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """What chooses among priced plans.
+
+    choose(situation) -> index of an allowed candidate, or None: none should run now
+    is_steady: the same question among the same members has the same answer, so that a loaded plan may serve
+        it again without being asked for
+    weigh(nodes) -> for each node id what part of its speed a plan should use; strategies divide by it
+    learn(outcome): told of every job whose plan it chose
+    fit: "package.module:attribute", called in a process of its own with descriptions of batteries (see
+        `edged.simulation.Simulated`) as dicts; what each bears, by name: `NodeView.bearable`
+
+    All are pure but for what `learn` keeps.
+    """
+
+    name: str
+    choose: Callable[[Situation], int | None]
+    weigh: Callable[[Sequence[NodeView]], Mapping[str, float]] | None = None
+    learn: Callable[[Outcome], None] | None = None
+    fit: str = ""
+    is_steady: bool = True
 
 
 @dataclass(frozen=True, slots=True)

@@ -386,7 +386,7 @@ def test_edged_discoverers() -> None:
 
 def test_edged_sensors() -> None:
     found = first_party("edged_sensors", "monitor")
-    assert set(found) == {"memory", "cpu", "battery", "temperature", "power"}
+    assert set(found) == {"memory", "cpu", "battery", "heat", "power", "use", "network"}
     assert found["memory"].read().memory_total
 
 

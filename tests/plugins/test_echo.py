@@ -240,7 +240,7 @@ def test_the_host_loads_every_small_plugin_by_name_and_finds_what_it_brings():
     assert list(host.registrations("edged_engines")) == ["echo"]
     assert sorted(host.registrations("edged_discoverers")) == ["mdns", "static"]
     assert sorted(host.registrations("edged_strategies")) == ["hybrid", "layers", "tensor"]
-    assert len(host.registrations("edged_sensors")) == 5
+    assert len(host.registrations("edged_sensors")) == 7
     before = echo.finished["failed"]
     host.observe("edged_job_finished", job_id="j1", state="failed", measured={})
     assert echo.finished["failed"] == before + 1
