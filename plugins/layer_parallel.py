@@ -32,7 +32,7 @@ NAME = "layers"
 
 @hookimpl
 def edged_strategies(settings: Mapping[str, Any]) -> Sequence[Strategy]:
-    return [Strategy(NAME, propose)]
+    return [Strategy(NAME, propose, search="edged_plugins._search:layers")]
 
 
 def propose(model: ModelDescription, nodes: Sequence[NodeView], request: PlanRequest) -> list[Candidate]:

@@ -25,7 +25,10 @@ NAME = "tensor"
 
 @hookimpl
 def edged_strategies(settings: Mapping[str, Any]) -> Sequence[Strategy]:
-    return [Strategy(NAME, propose), Strategy(_hybrid.NAME, _hybrid.propose)]
+    return [
+        Strategy(NAME, propose, search="edged_plugins._search:tensor"),
+        Strategy(_hybrid.NAME, _hybrid.propose),
+    ]
 
 
 def propose(model: ModelDescription, nodes: Sequence[NodeView], request: PlanRequest) -> list[Candidate]:
