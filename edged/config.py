@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
 from .types import CacheType
@@ -22,7 +22,10 @@ from .types import CacheType
 VERSION = 1
 DEFAULT_CLASS = "laptop-cpu"
 TYPE_WORDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
-DEFAULT_PLUGINS = ("mdns", "monitor", "shard", "llama_cpp", "layer_parallel", "tensor_parallel")
+DEFAULT_PLUGINS = ("mdns", "monitor", "shard", "llama_cpp", "layer_parallel", "tensor_parallel", "energy")
+
+
+T = TypeVar("T")
 
 
 class Duration(float):
@@ -33,6 +36,7 @@ class Size(int):
     """Bytes, written "512MiB", "4GiB", "10MB" or "4096B"."""
 
 
+WATTS_MAX = 10_000.0  # of one device; more is a slip
 ORPHAN_AFTER, WORKER_IDLE, KEEP = Duration(60), Duration(300), Duration(7 * 86400)
 
 
@@ -78,6 +82,18 @@ class Jobs:
 
 
 @dataclass(frozen=True, slots=True)
+class Energy:
+    """When this device takes no new work, and who chooses plans."""
+
+    reserve: float = 0.2  # part of the battery at which it takes no new work, unless it is plugged in
+    resume: float = 0.3  # part of the battery above which it works again
+    yield_to_owner: bool = False  # no new work while somebody is at the device
+    policy: str = (
+        ""  # of jobs submitted here; "": latency, and battery-balance where it is loaded and matters
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class Profile:
     """Everything a node is told; what it measures is elsewhere."""
 
@@ -88,6 +104,7 @@ class Profile:
     budget: Budget = field(default_factory=Budget)
     network: Network = field(default_factory=Network)
     jobs: Jobs = field(default_factory=Jobs)
+    energy: Energy = field(default_factory=Energy)
     plugin: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
@@ -118,6 +135,18 @@ def parse(text: str, origin: str) -> Profile:
     profile: Profile = _build(Profile, table, "", origin)
     _check(profile, origin)
     return profile
+
+
+def read_table(path: Path, cls: type[T]) -> T:
+    """Another TOML file of ours, read by the same rules as a profile, into a dataclass."""
+    try:
+        table = tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"expected readable TOML at {path}; {error}", remedy="mend the file") from error
+    try:
+        return cast(T, _build(cls, table, "", str(path)))
+    except TypeError as error:  # a key without a default is missing
+        raise ConfigError(f"expected every key in {path}; {error}", remedy="add what is missing") from error
 
 
 def explain(profile: Profile, path: Path) -> list[Setting]:
@@ -199,6 +228,8 @@ def _value(hint: Any, value: Any, key: str, origin: str) -> Any:
         if value not in get_args(hint):
             raise _wrong(" or ".join(f'"{word}"' for word in get_args(hint)), value, key, origin)
         return value
+    if get_origin(hint) is tuple and get_args(hint) != (str, ...):
+        return _tuple(get_args(hint), value, key, origin)
     if get_origin(hint) is tuple:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
             raise _wrong("a list of texts", value, key, origin)
@@ -212,6 +243,16 @@ def _value(hint: Any, value: Any, key: str, origin: str) -> Any:
     if type(value) is not hint:
         raise _wrong(TYPE_WORDS[hint], value, key, origin)
     return value
+
+
+def _tuple(hints: tuple[Any, ...], value: Any, key: str, origin: str) -> tuple[Any, ...]:
+    """A list: of any length where the hint ends in an ellipsis, else one value for each hint."""
+    if hints[-1] is Ellipsis and isinstance(value, list):
+        hints = hints[:1] * len(value)
+    if not isinstance(value, list) or len(value) != len(hints):
+        raise _wrong(f"a list of {len(hints)}" if hints[-1] is not Ellipsis else "a list", value, key, origin)
+    named = enumerate(zip(hints, value, strict=True), 1)
+    return tuple(_value(hint, item, f"{key}[{number}]", origin) for number, (hint, item) in named)
 
 
 def duration(value: Any, key: str = "duration", origin: str = "the arguments") -> Duration:
@@ -238,6 +279,7 @@ def _wrong(expected: str, value: Any, key: str, origin: str) -> ConfigError:
 
 def _check(profile: Profile, origin: str) -> None:
     """Rules that one value's type does not say."""
+    device, energy = profile.device, profile.energy
     rules = (
         (0 < profile.budget.memory_share <= 1, "budget.memory_share above 0 and at most 1"),
         (profile.budget.threads >= 0, "budget.threads of 0 (every core) or more"),
@@ -250,12 +292,24 @@ def _check(profile: Profile, origin: str) -> None:
         (profile.jobs.queue >= 1, "jobs.queue of 1 or more"),
         (profile.jobs.context >= 64, "jobs.context of 64 or more"),
         (1 <= profile.jobs.sequences <= 32, "jobs.sequences from 1 to 32"),
+        (0 <= energy.reserve < energy.resume <= 1, "energy.reserve below energy.resume, both from 0 to 1"),
+        (_is_within(device.idle_watts, 0, WATTS_MAX), f"device.idle_watts from 0 to {WATTS_MAX:g}"),
+        (
+            _is_within(device.load_watts, device.idle_watts or 0, WATTS_MAX),
+            "device.load_watts of idle_watts or more",
+        ),
+        (_is_within(device.battery_wh, 0.1, 1e5), "device.battery_wh from 0.1 to 100000"),
+        (_is_within(device.thermal_limit_celsius, 30, 150), "device.thermal_limit_celsius from 30 to 150"),
         (len(set(profile.plugins)) == len(profile.plugins), "each plugin once"),
     )
     for holds, expected in rules:
         if not holds:
             raise ConfigError(f"expected {expected} in {origin}", remedy="mend the value in the profile")
     data_ports(profile.network.data_ports)
+
+
+def _is_within(value: float | None, least: float, most: float) -> bool:
+    return value is None or least <= value <= most
 
 
 def _explain(part: Any, written: Mapping[str, Any], prefix: str, path: str) -> Any:

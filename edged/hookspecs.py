@@ -23,6 +23,7 @@ from .types import (
     DiscovererEntry,
     EngineEntry,
     PlanRequest,
+    Policy,
     Role,
     SensorEntry,
     Strategy,
@@ -73,6 +74,11 @@ def edged_discoverers(settings: Mapping[str, Any]) -> Sequence[DiscovererEntry]:
 @_spec("register")
 def edged_sensors(settings: Mapping[str, Any]) -> Sequence[SensorEntry]:  # type: ignore[empty-body]
     """Readers of this device's state. Called in: daemon."""
+
+
+@_spec("register")
+def edged_policies(settings: Mapping[str, Any]) -> Sequence[Policy]:  # type: ignore[empty-body]
+    """What chooses among priced plans, by name. Called in: daemon, and by `edged simulate`."""
 
 
 # --- decide ---------------------------------------------------------------------------------------

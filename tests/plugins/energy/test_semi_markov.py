@@ -1,0 +1,72 @@
+"""The battery's long run, against worked values of arXiv:2408.15907's model."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from edged_plugins.energy._semi_markov import Harvester, Mode, _transitions, bearable, long_run
+
+KILOJOULES = tuple([1 / 21] * 21)  # 0 to 20 kJ a slot, evenly
+ORIN_15, ORIN_30, ORIN_60 = Mode(3, 26), Mode(2, 22), Mode(1, 23)
+TINY = Harvester(4, 1, 2, (0.5, 0.5), ((0.0, Mode(1, 2)),))
+
+
+def orin(*modes: tuple[float, Mode]) -> Harvester:
+    return Harvester(100, 10, 20, KILOJOULES, modes)
+
+
+def test_the_small_chain_has_its_known_figures():
+    found = long_run(TINY, 0.5, limit=1)
+    assert found.risk == pytest.approx(0.434286, abs=1e-6)
+    assert found.saving == pytest.approx(0.497143, abs=1e-6)
+    assert found.jobs_per_slot == pytest.approx(0.251429, abs=1e-6)
+    assert found.energy == pytest.approx(1.765714, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("arrival", "risk"), [(0.2, 0.0003), (0.3, 0.0054), (0.33, 0.0101), (0.4, 0.0335), (0.5, 0.0990)]
+)
+def test_the_risk_at_60_watts_is_as_computed_before(arrival, risk):
+    assert long_run(orin((0.0, ORIN_60)), arrival).risk == pytest.approx(risk, abs=6e-5)
+
+
+def test_time_in_saving_is_more_than_time_at_risk():
+    found = long_run(orin((0.0, ORIN_60)), 0.33)
+    assert found.saving == pytest.approx(0.0153, abs=6e-5)
+    assert found.saving > found.risk
+
+
+@pytest.mark.parametrize(("mode", "rate"), [(ORIN_15, 1 / 3), (ORIN_30, 1 / 2), (ORIN_60, 0.329)])
+def test_the_arrival_rate_that_a_fixed_mode_bears(mode, rate):
+    assert bearable(orin((0.0, mode)), 0.01) == pytest.approx(rate, abs=6e-4)
+
+
+def test_the_dynamic_mode_is_bound_by_time_before_energy():
+    rate = bearable(orin((0.0, ORIN_15), (0.4, ORIN_30), (0.6, ORIN_60)), 0.01)
+    assert rate == pytest.approx(0.43, abs=5e-3)
+
+
+@pytest.mark.parametrize("device", [TINY, orin((0.0, ORIN_15), (0.4, ORIN_30), (0.6, ORIN_60))])
+@pytest.mark.parametrize("arrival", [0.0, 0.3, 1.0])
+def test_every_state_goes_somewhere(device, arrival):
+    assert np.allclose(_transitions(device, arrival).sum(axis=1), 1)
+
+
+def test_risk_never_falls_with_more_arrivals():
+    risks = [long_run(orin((0.0, ORIN_60)), arrival).risk for arrival in np.linspace(0, 1, 21)]
+    assert all(b >= a - 1e-12 for a, b in itertools.pairwise(risks))
+
+
+@pytest.mark.parametrize("arrival", [0.05, 0.2, 0.33])
+def test_no_more_energy_is_spent_than_harvested(arrival):
+    """But for what a job takes from an empty battery, which the model forgives."""
+    device = orin((0.0, ORIN_60))
+    assert long_run(device, arrival).jobs_per_slot * 23 <= 10 * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("arrival", [-0.1, 1.1, float("nan")])
+def test_an_arrival_rate_that_is_no_probability_is_refused(arrival):
+    with pytest.raises(ValueError, match="arrival probability"):
+        long_run(TINY, arrival)
