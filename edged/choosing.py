@@ -5,25 +5,53 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import random
+import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from . import planning, sizes, wire
 from .config import Profile
+from .correcting import Corrections
 from .device import Device
 from .errors import ConfigError, EdgedError, EngineError, PeerError
 from .groups import Asked, Member
 from .models import Model, ModelStore
 from .peers import Peers
 from .plugins import Host
+from .probing import Probing
 from .requests import GenerateRequest
-from .types import RIGHTS, Candidate, EngineEntry, NodeView, PlanRequest, Predicted, Strategy
+from .supervisor import Supervisor
+from .types import (
+    RIGHTS,
+    Candidate,
+    EngineEntry,
+    ModelDescription,
+    NodeView,
+    Outcome,
+    PlanRequest,
+    Policy,
+    Predicted,
+    Situation,
+    Strategy,
+)
 
 log = logging.getLogger(__name__)
 DESCRIBE_S = 3.0
 MEASURE_S = 130.0
+SEARCH_S = 2.0  # for the exact search, the process that runs it included
+SEARCHED_NODES = 3  # with two there is nothing to search that the strategies do not propose
+SAVING_CHARS_MAX = 200  # of another node's reason, which a person reads
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Of one strategy, by its search."""
+
+    candidates: tuple[Candidate, ...]
 
 
 class Chooser:
@@ -33,13 +61,18 @@ class Chooser:
         peers: Peers,
         host: Host,
         device: Device,
+        probing: Probing,
+        supervisor: Supervisor,
         stored_models: ModelStore,
         strategies: Mapping[str, Strategy],
+        policies: Mapping[str, Policy],
         engines: Mapping[str, EngineEntry],
     ) -> None:
         self._profile, self._peers, self._host = profile, peers, host
-        self._device, self._models = device, stored_models
-        self._strategies, self._engines = strategies, engines
+        self._device, self._probing, self._models = device, probing, stored_models
+        self._supervisor = supervisor
+        self._corrections = Corrections(self._device.corrections())
+        self._strategies, self._policies, self._engines = strategies, policies, engines
         self.memory_taken: Callable[[], int] = int
 
     def view(self) -> NodeView:
@@ -54,6 +87,8 @@ class Chooser:
             speeds=self._device.speeds(),
             links=self._peers.link_states(),
             holds=tuple(model.sha256 for model in self._models.list() if model.complete),
+            saving=self._device.saving,
+            watts=self._device.watts,
         )
 
     async def views(self, *, measure: bool) -> list[NodeView]:
@@ -66,6 +101,7 @@ class Chooser:
         ]
         if measure:
             await self._try_measure()
+            await self._probing.ensure()
         answers = await asyncio.gather(*asked, return_exceptions=True)
         found = [self.view()]
         for member, answer in zip(online, answers, strict=True):
@@ -90,6 +126,8 @@ class Chooser:
                     said.links,
                     tuple(said.models),
                     said.profile,
+                    said.saving[:SAVING_CHARS_MAX],
+                    _sound_watts(said.watts),
                 )
             )
         return found
@@ -105,12 +143,12 @@ class Chooser:
         model = self._models.find(request.model)
         nodes = await self.views(measure=True)
         asked = self.asked(request, model.sha256)
-        _, candidates, chosen = self.choose(model.sha256, nodes, asked.request)
+        _, candidates, chosen, notes = await self.choose(model.sha256, nodes, asked.request)
         by_id = {node.node_id: node for node in nodes}
         return {
             "chosen": chosen,
             "candidates": [self.row_of(candidate) for candidate in candidates],
-            "explanation": planning.explain(candidates, chosen, by_id),
+            "explanation": planning.explain(candidates, chosen, by_id) + notes,
         }
 
     def asked(self, request: GenerateRequest, sha256: str) -> Asked:
@@ -140,40 +178,125 @@ class Chooser:
             request.private,
             context * self._profile.jobs.sequences,
             self._profile.jobs.cache_type,
+            self._policy_of(request),
         )
         return Asked(sha256, wanted, frozenset(members))
+
+    def _policy_of(self, request: GenerateRequest) -> str:
+        """The policy asked for, else the profile's; ConfigError where it is not loaded."""
+        name = request.policy or self._profile.energy.policy
+        if name and name not in self._policies:
+            raise ConfigError(
+                f"no policy {name!r}; loaded: {', '.join(sorted(self._policies))}",
+                remedy="load the plugin that brings it, or name another",
+            )
+        return name
 
     def _context(self, request: GenerateRequest, most: int) -> int:
         """KV cache tokens: the profile's, or more for a long prompt (a token is at least a byte)."""
         needed = -(-(request.prompt_bytes + request.n + 128) // 256) * 256
         return min(most, max(self._profile.jobs.context, needed))
 
-    def choose(
+    async def choose(
         self, sha256: str, nodes: Sequence[NodeView], request: PlanRequest
-    ) -> tuple[PlanRequest, list[Candidate], int | None]:
-        """The candidates and the choice; with the KV cache of a single sequence where more do not fit
-        beside the whole of the weights."""
-        candidates, chosen = self._choose_of(sha256, nodes, request)
+    ) -> tuple[PlanRequest, list[Candidate], int | None, list[str]]:
+        """The candidates, the choice, and notes on how it came about; with the KV cache of a single sequence
+        where more do not fit beside the whole of the weights."""
         description = self._models.manifest(sha256).model
+        searched, notes = await self._searched(description, nodes, request)
+        candidates, chosen = self._choose_of(sha256, nodes, request, searched)
         if chosen is not None and not sizes.is_windowed(candidates[chosen], description, request):
-            return request, candidates, chosen
+            return request, candidates, chosen, notes
         single = dataclasses.replace(request, cache_tokens=request.context_tokens)
-        return single, *self._choose_of(sha256, nodes, single)
+        searched, notes = await self._searched(description, nodes, single)
+        return single, *self._choose_of(sha256, nodes, single, searched), notes
+
+    async def _searched(
+        self, model: ModelDescription, nodes: Sequence[NodeView], request: PlanRequest
+    ) -> tuple[dict[str, list[Candidate]], list[str]]:
+        """What the strategies' searches find beside what they propose, in a process of its own; and a note
+        where that was not to be had in time."""
+        searches = {name: entry.search for name, entry in self._strategies.items() if entry.search}
+        is_open = request.strategy == "auto" and request.nodes is None and request.shares is None
+        if not is_open or request.private or len(nodes) < SEARCHED_NODES or not searches:
+            return {}, []
+        params = {
+            "searches": searches,
+            "model": wire.to_map(model),
+            "nodes": [wire.to_map(node) for node in nodes],
+            "request": wire.to_map(request),
+        }
+        try:
+            answer = await self._supervisor.run_task("edged.worker:search", params, timeout_s=SEARCH_S)
+            found = {
+                name: wire.read_body(Found, {"candidates": rows}) for name, rows in answer["found"].items()
+            }
+        except EdgedError as error:
+            log.warning("plans not searched", extra={"reason": str(error)})
+            return {}, [f"The exact search gave no answer within {SEARCH_S:g} s; plans are as proposed."]
+        return {name: list(each.candidates) for name, each in found.items()}, []
 
     def _choose_of(
-        self, sha256: str, nodes: Sequence[NodeView], request: PlanRequest
+        self,
+        sha256: str,
+        nodes: Sequence[NodeView],
+        request: PlanRequest,
+        searched: Mapping[str, Sequence[Candidate]],
     ) -> tuple[list[Candidate], int | None]:
+        policy = self._policies[request.policy or planning.LATENCY]
+        candidates, chosen = self._by(policy, sha256, nodes, request, searched)
+        if request.policy or chosen is None or planning.BALANCE not in self._policies:
+            return candidates, chosen
+        if len(candidates[chosen].roles) > 1 and _is_on_battery(candidates[chosen], nodes):
+            return self._by(self._policies[planning.BALANCE], sha256, nodes, request, searched)
+        return candidates, chosen
+
+    def _by(
+        self,
+        policy: Policy,
+        sha256: str,
+        nodes: Sequence[NodeView],
+        request: PlanRequest,
+        searched: Mapping[str, Sequence[Candidate]],
+    ) -> tuple[list[Candidate], int | None]:
+        """The candidates under a policy, and its choice; edged's own where it fails or names none of them."""
         description = self._models.manifest(sha256).model
         engines = self._engines_for(sha256)
-        candidates = planning.consider(self._strategies, description, nodes, request, engines)
+        weighed = _weighed(policy, nodes)
+        candidates = planning.consider(self._strategies, description, weighed, request, engines, searched)
+        candidates = self._corrections.corrected(sha256, candidates)
         answer = self._host.decide("edged_select_plan", candidates=candidates, request=request)
-        if (
-            isinstance(answer, int)
-            and 0 <= answer < len(candidates)
-            and not candidates[answer].refused_because
-        ):
+        if _may_run(answer, candidates):
             return candidates, answer
+        by_id = {node.node_id: node for node in nodes}
+        situation = Situation(candidates, by_id, request, random.random(), time.time())
+        try:
+            answer = policy.choose(situation)
+        except Exception:  # a plugin's policy: the job must run all the same, and the log says why so
+            log.exception("policy failed", extra={"policy": policy.name})
+            return candidates, planning.choose(candidates)
+        if answer is None or _may_run(answer, candidates):
+            return candidates, answer
+        log.error("policy named no plan that may run", extra={"policy": policy.name, "answer": answer})
         return candidates, planning.choose(candidates)
+
+    def is_steady(self, request: PlanRequest) -> bool:
+        """May a loaded plan serve this request again without a new choice?"""
+        return self._policies[request.policy or planning.LATENCY].is_steady
+
+    def learn(self, sha256: str, request: PlanRequest, outcome: Outcome, tpot_ms: float | None) -> None:
+        """Hear how a job went: for the next prediction, and for the policy that chose its plan."""
+        ratio = self._corrections.learn(sha256, outcome.candidate, tpot_ms)
+        if ratio is not None:
+            self._device.keep_corrections(self._corrections.factors)
+            log.info("predicted", extra={"strategy": outcome.candidate.strategy, "ratio": round(ratio, 3)})
+        policy = self._policies[request.policy or planning.LATENCY]
+        if policy.learn is None:
+            return
+        try:
+            policy.learn(outcome)
+        except Exception:  # a plugin's policy: the job is done all the same
+            log.exception("policy failed", extra={"policy": policy.name})
 
     def holder_of(self, model: Model, nodes: Sequence[NodeView]) -> str:
         """Who gives the file to nodes that lack it: this node, or where it has a part of it another."""
@@ -217,6 +340,40 @@ class Chooser:
             "memory_bytes": {role.node_id: role.memory_bytes for role in candidate.roles},
             "refused_because": candidate.refused_because,
         }
+
+
+def _may_run(answer: Any, candidates: Sequence[Candidate]) -> bool:
+    """Is it the index of a candidate that no rule refuses?"""
+    return (
+        isinstance(answer, int)
+        and not isinstance(answer, bool)
+        and 0 <= answer < len(candidates)
+        and candidates[answer].refused_because is None
+    )
+
+
+def _weighed(policy: Policy, nodes: Sequence[NodeView]) -> list[NodeView]:
+    """The nodes with the part of their speed that the policy lets them give."""
+    if policy.weigh is None:
+        return list(nodes)
+    try:
+        weights = policy.weigh(nodes)
+        return [dataclasses.replace(node, weight=float(weights.get(node.node_id, 1.0))) for node in nodes]
+    except Exception:  # a plugin's policy: plans go by speed then
+        log.exception("policy failed", extra={"policy": policy.name})
+        return list(nodes)
+
+
+def _is_on_battery(candidate: Candidate, nodes: Sequence[NodeView]) -> bool:
+    """Does any of its nodes live on its battery now?"""
+    members = {role.node_id for role in candidate.roles}
+    batteries = [node.device.battery for node in nodes if node.node_id in members]
+    return any(b is not None and b.plugged is False and not b.charging for b in batteries)
+
+
+def _sound_watts(watts: tuple[float, float] | None) -> tuple[float, float] | None:
+    """As a node says; None for what no device draws."""
+    return watts if watts is not None and 0 <= watts[0] <= watts[1] < float("inf") else None
 
 
 def _predicted_row(predicted: Predicted) -> dict[str, Any]:

@@ -106,6 +106,7 @@ class Commands:
         for node_id, member in members.items():
             link = self._parts.peers.links.get(node_id)
             view = views.get(node_id)
+            cost = self._parts.probing.cost(node_id)
             state = "joining" if member.state == "joining" else (link.state if link else "offline")
             rows.append(
                 {
@@ -115,7 +116,7 @@ class Commands:
                     "state": state,
                     "address": link.address if link and link.address else None,
                     "rtt_ms": link.rtt_ms if link else None,
-                    "bandwidth_bytes_s": None,
+                    "bandwidth_bytes_s": cost.bytes_s if cost else None,
                     "battery": msgspec.to_builtins(view.device.battery) if view else None,
                     "profile": view.profile if view else None,
                     "trusted": True,
@@ -160,6 +161,9 @@ class Commands:
         if request.body.get("measure"):
             await request.emit({"event": "progress", "text": "measuring this device"})
             await self._parts.device.measure()
+            await request.emit({"event": "progress", "text": "measuring links"})
+            self._parts.probing.forget()
+            await self._parts.chooser.views(measure=True)  # half of the links are the other side's to measure
         state = self._parts.device.read()
         return {
             "name": self._parts.profile.name,
@@ -172,12 +176,20 @@ class Commands:
             "battery": msgspec.to_builtins(state.battery),
             "power": {
                 "watts": state.power_watts,
+                "source": state.power_source,
                 "idle_watts": self._parts.profile.device.idle_watts,
                 "load_watts": self._parts.profile.device.load_watts,
             },
             "thermal": {
                 "celsius": state.temperature_celsius,
+                "is_throttled": state.is_throttled,
                 "limit_celsius": self._parts.profile.device.thermal_limit_celsius,
+            },
+            "use": {
+                "in_use": state.in_use,
+                "memory_pressure": state.memory_pressure,
+                "is_wireless": state.is_wireless,
+                "is_metered": state.is_metered,
             },
             "engines": msgspec.to_builtins(self._parts.device.speeds()),
             "links": msgspec.to_builtins(self._parts.peers.link_states()),

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import secrets
 import statistics
 import time
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
@@ -24,7 +25,7 @@ from .models import Model, ModelStore
 from .peers import Peers
 from .plugins import Host
 from .requests import GenerateRequest
-from .types import Sampling
+from .types import Outcome, Predicted, Sampling
 
 log = logging.getLogger(__name__)
 RUNNING_MAX = 32  # jobs at once; rank 0 lets them in as the KV cache's memory allows
@@ -32,6 +33,8 @@ STALL_S = 120.0  # without a token for so long (and ten times the predicted pref
 CANCEL_S = 5.0
 TOKEN_MAX = 1 << 31  # ids are int32 in every engine
 TEXT_CHARS_MAX = 4096  # of one message of tokens
+MOVE_WORTH_S = 5.0  # what is left of a job, before another plan is worth its loading
+INFINITE_MS = 1e12  # of a token, where no price says
 SETTLE_S = 1.0  # for ended workers to give their memory back
 T = TypeVar("T")
 
@@ -58,6 +61,20 @@ class _Run:
     is_detached: bool = False
     orphan: asyncio.TimerHandle | None = None
     task: asyncio.Task[dict[str, Any]] | None = None
+    move: _Move | None = None  # under way
+    moves: list[_Move] = field(default_factory=list)
+    bytes_earlier: int = 0  # sent in earlier epochs
+    seed: int = field(default_factory=lambda: secrets.randbits(32))  # where the request names none
+
+
+@dataclass(slots=True)
+class _Move:
+    """A job leaves its group at a token boundary, for another plan."""
+
+    node_id: str  # because of whom
+    reason: str
+    at_token: int
+    since: float  # monotonic
 
 
 class Coordinator:
@@ -74,6 +91,8 @@ class Coordinator:
         self._models, self._chooser = stored_models, chooser
         self._groups = Groups(peers, profile.jobs.worker_idle)
         self._groups.when_lost = self._group_lost
+        self._groups.when_resting = self._group_resting
+        self._moving: set[asyncio.Task[None]] = set()
         self._runs: dict[str, _Run] = {}
         self._slots = asyncio.Semaphore(RUNNING_MAX)
         self._planning = asyncio.Lock()  # two plans at once would be promised the same memory
@@ -88,6 +107,8 @@ class Coordinator:
         return len(self._runs)
 
     async def close(self) -> None:
+        for task in self._moving:
+            task.cancel()
         for run in self._runs.values():
             if run.task is not None:
                 run.task.cancel()
@@ -155,7 +176,7 @@ class Coordinator:
         """The life of one job. Whatever happens, the store says how it ended."""
         try:
             async with self._slots:
-                finished = await self._run_epoch(run)
+                finished = await self._run_epochs(run)
             document = await self._document(run, finished)
             state: State = "cancelled" if finished.reason == "cancelled" else "done"
             self._store.end(run.job_id, state, time.time(), result=document)
@@ -197,12 +218,62 @@ class Coordinator:
         except EdgedError:
             log.exception("job's end not stored", extra={"job_id": run.job_id})
 
+    async def _run_epochs(self, run: _Run) -> wire.Finished:
+        """Until it is over: an epoch for every plan that it runs on."""
+        while True:
+            finished = await self._run_epoch(run)
+            if run.move is None or run.is_cancelled or finished.reason != "cancelled":
+                return finished
+            await self._leave_group(run, run.move)
+
+    async def _leave_group(self, run: _Run, move: _Move) -> None:
+        """Between two epochs: what was made stays, and goes through the next plan's model as history."""
+        assert run.group is not None
+        move.at_token = len(run.tokens)
+        run.moves.append(move)
+        run.bytes_earlier += await self._bytes_of(run)
+        self._groups.release(run.group, run.job_id)
+        run.group, run.move, run.bytes_before = None, None, None
+        run.finished = asyncio.get_running_loop().create_future()
+
+    def _group_resting(self, group: Group, node_id: str, reason: str) -> None:
+        for run in self._runs.values():
+            if run.group is group and run.move is None and not run.finished.done() and not run.request.strict:
+                task = asyncio.get_running_loop().create_task(self._move(run, group, node_id, reason))
+                self._moving.add(task)
+                task.add_done_callback(self._moving.discard)
+
+    async def _move(self, run: _Run, group: Group, node_id: str, reason: str) -> None:
+        """Let a job go on elsewhere, where there is somewhere, and more than a moment of it left."""
+        tpot_ms = group.candidate.predicted.tpot_ms
+        left_s = (run.request.n - len(run.tokens)) * (tpot_ms or INFINITE_MS) / 1000
+        if left_s < MOVE_WORTH_S:
+            return
+        try:
+            model = self._models.find(run.request.model)
+            asked = self._chooser.asked(_unbound(run.request), model.sha256)
+            nodes = await self._chooser.views(measure=False)
+            _, _, chosen, _ = await self._chooser.choose(model.sha256, nodes, asked.request)
+        except EdgedError as error:
+            log.warning("job not moved", extra={"job_id": run.job_id, "reason": str(error)})
+            return
+        if chosen is None:
+            log.info("job stays", extra={"job_id": run.job_id, "peer": node_id[:8], "reason": reason})
+            return
+        if run.group is group and run.move is None and not run.finished.done():
+            log.info("job moves", extra={"job_id": run.job_id, "peer": node_id[:8], "reason": reason})
+            run.move = _Move(node_id, reason, len(run.tokens), time.monotonic())
+            body = wire.Cancel(group.group_id, run.job_id)
+            self._peers.tell_if_online(group.rank_0, "cancel", body)
+
     async def _run_epoch(self, run: _Run) -> wire.Finished:
-        """Plan, load and generate once."""
+        """Plan, load and generate once. What binds the plan binds the first one, unless it is strict."""
         model = self._models.find(run.request.model)
-        asked = self._chooser.asked(run.request, model.sha256)
+        request = _unbound(run.request) if run.moves and not run.request.strict else run.request
+        asked = self._chooser.asked(request, model.sha256)
         async with self._planning:
-            run.group = self._groups.standing(asked) or await self._plan(run, model, asked)
+            standing = self._groups.standing(asked) if self._chooser.is_steady(asked.request) else None
+            run.group = standing or await self._plan(run, model, asked)
             self._begin_epoch(run)
             self._groups.enter(run.group, run.job_id)
         run.load_ms = await self._of_the_job(self._groups.loaded(run.group, run.job_id))
@@ -226,14 +297,14 @@ class Coordinator:
         """Plan, and begin to load what was chosen. What no job uses makes room for the whole of it."""
         request, manifest = run.request, self._models.manifest(model.sha256)
         nodes = await self._chooser.views(measure=request.strategy == "auto")
-        wanted, candidates, chosen = self._chooser.choose(model.sha256, nodes, asked.request)
+        wanted, candidates, chosen, _ = await self._chooser.choose(model.sha256, nodes, asked.request)
         if wanted != asked.request:  # it does not fit, or with less than it wants
             if serving := self._groups.still_serving(asked):
                 return serving
             if self._groups.end_unused():
                 await asyncio.sleep(SETTLE_S)
                 nodes = await self._chooser.views(measure=False)
-                wanted, candidates, chosen = self._chooser.choose(model.sha256, nodes, asked.request)
+                wanted, candidates, chosen, _ = await self._chooser.choose(model.sha256, nodes, asked.request)
         if chosen is None:
             raise planning.refusal(candidates)
         candidate = candidates[chosen]
@@ -265,7 +336,7 @@ class Coordinator:
         messages = tuple(request.messages or ())
         if request.prompt is not None and not request.raw:
             messages = ({"role": "user", "content": request.prompt},)
-        seed = request.seed if request.seed is not None else secrets.randbits(32)
+        seed = request.seed if request.seed is not None else run.seed
         return wire.Generate(
             run.group.group_id,
             run.job_id,
@@ -275,6 +346,7 @@ class Coordinator:
             request.n,
             Sampling(request.temperature, request.top_k, request.top_p, seed),
             request.ignore_eos,
+            tuple(run.tokens),
         )
 
     async def _until_finished(self, run: _Run) -> wire.Finished:
@@ -411,15 +483,21 @@ class Coordinator:
         sent = await self._bytes_of(run)
         gaps = [b - a for a, b in zip(run.times, run.times[1:], strict=False)]
         span = run.times[-1] - run.times[0] if len(run.times) > 1 else 0.0
+        tpot_ms = statistics.median(gaps) * 1000 if gaps else None
+        joules = _joules(run.group.candidate.predicted, tpot_ms)
+        group = run.group
+        outcome = Outcome(group.candidate, joules, is_done=True)
+        if group.jobs == {run.job_id}:  # beside others a job takes longer than its plan
+            self._chooser.learn(group.load.manifest.sha256, group.asked.request, outcome, tpot_ms)
         measured: dict[str, Any] = {
             "ttft_ms": (run.times[0] - run.accepted_at) * 1000 if run.times else None,
             "load_ms": run.load_ms,
-            "tpot_ms": statistics.median(gaps) * 1000 if gaps else None,
+            "tpot_ms": tpot_ms,
             "tokens_per_s": len(gaps) / span if span else None,
-            "joules": None,
-            "joules_source": None,
-            "bytes_sent": sent,
-            "recoveries": [],
+            "joules": None if joules is None else joules * len(run.tokens),
+            "joules_source": None if joules is None else "estimated",
+            "bytes_sent": run.bytes_earlier + sent,
+            "recoveries": [_recovery_row(move, run.times) for move in run.moves],
         }
         return {
             "job_id": run.job_id,
@@ -442,6 +520,30 @@ class Coordinator:
         assert run.group is not None
         row = self._chooser.row_of(run.group.candidate)
         return {key: row[key] for key in ("strategy", "roles", "predicted")} | {"epoch": run.epoch}
+
+
+def _joules(predicted: Predicted, tpot_ms: float | None) -> float | None:
+    """Of a token, estimated: as predicted from the profiles' watts, over the time that it really took."""
+    if predicted.joules_per_token is None or not predicted.tpot_ms or tpot_ms is None:
+        return None
+    return predicted.joules_per_token * tpot_ms / predicted.tpot_ms
+
+
+def _unbound(request: GenerateRequest) -> GenerateRequest:
+    """The same job on any nodes, by any strategy."""
+    return dataclasses.replace(request, strategy="auto", nodes=None, shares=None)
+
+
+def _recovery_row(move: _Move, times: Sequence[float]) -> dict[str, Any]:
+    """A change of plan, as the contract shows it. A planned one is not detected: it is told."""
+    resumed = times[move.at_token] if move.at_token < len(times) else None
+    return {
+        "at_token": move.at_token,
+        "lost": move.node_id,
+        "reason": move.reason,
+        "detect_ms": 0.0,
+        "resume_ms": None if resumed is None else (resumed - move.since) * 1000,
+    }
 
 
 def _interrupted() -> JobError:

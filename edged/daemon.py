@@ -143,6 +143,7 @@ class Daemon:
             try:
                 self._parts.coordinator.tidy()
                 self._watch_memory()
+                self._watch_energy()
                 self._parts.refresh_conditions()
             except (EdgedError, OSError):  # a full disk, say: it may be over the next time
                 log.exception("not tidied")
@@ -167,6 +168,15 @@ class Daemon:
             Condition("memory-short", "warning", text, "close something, or lower budget.memory")
         )
         self._parts.roles.relieve()
+
+    def _watch_energy(self) -> None:
+        because = self._parts.device.watch()
+        if not because:
+            self._parts.health.clear("saving")
+            return
+        text, remedy = f"no new work is taken: {because}", "plug it in, or see [energy] in the profile"
+        self._parts.health.set(Condition("saving", "info", text, remedy))
+        self._parts.roles.rest()
 
     async def _feed_watchdog(self) -> None:
         pause = sdnotify.watchdog_s()

@@ -19,6 +19,7 @@ from . import identity as ids
 from . import limits
 from .config import Profile
 from .errors import EdgedError, EngineError
+from .saving import Levels, Saving
 from .supervisor import Supervisor
 from .types import DeviceState, EngineEntry, EngineSpeed, SensorEntry
 
@@ -45,6 +46,13 @@ class Device:
         self._profile, self._cache = profile, cache
         self._sensors, self._engines, self._supervisor = sensors, engines, supervisor
         self.promised: Callable[[], int] = int  # bytes planned for roles here that nothing holds yet
+        levels = Levels(
+            profile.energy.reserve,
+            profile.energy.resume,
+            profile.device.thermal_limit_celsius,
+            profile.energy.yield_to_owner,
+        )
+        self._saving = Saving(levels)
         self._lock = asyncio.Lock()  # two benchmarks at once would measure each other
 
     def read(self) -> DeviceState:
@@ -85,6 +93,23 @@ class Device:
     def cache_folder(self) -> Path:
         """Where engines keep what they can make again."""
         return self._cache
+
+    @property
+    def saving(self) -> str:
+        """Why this node takes no new work now, as last watched; ""."""
+        return self._saving.because
+
+    def watch(self) -> str:
+        """Hear the sensors once more about that; called every few seconds."""
+        return self._saving.update(self.read())
+
+    @property
+    def watts(self) -> tuple[float, float] | None:
+        """Idle and at work, where the profile says both."""
+        device = self._profile.device
+        if device.idle_watts is None or device.load_watts is None:
+            return None
+        return device.idle_watts, device.load_watts
 
     @property
     def threads(self) -> int:
@@ -133,6 +158,27 @@ class Device:
                 raise EngineError(f"expected the self-check of {engine.name} to answer with a map")
             self._write("check", engine, result["answer"])
             log.info("engine checked", extra={"engine": engine.name, **result["answer"]})
+
+    def corrections(self) -> dict[tuple[str, ...], float]:
+        """As kept; empty where there are none, or they cannot be read."""
+        try:
+            rows = msgspec.convert(
+                json.loads(self._corrections_file.read_text()), list[tuple[list[str], float]]
+            )
+        except (OSError, ValueError, msgspec.ValidationError):
+            return {}
+        return {tuple(key): factor for key, factor in rows if 0 < factor < float("inf")}
+
+    def keep_corrections(self, factors: Mapping[tuple[str, ...], float]) -> None:
+        rows = [[list(key), factor] for key, factor in factors.items()]
+        try:
+            ids.write_atomically(self._corrections_file, json.dumps(rows).encode())
+        except OSError as error:
+            log.warning("corrections not kept", extra={"reason": str(error)})
+
+    @property
+    def _corrections_file(self) -> Path:
+        return self._cache / "corrections.json"
 
     def _settings(self, engine: EngineEntry) -> dict[str, Any]:
         return {"threads": self.threads, **engine.settings}

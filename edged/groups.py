@@ -26,6 +26,7 @@ OFFER_S = 330.0  # an engine's first self-check may take that long
 FETCH_BYTES_S = 0.5e6  # a model travels at least this fast, or its transfer ends by itself first
 START_S = 90.0
 GROUPS_MAX = 8
+REASON_CHARS_MAX = 200  # of another node's words, which a person reads
 Listeners = Mapping[tuple[int, int], int]
 T = TypeVar("T")
 
@@ -108,7 +109,9 @@ class Groups:
         self._by_key: dict[tuple[object, ...], Group] = {}
         self.when_lost: Callable[[Group], None] = lambda group: None
         peers.takes("lost", self._told_lost)
+        self.when_resting: Callable[[Group, str, str], None] = lambda group, node_id, reason: None
         peers.takes("draining", self._told_draining)
+        peers.takes("resting", self._told_resting)
         peers.takes("short", self._told_short)
         peers.when_gone(self._peer_gone)
 
@@ -307,6 +310,16 @@ class Groups:
                 self.retire(group)
                 if not group.jobs:
                     self.end(group)
+
+    def _told_resting(self, node_id: str, body: wire.Resting) -> None:
+        """A node saves energy: its groups get no new job, and what runs in them may move."""
+        for group in list(self._groups.values()):
+            if any(role.node_id == node_id for role in group.load.roles):
+                self.retire(group)
+                if not group.jobs:
+                    self.end(group)
+                elif group.is_made:
+                    self.when_resting(group, node_id, body.reason[:REASON_CHARS_MAX])
 
     def _told_short(self, node_id: str, body: wire.Empty) -> None:
         """A node's memory is short: what no job uses there is loaded again when one comes."""

@@ -17,8 +17,9 @@ from .identity import Home, Identity
 from .jobs import JobStore
 from .models import ModelStore
 from .peers import Peers
-from .planning import CORE_STRATEGIES
+from .planning import CORE_POLICIES, CORE_STRATEGIES
 from .plugins import Host
+from .probing import Probing
 from .roles import Roles
 from .supervisor import Supervisor
 from .transfers import Transfers
@@ -40,6 +41,7 @@ class Parts:
     supervisor: Supervisor
     models: ModelStore
     device: Device
+    probing: Probing
     peers: Peers
     transfers: Transfers
     roles: Roles
@@ -56,6 +58,7 @@ class Parts:
                 await self.device.ensure_measured()
             except EdgedError as error:
                 log.warning("device not measured", extra={"reason": str(error)})
+            await self.probing.ensure()
         view = self.chooser.view()
         held = {model.sha256: model.name for model in self.models.list() if model.complete}
         return wire.Described(
@@ -66,6 +69,8 @@ class Parts:
             view.links,
             held,
             self.profile.name,
+            view.saving,
+            view.watts,
         )
 
     def refresh_conditions(self) -> None:
@@ -88,12 +93,21 @@ def compose(home: Home) -> Parts:
     host.load(profile.plugins, profile.plugin)
     engines = host.registrations("edged_engines")
     strategies = {entry.name: entry for entry in CORE_STRATEGIES} | host.registrations("edged_strategies")
+    policies = {policy.name: policy for policy in CORE_POLICIES} | host.registrations("edged_policies")
+    if profile.energy.policy and profile.energy.policy not in policies:
+        raise ConfigError(
+            f"no policy {profile.energy.policy!r} for energy.policy; loaded: {', '.join(sorted(policies))}",
+            remedy="load the plugin that brings it, or name another",
+        )
     models, store = ModelStore(home), JobStore(home.store_file)
     device = Device(profile, home.cache, host.registrations("edged_sensors"), engines, supervisor)
     peers = Peers(identity, home, profile, host, health)
     transfers = Transfers(home, profile, models, peers, supervisor, engines)
     roles = Roles(profile, peers, host, device, supervisor, transfers, engines)
-    chooser = Chooser(profile, peers, host, device, models, strategies, engines)
+    probing = Probing(profile, peers, supervisor, device)
+    chooser = Chooser(
+        profile, peers, host, device, probing, supervisor, models, strategies, policies, engines
+    )
     chooser.memory_taken = lambda: roles.memory_taken
     coordinator = Coordinator(profile, store, peers, host, models, chooser)
     parts = Parts(
@@ -105,6 +119,7 @@ def compose(home: Home) -> Parts:
         supervisor,
         models,
         device,
+        probing,
         peers,
         transfers,
         roles,

@@ -23,7 +23,7 @@ from .health import Health
 from .identity import Home, Identity
 from .plugins import Host
 from .transport import INVITED, Transport, local_addresses, new_keys, public_of
-from .types import RIGHTS, Condition, LinkState, Right, Sighting, Zone
+from .types import RIGHTS, Condition, LinkCost, LinkState, Right, Sighting, Zone
 from .version import PROTOCOL, VERSION
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ class Peers:
         self._host, self._health = host, health
         self.membership = node.from_map(ids.read_membership(home))
         self.links: dict[str, Link] = {}
+        self.link_cost: Callable[[str], LinkCost | None] = lambda node_id: None  # of the data plane
         self._sightings: dict[str, dict[str, Sighting]] = {}  # discoverer -> fingerprint -> last word
         self.transport = Transport(identity, self._admit, self._on_request, self._on_event)
         self._answers: dict[str, Answer] = {}
@@ -160,10 +161,25 @@ class Peers:
 
     def link_states(self) -> tuple[LinkState, ...]:
         return tuple(
-            LinkState(node_id, link.rtt_ms, None, self.transport.dials(node_id))
+            self._link_state(node_id, link.rtt_ms)
             for node_id, link in self.links.items()
             if link.state == "online"
         )
+
+    def _link_state(self, node_id: str, rtt_ms: float | None) -> LinkState:
+        cost, dials = self.link_cost(node_id), self.dials(node_id)
+        if cost is None:
+            return LinkState(node_id, rtt_ms, None, dials)
+        return LinkState(node_id, rtt_ms, cost.bytes_s, dials, cost.latency_s)
+
+    def rtt_ms(self, node_id: str) -> float | None:
+        """Of pings between the daemons."""
+        link = self.links.get(node_id)
+        return None if link is None else link.rtt_ms
+
+    def dials(self, node_id: str) -> bool:
+        """Is it this side that opens connections?"""
+        return self.transport.dials(node_id)
 
     # --- pairing ---
 

@@ -1,11 +1,4 @@
-"""What to do: candidates, their price, the rules every plan must keep, the choice. Pure.
-
-The price is a first simple model. A rank's time per token is the bytes of weights it reads divided by
-the measured bytes/s of that weight type; ranks of a stage work at once (the slowest counts), stages one
-after the other. Each all-reduce, one or two a layer, costs one round trip of the slowest link in the
-group, each hop between stages half of one. Weights that pass through a window because a budget does not
-hold them are read again for every token, which counts on top.
-"""
+"""What to do: candidates, the rules every plan must keep, the choice. Pure; the price is in `pricing`."""
 
 from __future__ import annotations
 
@@ -14,23 +7,21 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from .errors import ConfigError, EdgedError, PeerError, PolicyViolation
-from .sizes import F32_BYTES, granted, held_bytes_of, weight_bytes_of, weights_room
+from .pricing import price, stages_of
+from .sizes import granted
 from .types import (
     Candidate,
     EngineEntry,
-    EngineSpeed,
     ModelDescription,
     NodeView,
     PlanRequest,
-    Predicted,
+    Policy,
     Range,
     Role,
     Strategy,
 )
 
-DISK_BYTES_S = 100e6  # at which dropped weights are read again: nothing measures disks, so a slow one's
 Q8_0_BLOCK = 32  # elements that share a scale; a block lies within one head
-PROMPT_BATCH = 512  # tokens of a prompt that one reading of the weights serves
 INFINITE = float("inf")
 GAIN_MIN = 0.9  # more nodes must predict at most this share of the time of fewer (hysteresis)
 
@@ -69,8 +60,10 @@ def consider(
     nodes: Sequence[NodeView],
     request: PlanRequest,
     engines: Sequence[EngineEntry] = (),
+    searched: Mapping[str, Sequence[Candidate]] | None = None,
 ) -> list[Candidate]:
-    """Every candidate, priced and checked; `nodes` has the submitter first.
+    """Every candidate, priced and checked; `nodes` has the submitter first. `searched`: by strategy, what a
+    search found beside what it proposes.
 
     `engines`: those that run the model, the preferred first; each candidate names the first that does
     its strategy. Empty: none is named, and none is asked. With a strategy named by hand its errors
@@ -100,7 +93,10 @@ def consider(
             engine = _engine_of(name, engines, request)
             proposed = [
                 dataclasses.replace(candidate, engine=engine)
-                for candidate in strategies[name].propose(model, ordered, request)
+                for candidate in [
+                    *strategies[name].propose(model, ordered, request),
+                    *(searched or {}).get(name, ()),
+                ]
             ]
         except EdgedError as error:
             if request.strategy != "auto":
@@ -180,107 +176,6 @@ def finish(
     return dataclasses.replace(sized, predicted=price(sized, model, nodes, request), refused_because=reason)
 
 
-# --- the price ------------------------------------------------------------------------------------
-
-
-def _rereading_s(role: Role, model: ModelDescription, request: PlanRequest) -> float:
-    """Seconds to read again what does not fit, on top of computing: an upper bound, since both overlap."""
-    room = weights_room(role, model, request)
-    return max(0, held_bytes_of(role, model, request) - room) / DISK_BYTES_S if room else 0.0
-
-
-def price(
-    candidate: Candidate, model: ModelDescription, nodes: Mapping[str, NodeView], request: PlanRequest
-) -> Predicted:
-    """Time, joules and bytes per token; None where a device or link was never measured."""
-    stages = _stages(candidate.roles)
-    traffic = _bytes_per_token(stages, model)
-    submitter = next(iter(nodes))
-    decode = prefill = 0.0
-    for roles in stages:
-        times = [_rank_times(role, model, nodes[role.node_id], request) for role in roles]
-        if any(time is None for time in times):
-            return Predicted(bytes_per_token=traffic)
-        decode += max(time[0] for time in times if time)
-        prefill += max(time[1] for time in times if time)
-    latency = _latency(stages, model.reductions, nodes, submitter)
-    if latency is None:
-        return Predicted(bytes_per_token=traffic)
-    tpot_ms = 1000 * decode + latency
-    return Predicted(ttft_ms=1000 * prefill + latency, tpot_ms=tpot_ms, bytes_per_token=traffic)
-
-
-def _rank_times(
-    role: Role, model: ModelDescription, node: NodeView, request: PlanRequest
-) -> tuple[float, float] | None:
-    """Seconds for one token and for the prompt on one rank."""
-    speed = speed_of(node, model.weight_type)
-    if speed is None:
-        return None
-    weights = weight_bytes_of(role, model)
-    of_model = weights / max(1, sum(model.layer_bytes) + model.head_bytes)
-    operations = 2 * model.parameters * of_model * request.prompt_tokens
-    rereading_s = _rereading_s(role, model, request)
-    batches = -(-request.prompt_tokens // PROMPT_BATCH)
-    decode_s = weights / speed.decode_bytes_s + rereading_s
-    return decode_s, operations / speed.prefill_flops_s + batches * rereading_s
-
-
-def speed_of(node: NodeView, weight_type: str) -> EngineSpeed | None:
-    """The measured speed of a weight type; mixed types ("Q4_K_M") count as their main one ("Q4_K")."""
-    sound = [s for s in node.speeds if 0 < s.decode_bytes_s < INFINITE and 0 < s.prefill_flops_s < INFINITE]
-    exact = next((s for s in sound if s.weight_type == weight_type), None)
-    if exact is not None:
-        return exact
-    return next((s for s in sound if weight_type.startswith(s.weight_type)), None)
-
-
-def _latency(
-    stages: Sequence[Sequence[Role]], reductions: int, nodes: Mapping[str, NodeView], submitter: str
-) -> float | None:
-    """Milliseconds of waiting for links in one token."""
-    total = 0.0
-    for roles in stages:
-        if len(roles) > 1:
-            pairs = itertools.combinations([role.node_id for role in roles], 2)
-            times = [rtt_ms(nodes, a, b) for a, b in pairs]
-            if None in times:
-                return None
-            layers = roles[0].layers[1] - roles[0].layers[0]
-            total += reductions * layers * max(time for time in times if time is not None)
-    hops = [(a[0].node_id, b[0].node_id) for a, b in itertools.pairwise(stages)]
-    if len(stages) > 1:
-        hops.append((stages[-1][0].node_id, stages[0][0].node_id))
-    hops.append((stages[0][0].node_id, submitter))
-    for a, b in hops:
-        time = rtt_ms(nodes, a, b)
-        if time is None:
-            return None
-        total += time / 2
-    return total
-
-
-def rtt_ms(nodes: Mapping[str, NodeView], a: str, b: str) -> float | None:
-    """Round-trip time between two nodes as either of them measured it."""
-    if a == b:
-        return 0.0
-    seen = [link.rtt_ms for link in nodes[a].links if link.node_id == b]
-    seen += [link.rtt_ms for link in nodes[b].links if link.node_id == a]
-    return next((time for time in seen if time is not None), None)
-
-
-def _bytes_per_token(stages: Sequence[Sequence[Role]], model: ModelDescription) -> int:
-    """Bytes of hidden states on data-plane sockets for one token, F32."""
-    row = model.hidden * F32_BYTES
-    total = 0
-    for roles in stages:
-        layers = roles[0].layers[1] - roles[0].layers[0]
-        total += model.reductions * layers * len(roles) * (len(roles) - 1) * row
-    for _, later in itertools.pairwise(stages):
-        total += len(later) * row
-    return total
-
-
 # --- the rules ------------------------------------------------------------------------------------
 
 
@@ -295,7 +190,7 @@ def validate(
         return "it is not on the nodes that were asked for, in their order"
     if len({role.node_id for role in roles}) != len(roles):
         return "a node has more than one role"
-    reason = _coverage(_stages(roles), model) or _cache_refusal(model, request)
+    reason = _coverage(stages_of(roles), model) or _cache_refusal(model, request)
     if reason:
         return reason
     for role in roles:
@@ -325,6 +220,8 @@ def _cache_refusal(model: ModelDescription, request: PlanRequest) -> str | None:
 def _refusal(node: NodeView, role: Role, request: PlanRequest, *, is_submitter: bool) -> str | None:
     if not node.online:
         return "it is offline"
+    if node.saving and not (is_submitter and request.nodes):  # whoever names it here means it
+        return f"it saves energy: {node.saving}"
     if node.zone == "guest" and not request.allow_guest:
         return "it is a guest, and this job uses own nodes only"
     if not is_submitter and "serve" not in node.rights:
@@ -377,12 +274,6 @@ def _tiles(ranges: Sequence[Range], size: int, unit: int) -> bool:
     )
 
 
-def _stages(roles: Sequence[Role]) -> list[list[Role]]:
-    """Roles by stage, stages in order, ranks in order within."""
-    ordered = sorted(roles, key=lambda role: (role.stage, role.rank))
-    return [list(group) for _, group in itertools.groupby(ordered, key=lambda role: role.stage)]
-
-
 # --- the choice -----------------------------------------------------------------------------------
 
 
@@ -399,6 +290,10 @@ def choose(candidates: Sequence[Candidate]) -> int | None:
         if best is None or _time(candidates[fastest]) < GAIN_MIN * _time(candidates[best]):
             best = fastest
     return best
+
+
+LATENCY, BALANCE = "latency", "battery-balance"
+CORE_POLICIES = (Policy(LATENCY, lambda situation: choose(situation.candidates)),)
 
 
 def _time(candidate: Candidate) -> float:
@@ -428,11 +323,35 @@ def explain(candidates: Sequence[Candidate], chosen: int | None, nodes: Mapping[
         time = candidate.predicted.tpot_ms
         cost = f"{time:.1f} ms per token" if time is not None else "speed unknown, a device is unmeasured"
         said.append(f"{head}: {cost}{' (chosen)' if index == chosen else ''}.")
+    if chosen is not None:
+        said += _why(candidates, chosen, nodes)
     if chosen is not None and (alone := _fastest_alone(candidates)) is not None:
         mine = _time(candidates[chosen])
         if len(candidates[chosen].roles) > 1 and _time(alone) < mine:
             said.append(f"Warning: one node alone should take {_time(alone):.1f} ms per token.")
     return said
+
+
+def _why(candidates: Sequence[Candidate], chosen: int, nodes: Mapping[str, NodeView]) -> list[str]:
+    """What the choice gains over the next best, or gives up against a faster one."""
+    mine = _time(candidates[chosen])
+    others = [
+        (index, c) for index, c in enumerate(candidates) if index != chosen and c.refused_because is None
+    ]
+    if mine == INFINITE or not others:
+        return []
+    _, best = min(others, key=lambda row: _time(row[1]))
+    name = f"{best.strategy} on {', '.join(nodes[r.node_id].name for r in best.roles if r.node_id in nodes)}"
+    if _time(best) == INFINITE:
+        return [f"Nothing is known of {name}, which is why it was not chosen."]
+    gain = 100 * (_time(best) / mine - 1)
+    if gain >= 0:
+        return [f"The next best, {name}, takes {gain:.0f} % more time per token."]
+    loss = 100 * (1 - _time(best) / mine)
+    if len(best.roles) > len(candidates[chosen].roles):
+        few = "too little for more nodes: each is one more that can be lost"
+        return [f"{name} would take {loss:.0f} % less time per token, {few}."]
+    return [f"{name} would take {loss:.0f} % less time per token; the policy prefers another."]
 
 
 def _fastest_alone(candidates: Sequence[Candidate]) -> Candidate | None:

@@ -81,7 +81,6 @@ def check_generate(request: GenerateRequest, *, needs_prompt: bool) -> GenerateR
         (0 < request.top_p <= 1, f"--top-p above 0 and at most 1; {request.top_p} came"),
         (request.seed is None or 0 <= request.seed < 2**63, "--seed from 0 to 2**63 - 1"),
         (request.prompt_bytes <= PROMPT_BYTES_MAX, f"a prompt of at most {PROMPT_BYTES_MAX >> 20} MiB"),
-        (request.policy in (None, "latency"), f"--policy latency; {request.policy!r} is not loaded"),
         (request.recovery == "fast", f"--recovery fast; {request.recovery!r} is not part of this version"),
         (request.adapter is None, "no --adapter: adapters are not part of this version"),
         (not (request.raw and request.messages), "--raw with a prompt, not with messages"),

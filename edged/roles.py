@@ -121,6 +121,13 @@ class Roles:
         for coordinator in {held.coordinator for held in self._held.values()}:
             self._peers.tell_if_online(coordinator, "short", wire.Empty())
 
+    def rest(self) -> None:
+        """This device saves energy: the coordinators give its roles no new job, and move what runs here
+        where they can."""
+        resting = wire.Resting(self._device.saving)
+        for coordinator in {held.coordinator for held in self._held.values()}:
+            self._peers.tell_if_online(coordinator, "resting", resting)
+
     async def close(self) -> None:
         for group in [*self._admitting, *self._held]:
             self._end(group, "the node stops")
@@ -161,6 +168,8 @@ class Roles:
         member = self._peers.membership.member(coordinator)
         if member is not None and "submit" not in member.rights:
             raise PolicyViolation(f"{mine.name}: {member.name} has no right to submit jobs here")
+        if self._device.saving and coordinator != mine.node_id:
+            raise PolicyViolation(f"{mine.name} takes no new roles: {self._device.saving}")
         if self.is_draining:
             raise PolicyViolation(f"{mine.name} is leaving and takes no new roles")
         if len(self._held) + len(self._admitting) >= self._profile.budget.workers:

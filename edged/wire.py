@@ -33,7 +33,10 @@ key `pair` is the only kind that is read.
     lost        member -> coordinator   a worker of this group ended
     usage       coordinator -> member   what its worker sent and holds    answer: used
     draining    member -> coordinator   give my roles no new job; I leave when they are done
+    resting     member -> coordinator   I save energy: move what runs here elsewhere if you can
     short       member -> coordinator   end my roles that no job uses; I have little memory
+    probe       member -> member        let us measure our connection     answer: offered, or error
+    probe_start member -> member        connect and exchange              answer: a LinkCost, or error
     generate    coordinator -> rank 0   begin a job on a loaded group
     cancel      coordinator -> rank 0   end a job
     tokens      rank 0 -> coordinator   new tokens of a job
@@ -152,6 +155,8 @@ class Described:
     links: tuple[LinkState, ...]
     models: dict[str, str]  # sha256 -> name, whole ones only
     profile: str
+    saving: str = ""
+    watts: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,6 +221,20 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class Probe:
+    """`listens`: whether the asked side does."""
+
+    group: str
+    listens: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeStart:
+    group: str
+    end: PeerEnd
+
+
+@dataclass(frozen=True, slots=True)
 class Stop:
     group: str
 
@@ -239,7 +258,15 @@ class Lost:
 
 
 @dataclass(frozen=True, slots=True)
+class Resting:
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Generate:
+    """`history`: tokens that an earlier epoch of the job made; they go through the model after the prompt,
+    and the first new one has their number as its index."""
+
     group: str
     job: str
     epoch: int
@@ -248,6 +275,7 @@ class Generate:
     tokens_max: int
     sampling: Sampling
     ignore_eos: bool
+    history: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -322,11 +350,14 @@ BODIES: dict[str, type[Any]] = {
     "forget": Forget,
     "leave": Empty,
     "draining": Empty,
+    "resting": Resting,
     "short": Empty,
     "describe": Describe,
     "offer": Offer,
     "start": Start,
     "stop": Stop,
+    "probe": Probe,
+    "probe_start": ProbeStart,
     "usage": Usage,
     "lost": Lost,
     "generate": Generate,

@@ -8,6 +8,7 @@ process when the daemon is gone. A request is one of
     prepare   {group, rank, size, listens_for, interfaces, ports}   answer {public_key, ports, certificate,
               stream_ports}
     load      {group, load, spec, ends, may_spin}   connect, load the engine; answer {load_ms, memory_bytes}
+    probe     {group, ends, may_spin}   connect to one other rank, measure, answer {LinkCost}, end
     generate  {wire.Generate}        rank 0 only: begin a sequence; events tokens, finished follow
     cancel    {job}
     usage     {}                     answer {bytes_sent, memory_bytes}, also during a computation
@@ -37,8 +38,9 @@ from . import framing, wire
 from .certificate import new_credential
 from .channel import End, ZmqChannel
 from .errors import ConfigError, EdgedError, EngineError, PeerError, PolicyViolation, ProtocolError
+from .exchanging import measure_link
 from .streams import Streams
-from .types import Engine, EngineSpec, Step
+from .types import Channel, Engine, EngineSpec, LinkCost, ModelDescription, NodeView, PlanRequest, Step
 
 log = logging.getLogger(__name__)
 OOM_SCORE_ABOVE_DAEMON = 300  # of 1000: the kernel ends a worker before anything of the device's own
@@ -47,6 +49,7 @@ SEQUENCES_MAX = 32  # at once in one worker; more jobs wait, also where the KV c
 PIECE_TOKENS, PIECE_TOKENS_SHARED = 512, 128  # of a prompt in one step: alone, and while others decode
 WAITING_MAX = 256  # a coordinator sends far fewer
 REST_TOKENS_MIN = 64  # a shorter rest of a prompt joins the piece before it: small batches round differently
+PROBE_S = 30.0  # for the other side to connect
 FOLLOW_S = 0.1  # how long a follower listens to its peers before it looks at its daemon's requests
 
 
@@ -147,6 +150,9 @@ class Worker:
                 return self._prepare(body)
             case "load":
                 return self._load(body)
+            case "probe":
+                self._stopped = True
+                return self._probe(body)
             case "generate":
                 return self._begin(wire.read_body(wire.Generate, body))
             case "cancel":
@@ -175,10 +181,20 @@ class Worker:
         started = time.monotonic()
         spec = wire.read_body(EngineSpec, body["spec"])
         self._context = spec.context_tokens
+        channel = self._connected(body)
+        self._engine = cast(Engine, _resolve(body["load"])(spec, channel))
+        return wire.Started((time.monotonic() - started) * 1000, self._usage().memory_bytes)
+
+    def _probe(self, body: dict[str, Any]) -> LinkCost:
+        """What the connection to the one other rank costs."""
+        return measure_link(cast(Channel, self._connected(body)), 1 - self._rank, PROBE_S)
+
+    def _connected(self, body: dict[str, Any]) -> ZmqChannel:
+        if self._channel is None:
+            raise ProtocolError("expected prepare first")
         self._channel.open(body["group"], {rank: End(*end) for rank, end in body["ends"].items()})
         self._channel.spin(body["may_spin"])
-        self._engine = cast(Engine, _resolve(body["load"])(spec, self._channel))
-        return wire.Started((time.monotonic() - started) * 1000, self._usage().memory_bytes)
+        return self._channel
 
     def _cancel(self, job: str) -> None:
         for sequence in [waiting for waiting in self._waiting if waiting.request.job == job]:
@@ -217,22 +233,27 @@ class Worker:
                 raise PolicyViolation(f"expected a new job, and fewer than {WAITING_MAX} waiting")
             prompt = request.raw if request.raw is not None else request.messages
             tokens = self._engine.encode(prompt, raw=request.raw is not None)
+            if len(request.history) >= request.tokens_max:
+                raise ProtocolError("expected fewer tokens of an earlier epoch than the job shall make")
             if not tokens:
                 raise ConfigError("expected a prompt of at least one token; it is empty")
-            if len(tokens) >= self._context:
+            if len(tokens) + len(request.history) >= self._context:
                 raise EngineError(
                     f"expected a prompt of fewer than {self._context} tokens; {len(tokens)} came"
                 )
         except EdgedError as error:
             self._event("finished", wire.Finished(request.job, request.epoch, "error", str(error)))
             return
-        self._waiting.append(_Sequence(request, self._numbers, tokens))
+        sequence = _Sequence(request, self._numbers, [*tokens, *request.history], made=len(request.history))
+        sequence.text.decode(self._engine.decode(request.history))  # a character may be half there
+        self._waiting.append(sequence)
 
     def _admit(self, engine: Engine) -> None:
         """Let in who waits, in order, as long as there is room."""
         while self._waiting and len(self._running) < SEQUENCES_MAX:
             sequence = self._waiting[0]
-            most = min(self._context, len(sequence.pending) + sequence.request.tokens_max)
+            left = sequence.request.tokens_max - sequence.made
+            most = min(self._context, len(sequence.pending) + left)
             shared = engine.open(sequence.number, sequence.pending, most)
             if shared is None:
                 if self._running:
@@ -349,6 +370,18 @@ def ranges(params: dict[str, Any], report: object) -> dict[str, Any]:
     """A task: {function, spec} -> {ranges}, the bytes of its file that an engine's role reads."""
     found = _resolve(params["function"])(wire.read_body(EngineSpec, params["spec"]))
     return {"ranges": [[start, stop] for start, stop in found]}
+
+
+def search(params: dict[str, Any], report: object) -> dict[str, Any]:
+    """A task: {searches, model, nodes, request} -> {found}: candidates of each strategy by its search."""
+    model = wire.read_body(ModelDescription, params["model"])
+    nodes = [wire.read_body(NodeView, node) for node in params["nodes"]]
+    request = wire.read_body(PlanRequest, params["request"])
+    found = {}
+    for name, dotted in params["searches"].items():
+        candidates = _resolve(dotted)(model, nodes, request)
+        found[name] = [wire.to_map(candidate) for candidate in candidates]
+    return {"found": found}
 
 
 def _resolve(dotted: str) -> Callable[..., Any]:

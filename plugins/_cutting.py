@@ -13,6 +13,7 @@ from fractions import Fraction
 from edged import ConfigError, ModelDescription, NodeView, PeerError, PlanRequest
 
 Range = tuple[int, int]
+WEIGHT_MIN = 1e-6  # of a node that a policy gives nothing: who should have no role at all is refused one
 GROUP_MAX = 8  # where nobody names the nodes: each further one adds a message a token and a way to fail
 
 
@@ -91,11 +92,13 @@ def ranges(counts: Sequence[int], unit: int, total: int) -> list[Range]:
 
 
 def weights_of(model: ModelDescription, nodes: Sequence[NodeView], request: PlanRequest) -> tuple[float, ...]:
-    """Each rank's weight: the requested share, else its measured decode speed, else all equal."""
+    """Each rank's weight: the requested share, else its measured decode speed (else all equal) as far as
+    the policy lets it give that."""
     if request.shares is not None:
         return request.shares
     speeds = [_speed(node, model.weight_type) for node in nodes]
-    return tuple(speeds) if all(speeds) else (1.0,) * len(nodes)
+    known = speeds if all(speeds) else [1.0] * len(nodes)
+    return tuple(speed * max(node.weight, WEIGHT_MIN) for speed, node in zip(known, nodes, strict=True))
 
 
 def _speed(node: NodeView, weight_type: str) -> float:

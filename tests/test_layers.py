@@ -21,14 +21,15 @@ CORE, PLUGINS = ROOT / "edged", ROOT / "plugins"
 LAYERS = {
     0: "types errors version",
     1: "hookspecs config wire sizes",
-    2: "plugins node planning jobs identity token requests framing",
-    3: "transport certificate stream meeting streams channel dataplane control client worker supervisor "
-    "models partial ingest transfer health sdnotify device limits pressure",
-    4: "peers transfers roles groups choosing coordinator commands parts daemon",
-    5: "cli testing",
+    2: "pricing correcting",
+    3: "plugins node planning simulation advising jobs identity token requests framing",
+    4: "transport certificate stream meeting streams channel exchanging dataplane control client "
+    "worker supervisor models partial ingest transfer health sdnotify device limits pressure saving",
+    5: "peers probing transfers roles groups choosing coordinator commands parts daemon",
+    6: "cli testing",
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}
-SHARED_LAYERS = (3, 4, 5)  # sockets and processes are built of one another; values and rules are not
+SHARED_LAYERS = (4, 5, 6)  # sockets and processes are built of one another; values and rules are not
 
 NEVER_IN_CORE = {
     "edged_plugins": "a plugin is a stranger to the core, ours too; it is loaded by name",
@@ -53,13 +54,14 @@ DOORS = {
     "rich": ("cli", "the daemon prints nothing"),
     "ctypes": ("worker cli", "one call, prctl, for a child that must not outlive us; the rest is engines"),
 }
-PURE = "types wire sizes node planning"
+PURE = "types wire sizes pricing correcting node planning"
 PURE_MAY_IMPORT = {
     "__future__": "no code",
     "collections": "values",
     "dataclasses": "values",
     "typing": "no code",
     "itertools": "functions of their arguments",
+    "math": "functions of their arguments",
     "hmac": "compare_digest alone: a comparison that tells no time",
     "msgspec": "checks values",
     "msgpack": "bytes to values and back",
@@ -71,7 +73,10 @@ PLUGIN_DOORS = {
     "zeroconf": ("mdns", "one speaker of multicast DNS"),
     "ifaddr": ("mdns", "interfaces, as zeroconf sees them"),
     "socket": ("mdns _llama_tunnel", "a discoverer's, and loopback, where libllama knows nothing else"),
-    "numpy": ("shard _sampling _llama_engine", "arrays live in an engine's worker"),
+    "numpy": (
+        "shard energy _placing _ring _search _sampling _llama_engine",
+        "arrays live in an engine's worker",
+    ),
     "llama_cpp": (
         "shard _tokenizer _libllama _llama_describe _llama_engine _llama_rpc_engine",
         "libllama lives in an engine's worker",

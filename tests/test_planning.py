@@ -12,7 +12,7 @@ from edged_plugins import layer_parallel, tensor_parallel
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edged import planning, sizes
+from edged import planning, pricing, sizes
 from edged.errors import ConfigError, PeerError, PolicyViolation
 from edged.planning import CORE_STRATEGIES
 from edged.sizes import WORKER_BYTES
@@ -21,6 +21,7 @@ from edged.types import (
     DeviceState,
     EngineEntry,
     EngineSpeed,
+    LinkCost,
     LinkState,
     ModelDescription,
     NodeView,
@@ -80,6 +81,13 @@ LAYERS = Candidate(
     "layers", (role(0, "a", layers=(0, 3), vocab=(0, 0)), role(1, "b", stage=1, layers=(3, 4)))
 )
 LOCAL = Candidate("local", (role(0, "a"),))
+SHORT = PlanRequest(prompt_tokens=1)  # so that the KV cache is next to nothing
+EXACT = dataclasses.replace(SHORT, numerics="exact")
+
+
+def sum_ms(ping_ms: float) -> float:
+    """Of one all-reduce over a link that was only pinged."""
+    return ping_ms / 2 + 1000 * pricing.REDUCE_S
 
 
 # --- coverage: brute force ------------------------------------------------------------------------
@@ -267,11 +275,11 @@ def test_a_description_that_says_what_is_cut_is_believed() -> None:
     halves = (role(0, "a", heads=(0, 2), ffn=(0, 8), vocab=(0, 16)), role(1, "b", heads=(2, 4), ffn=(8, 16)))
     nodes = {"a": node("a", {"b": 1.0}), "b": node("b", {"a": 1.0})}
     one, two = (
-        planning.price(Candidate("tensor", halves), model, nodes, PlanRequest())
+        planning.price(Candidate("tensor", halves), model, nodes, SHORT)
         for model in (told, dataclasses.replace(told, reductions=2))
     )
     assert one.tpot_ms is not None
-    assert two.tpot_ms == pytest.approx(one.tpot_ms + 4 * 1.0)
+    assert two.tpot_ms == pytest.approx(one.tpot_ms + 4 * sum_ms(1.0), rel=1e-2)
     assert two.bytes_per_token == 2 * one.bytes_per_token
 
 
@@ -284,28 +292,33 @@ def test_the_output_head_counts_by_its_rows() -> None:
 def test_the_price_of_one_node_is_its_bytes_over_its_speed() -> None:
     """4400 bytes at 1000 a millisecond; 2 operations a parameter, 10 tokens, 1000 a millisecond."""
     price = planning.price(LOCAL, MODEL, PAIR, PlanRequest(prompt_tokens=10))
-    assert price.tpot_ms == pytest.approx(4.4)
+    assert price.tpot_ms == pytest.approx(4.4 + 2 * 2 * 4 * 2 * 2 * 10 / 1000)  # and ten rows of the cache
     assert price.ttft_ms == pytest.approx(2 * 2200 * 10 / 1000)
     assert price.bytes_per_token == 0
 
 
-def test_the_price_of_a_tensor_group_is_its_slowest_rank_and_two_round_trips_a_layer() -> None:
+def test_the_price_of_a_tensor_group_is_its_slowest_rank_and_two_exchanges_a_layer() -> None:
     """Rank 1: half of attention, three quarters of the rest: (96 + 288) / 576 of 4000, and 300 of 400."""
-    price = planning.price(TENSOR, MODEL, PAIR, PlanRequest())
+    price = planning.price(TENSOR, MODEL, PAIR, SHORT)
     slowest = 4000 * 384 / 576 + 300
-    assert price.tpot_ms == pytest.approx(slowest / 1000 + 2 * 4 * 4.0, rel=1e-3)
+    assert price.tpot_ms == pytest.approx(slowest / 1000 + 2 * 4 * sum_ms(4.0), rel=1e-2)
     assert price.bytes_per_token == 2 * 4 * 2 * 8 * 4  # all-reduces, both ways, a hidden state in F32
 
 
 def test_the_price_of_stages_is_their_sum_and_half_a_round_trip_a_hop() -> None:
-    price = planning.price(LAYERS, MODEL, PAIR, PlanRequest())
-    assert price.tpot_ms == pytest.approx(3.0 + 1.4 + 2 * 4.0 / 2)
+    price = planning.price(LAYERS, MODEL, PAIR, SHORT)
+    assert price.tpot_ms == pytest.approx(3.0 + 1.4 + 2 * (4.0 / 2 + 1000 * pricing.HOP_S), rel=0.02)
     assert price.bytes_per_token == 8 * 4
 
 
-def test_a_remote_node_costs_the_way_there() -> None:
-    remote = Candidate("remote", (role(0, "b"),))
-    assert planning.price(remote, MODEL, PAIR, PlanRequest()).tpot_ms == pytest.approx(4.4 + 4.0 / 2)
+def test_a_remote_node_costs_the_way_there_and_back_once() -> None:
+    """It draws its tokens itself."""
+    here, there = (
+        planning.price(Candidate(name, (role(0, node_id),)), MODEL, PAIR, PlanRequest())
+        for name, node_id in (("local", "a"), ("remote", "b"))
+    )
+    assert there.tpot_ms == here.tpot_ms
+    assert there.ttft_ms == pytest.approx(here.ttft_ms + 4.0)
 
 
 @pytest.mark.parametrize(
@@ -327,19 +340,27 @@ def test_what_was_not_measured_has_no_price(nodes: dict[str, NodeView]) -> None:
 )
 def test_a_mixed_type_counts_as_its_main_one(weight_type: str, found: float | None) -> None:
     speeds = (EngineSpeed("e", "Q4_K_S", 3.0, 1.0), EngineSpeed("e", "Q4_K", 2.0, 1.0))
-    speed = planning.speed_of(node("a", speeds=speeds), weight_type)
+    speed = pricing.speed_of(node("a", speeds=speeds), weight_type)
     assert (speed.decode_bytes_s if speed else None) == found
 
 
 @pytest.mark.parametrize(
     ("a_says", "b_says", "rtt"), [(3.0, None, 3.0), (None, 5.0, 5.0), (3.0, 5.0, 3.0), (None, None, None)]
 )
-def test_a_round_trip_is_what_either_end_measured(
+def test_a_link_that_was_only_pinged_takes_half_a_ping(
     a_says: float | None, b_says: float | None, rtt: float | None
 ) -> None:
     nodes = by_id(node("a", {"b": a_says}), node("b", {"a": b_says}))
-    assert planning.rtt_ms(nodes, "a", "b") == rtt
-    assert planning.rtt_ms(nodes, "a", "a") == 0.0
+    found = pricing.link_cost(nodes, "a", "b")
+    assert (found and found.latency_s) == (rtt and pytest.approx(rtt / 2000))
+    assert pricing.link_cost(nodes, "a", "a") == LinkCost(0.0, math.inf)
+
+
+def test_a_measured_link_counts_before_its_pings_and_the_worse_end_counts() -> None:
+    a = dataclasses.replace(node("a"), links=(LinkState("b", 9.0, 2e6, True, 1e-4),))
+    b = dataclasses.replace(node("b"), links=(LinkState("a", 9.0, 1e6, True, 5e-5),))
+    assert pricing.link_cost(by_id(a, b), "a", "b") == LinkCost(1e-4, 1e6)
+    assert pricing.link_cost(by_id(a, node("b", {"a": 1.0})), "b", "a") == LinkCost(1e-4, 2e6)
 
 
 # --- the choice -----------------------------------------------------------------------------------
@@ -626,7 +647,7 @@ def test_a_node_without_any_sensor_is_planned_for_like_another() -> None:
 @pytest.mark.parametrize("speed", [0.0, -1.0, float("inf"), float("nan")])
 def test_a_speed_that_cannot_be_counts_as_unmeasured(speed: float) -> None:
     node = NodeView("n", "n", speeds=(EngineSpeed("shard", "Q4_0", speed, 1e9),))
-    assert planning.speed_of(node, "Q4_0") is None
+    assert pricing.speed_of(node, "Q4_0") is None
 
 
 @pytest.mark.parametrize(
@@ -755,7 +776,7 @@ def test_what_does_not_fit_is_priced_with_reading_it_again_and_refused_below_the
     assert part.memory_bytes <= full // 2
     dropped = full - part.memory_bytes  # bytes: what the budget is short of
     assert windowed.predicted.tpot_ms == pytest.approx(
-        fitting.predicted.tpot_ms + 1000 * dropped / planning.DISK_BYTES_S, rel=1e-6
+        fitting.predicted.tpot_ms + 1000 * dropped / pricing.DISK_BYTES_S, rel=1e-6
     )
     for engine, needed, budget in ((WINDOWED, least, least - 1), (NO_WINDOW, full, full // 2)):
         refused = considered(engine, budget)
@@ -777,3 +798,44 @@ def test_two_nodes_that_hold_a_model_win_over_one_that_reads_it_again() -> None:
     alone = [c for c in candidates if len(c.roles) == 1]
     assert alone
     assert all(c.refused_because is None for c in alone)
+
+
+# --- the price of links and of fixed work ---------------------------------------------------------
+
+
+def linked(latency_s: float, bytes_s: float) -> dict[str, NodeView]:
+    link = LinkState("b", 1.0, bytes_s, True, latency_s)
+    return by_id(dataclasses.replace(node("a"), links=(link,)), node("b"))
+
+
+def test_fixed_work_of_layers_and_tokens_counts() -> None:
+    quick, slow = (
+        by_id(node("a", speeds=(EngineSpeed("shard", "Q4_K", 1e6, 1e6, *fixed),)))
+        for fixed in ((), (1e-3, 5e-3))
+    )
+    before, after = (planning.price(LOCAL, MODEL, nodes, SHORT).tpot_ms for nodes in (quick, slow))
+    assert before is not None
+    assert after == pytest.approx(before + 4 * 1 + 5)
+
+
+def test_a_narrow_link_costs_its_bytes_and_a_narrower_codec_less() -> None:
+    """At 1000 bytes a second 8 elements take 32 ms in F32 and 8.5 ms in blocks; exact numerics take F32."""
+    fast, exact = (
+        planning.price(TENSOR, MODEL, linked(0.0, 1e3), dataclasses.replace(SHORT, numerics=numerics)).tpot_ms
+        for numerics in ("fast", "exact")
+    )
+    assert fast is not None
+    assert exact is not None
+    assert exact - fast == pytest.approx(8 * (32 - 8.5), rel=0.02)
+
+
+@given(st.floats(1e-5, 0.1), st.floats(1e4, 1e9), st.floats(1.0, 4.0))
+def test_a_worse_link_never_makes_a_plan_cheaper(latency_s: float, bytes_s: float, worse: float) -> None:
+    """In exact numerics: a narrower codec is taken where it saves a twentieth, and not before."""
+    for candidate in (TENSOR, LAYERS):
+        good = planning.price(candidate, MODEL, linked(latency_s, bytes_s), EXACT).tpot_ms
+        for links in (linked(latency_s * worse, bytes_s), linked(latency_s, bytes_s / worse)):
+            found = planning.price(candidate, MODEL, links, EXACT).tpot_ms
+            assert good is not None
+            assert found is not None
+            assert found >= good * (1 - 1e-6)

@@ -66,7 +66,6 @@ def test_a_sound_request_is_taken(fields: dict[str, Any]) -> None:
         ({"seed": -1}, "--seed from 0"),
         ({"seed": 2**63}, "--seed from 0"),
         ({"prompt": "é" * PROMPT_BYTES_MAX}, "a prompt of at most 2 MiB"),
-        ({"policy": "battery"}, "'battery' is not loaded"),
         ({"recovery": "exact"}, "'exact' is not part of this version"),
         ({"adapter": "a"}, "no --adapter"),
         ({"prompt": ..., "messages": [{"role": "user", "content": ""}], "raw": True}, "--raw with a prompt"),

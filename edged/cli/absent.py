@@ -8,31 +8,10 @@ from typing import Annotated, NoReturn
 import typer
 
 from ..errors import ConfigError
-from .options import HomeOption, JsonOption, PolicyOption
+from .options import HomeOption, JsonOption
 
 Action = Annotated[str | None, typer.Argument(metavar="[ACTION]")]
 Words = Annotated[list[str] | None, typer.Argument(metavar="[NAME] [FILE]")]
-
-
-def recommend(
-    model: Annotated[str | None, typer.Option("--model", "-m", metavar="M")] = None,
-    home: HomeOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Model size, quantisation and tuning method for this device. Not part of this version."""
-    _refuse("recommend")
-
-
-def simulate(
-    scenario: Annotated[Path | None, typer.Argument(metavar="SCENARIO.toml")] = None,
-    policy: PolicyOption = None,
-    seed: Annotated[int, typer.Option(metavar="S")] = 0,
-    plot: Annotated[Path | None, typer.Option(metavar="FILE")] = None,
-    home: HomeOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Scheduling over simulated devices and time. Not part of this version."""
-    _refuse("simulate")
 
 
 def finetune(

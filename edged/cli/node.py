@@ -101,7 +101,7 @@ def _show_plugins(document: Document) -> None:
 
 
 def _show_profile(profile: Document) -> None:
-    known = {key: profile.get(key) for key in ("name", "cpu", "memory", "battery", "power", "thermal")}
+    known = {key: profile.get(key) for key in ("name", "cpu", "memory", "battery", "power", "thermal", "use")}
     facts(known | {"memory": _memory(profile)})
     print()
     engines = profile.get("engines") or ()
@@ -122,16 +122,21 @@ def _show_profile(profile: Document) -> None:
     if links:
         print()
         table(
-            ("link to", "rtt", "bandwidth"),
+            ("link to", "ping", "exchange", "bandwidth"),
             [
                 (
                     link.get("name") or short(link.get("node_id")),
                     _with_unit(link.get("rtt_ms"), "ms"),
+                    _with_unit(_milli(link.get("latency_s")), "ms"),
                     _with_unit(sized(link.get("bandwidth_bytes_s")), "/s", ""),
                 )
                 for link in links
             ],
         )
+
+
+def _milli(seconds: Any) -> float | None:
+    return seconds * 1000 if isinstance(seconds, float) else None
 
 
 def _name(plugin: Any) -> Any:

@@ -7,33 +7,16 @@ The choices are pure functions of those costs; one rank makes them and tells the
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from edged import Channel
+from edged import LinkCost
 
-SMALL_BYTES, SMALL_TIMES = 64, 9
-LARGE_BYTES, LARGE_TIMES = 256 << 10, 6  # the first drains what a shaped link's bucket lets through at once
-SLOW_S = 0.25  # an exchange that takes so long is no noise: it is repeated once
-EXCHANGE_S = 60.0  # for one; 40 kbit/s pass
 PROBE_S = 30.0  # allowed a pair while others wait for their turn; 300 kbit/s pass in a large group
 SAVES_AT_LEAST = 0.05  # of the time per token, before a narrower codec is worth its rounding
 WEIGHT_BYTES_S = 10e9  # a guess at how fast a rank reads its weights; only weighs communication against it
 
-
-@dataclass(frozen=True, slots=True)
-class Link:
-    """One way of a connection while both ways are used: seconds for a few bytes, then bytes per second."""
-
-    latency_s: float
-    bytes_s: float
-
-    def time_s(self, size: float) -> float:
-        return self.latency_s + size / self.bytes_s
-
-
-Links = Mapping[tuple[int, int], Link]  # by (lower rank, higher rank)
+Links = Mapping[tuple[int, int], LinkCost]  # by (lower rank, higher rank)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,31 +29,6 @@ class Way:
 
 
 DIRECT, RING = Way("direct"), Way("ring")
-
-
-def probe(channel: Channel, other: int, wait_s: float) -> Link:
-    """Measure the link to `other`, which does the same within `wait_s`, once its links before this one
-    are measured. The least time of a few counts: what else the machine does may add to it, never take
-    away."""
-    channel.exchange([other], bytes(SMALL_BYTES), wait_s)
-    small = _exchange_s(channel, other, SMALL_BYTES, SMALL_TIMES)
-    large = _exchange_s(channel, other, LARGE_BYTES, LARGE_TIMES, is_slow=small > SLOW_S)
-    return Link(small, LARGE_BYTES / max(large - small, 1e-6))
-
-
-def _exchange_s(channel: Channel, other: int, size: int, times: int, is_slow: bool = False) -> float:
-    """Seconds of an exchange. A frame's first byte says that its sender found the one before slow: both
-    ends read both, and stop with that exchange."""
-    seen: list[float] = []
-    for _ in range(times):
-        frame = bytes([is_slow]) + bytes(size - 1)
-        begun = time.perf_counter()
-        (answer,) = channel.exchange([other], frame, EXCHANGE_S)
-        seen.append(time.perf_counter() - begun)
-        if is_slow or answer[0]:
-            break
-        is_slow = seen[-1] > SLOW_S
-    return min(seen[1:] or seen)
 
 
 def time_s(way: Way, group: Sequence[int], links: Links, size: int) -> float:
@@ -130,5 +88,5 @@ def _token_s(group: Sequence[int], links: Links, load: Load, codec: str) -> floa
     return load.weight_bytes / WEIGHT_BYTES_S + load.sums * sum_s
 
 
-def _link(links: Links, a: int, b: int) -> Link:
+def _link(links: Links, a: int, b: int) -> LinkCost:
     return links[min(a, b), max(a, b)]

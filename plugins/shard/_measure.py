@@ -10,22 +10,31 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import msgspec
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from edged import EngineError, EngineSpeed
+from edged import EngineError, EngineSpec, EngineSpeed, ModelDescription, Role, Sampling, Step
 
 from . import Settings, _ggml
+from ._check import Alone
+from ._describe import describe
+from ._engine import load
+from ._random import Shape, write_model
 from ._weights import takes_weight
 
 WEIGHT_TYPES = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K", "F16", "F32")
 WIDTH, ROWS = 2048, 1024
 ROTATED_BYTES = 48 << 20
 BATCH = 64
+FIXED_SHAPE = Shape(hidden=64, heads=2, kv_heads=2, ffn=64, vocab=64, context_tokens=256)
+FIXED_LAYERS, FIXED_TOKENS = (2, 12), 40
+GREEDY = Sampling(temperature=0)
 PART_S = 0.08  # measuring time of each of the two figures; placing the weights takes about as long
 
 
@@ -37,9 +46,46 @@ def measure(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     lib.backend_cpu_set_n_threads(backend, threads)
     weights = np.random.default_rng(0).standard_normal((ROWS, WIDTH), dtype=np.float32)
     try:
-        return [dataclasses.asdict(_measure_type(lib, backend, name, weights)) for name in WEIGHT_TYPES]
+        speeds = [_measure_type(lib, backend, name, weights) for name in WEIGHT_TYPES]
     finally:
         lib.backend_free(backend)
+    layer_s, token_s = fixed_costs(settings, threads)
+    return [
+        dataclasses.asdict(dataclasses.replace(speed, layer_s=layer_s, token_s=token_s)) for speed in speeds
+    ]
+
+
+def fixed_costs(settings: Mapping[str, Any], threads: int) -> tuple[float, float]:
+    """Seconds that a layer, and a token beside its layers, take for any size of weights.
+
+    From two models that have next to no weights, of few and of many layers: their difference is that of
+    the layers. The least times count, or what else the machine does would be part of them.
+    """
+    times = {}
+    with tempfile.TemporaryDirectory(prefix="edged-measure-") as folder:
+        for layers in FIXED_LAYERS:
+            path = os.path.join(folder, f"{layers}.gguf")
+            write_model(path, dataclasses.replace(FIXED_SHAPE, layers=layers), "Q8_0")
+            times[layers] = _token_s(path, settings, threads)
+    few, many = FIXED_LAYERS
+    layer_s = max(0.0, (times[many] - times[few]) / (many - few))
+    return layer_s, max(0.0, times[few] - few * layer_s)
+
+
+def _token_s(path: str, settings: Mapping[str, Any], threads: int) -> float:
+    model = msgspec.convert(describe(path), ModelDescription)
+    whole = ((0, model.layers), (0, model.heads), (0, model.ffn), (0, model.vocab))
+    role = Role(0, "self", 0, *whole, share=1.0)
+    engine = load(EngineSpec(path, model, (role,), 0, 256, threads=threads, settings=settings), Alone())
+    try:
+        times = []
+        for position in range(FIXED_TOKENS):
+            start = time.perf_counter()
+            engine.step([Step(0, [1], position, GREEDY)])
+            times.append(time.perf_counter() - start)
+        return min(times)
+    finally:
+        engine.close()
 
 
 def _measure_type(lib: _ggml.Ggml, backend: int, name: str, weights: np.ndarray) -> EngineSpeed:

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from edged import Channel, EngineSpec, ProtocolError
+from edged import Channel, EngineSpec, LinkCost, ProtocolError, measure_link
 
 from . import Settings, _ggml
 from ._codecs import ALIGN, CODECS
-from ._links import DIRECT, PROBE_S, RING, Link, Links, Load, Way, choose_codec, choose_ways, probe
+from ._links import DIRECT, PROBE_S, RING, Links, Load, Way, choose_codec, choose_ways
 from ._messages import patience_s
 from ._place import Place
 
@@ -158,14 +158,14 @@ def settle(
     return terms
 
 
-def _measure(channel: Channel, group: Sequence[int]) -> dict[tuple[int, int], Link]:
+def _measure(channel: Channel, group: Sequence[int]) -> dict[tuple[int, int], LinkCost]:
     """This rank's links, pair after pair in one order, so that a rank measures one at a time. Pairs that
     share no rank may be measured at once, and share what wire there is between them."""
     found = {}
     for before, pair in enumerate(_pairs(group)):
         if channel.rank in pair:
             other = pair[1] if pair[0] == channel.rank else pair[0]
-            found[pair] = probe(channel, other, SETTLE_S + before * PROBE_S)
+            found[pair] = measure_link(channel, other, SETTLE_S + before * PROBE_S)
     return found
 
 
@@ -201,7 +201,7 @@ def _read_links(header: Mapping[str, Any], rank: int, group: Sequence[int]) -> L
             raise ProtocolError(f"expected the link of rank {rank} to {other}")
         if not all(type(cost) is float and 0 < cost < math.inf for cost in row[2:]):
             raise ProtocolError("expected a link's latency and rate")
-        found[rank, other] = Link(*row[2:])
+        found[rank, other] = LinkCost(*row[2:])
     return found
 
 

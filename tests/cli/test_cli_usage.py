@@ -85,8 +85,6 @@ def test_common_options_may_stand_before_the_command(home: Any, daemon: Any, edg
 
 
 ABSENT = (
-    "recommend --model m",
-    "simulate s.toml --policy p --seed 1 --plot f",
     "finetune split c.toml --resume j",
     "adapters export a d",
     "data add n f",

@@ -14,25 +14,20 @@ from edged_plugins.shard import _ggml
 from edged_plugins.shard._codecs import CODECS
 from edged_plugins.shard._links import (
     DIRECT,
-    LARGE_BYTES,
-    LARGE_TIMES,
     RING,
-    SLOW_S,
-    SMALL_BYTES,
-    SMALL_TIMES,
-    Link,
     Load,
     Way,
     choose_codec,
     choose_way,
     choose_ways,
-    probe,
     time_s,
 )
 from edged_plugins.shard._reduce import Reducer, Terms, settle
 from shard_rig import MemoryChannel, connect
 
-from edged import ProtocolError
+from edged import LinkCost as Link
+from edged import ProtocolError, measure_link
+from edged.exchanging import LARGE_BYTES, LARGE_TIMES, SLOW_S, SMALL_BYTES, SMALL_TIMES
 
 PATIENCE_S = 30.0
 WAYS = {"direct": DIRECT, "star": Way("star", 1), "ring": RING}
@@ -251,10 +246,10 @@ def test_a_slow_link_is_not_probed_longer_than_it_takes_to_know(
 ) -> None:
     """One end finds it slow; the other learns that from it, and both stop with the same exchange."""
     clock = [0.0]
-    monkeypatch.setattr("edged_plugins.shard._links.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("edged.exchanging.time.perf_counter", lambda: clock[0])
     a, b = connect(2)
     ends = Narrow(a, slow_from, clock), Narrow(b, LARGE_BYTES + 1, clock)
-    links = together([lambda: probe(ends[0], 1, 7.0), lambda: probe(ends[1], 0, 7.0)])
+    links = together([lambda: measure_link(ends[0], 1, 7.0), lambda: measure_link(ends[1], 0, 7.0)])
     assert ends[0].sizes == ends[1].sizes == [SMALL_BYTES] * (1 + small) + [LARGE_BYTES] * large
     assert ends[0].waits[0] == 7.0
     assert links[0].latency_s + LARGE_BYTES / links[0].bytes_s >= SLOW_S

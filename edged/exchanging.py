@@ -1,0 +1,38 @@
+"""What a connection of a channel costs: measured by exchanges, in which both sides send and take at once."""
+
+from __future__ import annotations
+
+import time
+
+from .types import Channel, LinkCost
+
+SMALL_BYTES, SMALL_TIMES = 64, 9
+LARGE_BYTES, LARGE_TIMES = 256 << 10, 6  # the first drains what a shaped link's bucket lets through at once
+SLOW_S = 0.25  # an exchange that takes so long is no noise: it is repeated once
+EXCHANGE_S = 60.0  # for one; 40 kbit/s pass
+
+
+def measure_link(channel: Channel, other: int, wait_s: float) -> LinkCost:
+    """Measure the connection to rank `other`, which does the same within `wait_s`.
+
+    The least time of a few counts: what else the machine does may add to it, never take away.
+    """
+    channel.exchange([other], bytes(SMALL_BYTES), wait_s)
+    small = _exchange_s(channel, other, SMALL_BYTES, SMALL_TIMES)
+    large = _exchange_s(channel, other, LARGE_BYTES, LARGE_TIMES, is_slow=small > SLOW_S)
+    return LinkCost(small, LARGE_BYTES / max(large - small, 1e-6))
+
+
+def _exchange_s(channel: Channel, other: int, size: int, times: int, is_slow: bool = False) -> float:
+    """Seconds of an exchange. A frame's first byte says that its sender found the one before slow: both
+    ends read both, and stop with that exchange."""
+    seen: list[float] = []
+    for _ in range(times):
+        frame = bytes([is_slow]) + bytes(size - 1)
+        begun = time.perf_counter()
+        (answer,) = channel.exchange([other], frame, EXCHANGE_S)
+        seen.append(time.perf_counter() - begun)
+        if is_slow or answer[0]:
+            break
+        is_slow = seen[-1] > SLOW_S
+    return min(seen[1:] or seen)
