@@ -10,6 +10,7 @@ Numerical: for a process of its own, never the daemon.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -103,12 +104,18 @@ def bearable(device: Harvester, risk: float, limit: int | None = None) -> float:
 def fit(devices: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The arrival rate that each device bears, by name, at RISK; devices as `edged.simulation.Simulated`."""
     kinds = {device["name"]: harvester(device) for device in devices}
-    rates = {kind: bearable(kind, RISK) for kind in set(kinds.values())}
+    rates = {kind: _rate(kind) for kind in set(kinds.values())}
     return {name: rates[kind] for name, kind in kinds.items()}
 
 
+def _rate(device: Harvester) -> float:
+    """What it bears; a battery that nothing fills bears no job in the long run."""
+    is_filled = len(device.harvest) > 1 or all(mode.energy == 0 for _, mode in device.modes)
+    return bearable(device, RISK) if is_filled else 0.0
+
+
 def harvester(device: Mapping[str, Any], units: int = UNITS) -> Harvester:
-    """A described battery in whole units; one on mains, or without harvest, bears whatever time allows."""
+    """A described battery in whole units; one on mains bears whatever time allows."""
     capacity = device["capacity_joules"]
     modes = device["modes"]
     if not capacity:
@@ -126,10 +133,21 @@ def harvester(device: Mapping[str, Any], units: int = UNITS) -> Harvester:
 
 
 def even_law(low: float, high: float) -> tuple[float, ...]:
-    """Probabilities of whole numbers, evenly between two bounds."""
-    first, last = round(low), round(high)
-    count = last - first + 1
-    return (0.0,) * first + (1 / count,) * count
+    """Probabilities of 0, 1, 2, ... units with the mean of an even law between two bounds: what lies between
+    two units counts for both, by how near it is."""
+    if high < 1e-6:
+        return (1.0,)
+    if high - low < 1e-6:
+        low, high = max(0.0, low - 1e-6), low + 1e-6
+    units = np.arange(math.ceil(high) + 1)
+
+    def below(bound: float) -> np.ndarray:
+        """The integral, up to `bound`, of what a point gives to each unit."""
+        x = np.clip(bound - units, -1, 1)
+        return np.where(x < 0, (x + 1) ** 2 / 2, 1 - (1 - x) ** 2 / 2)
+
+    law = (below(high) - below(low)) / (high - low)
+    return tuple((law / law.sum()).tolist())
 
 
 def _transitions(device: Harvester, arrival: float) -> np.ndarray:

@@ -6,7 +6,15 @@ import itertools
 
 import numpy as np
 import pytest
-from edged_plugins.energy._semi_markov import Harvester, Mode, _transitions, bearable, long_run
+from edged_plugins.energy._semi_markov import (
+    Harvester,
+    Mode,
+    _transitions,
+    bearable,
+    even_law,
+    fit,
+    long_run,
+)
 
 KILOJOULES = tuple([1 / 21] * 21)  # 0 to 20 kJ a slot, evenly
 ORIN_15, ORIN_30, ORIN_60 = Mode(3, 26), Mode(2, 22), Mode(1, 23)
@@ -70,3 +78,39 @@ def test_no_more_energy_is_spent_than_harvested(arrival):
 def test_an_arrival_rate_that_is_no_probability_is_refused(arrival):
     with pytest.raises(ValueError, match="arrival probability"):
         long_run(TINY, arrival)
+
+
+@pytest.mark.parametrize(("low", "high"), [(0, 20), (0.3, 0.4), (2, 2), (0, 0.01), (1.7, 5.2)])
+def test_an_even_law_in_units_keeps_its_mean(low, high):
+    law = even_law(low, high)
+    assert sum(law) == pytest.approx(1)
+    assert sum(units * p for units, p in enumerate(law)) == pytest.approx((low + high) / 2, abs=1e-5)
+
+
+def described(**changes):
+    battery = {
+        "name": "b",
+        "capacity_joules": 100e3,
+        "reserve": 0.1,
+        "resume": 0.2,
+        "harvest_joules": (0, 20e3),
+        "idle_joules": 0.0,
+        "is_solar": False,
+        "modes": ({"slots": 1, "joules": 23e3, "above": 0.0},),
+    }
+    return battery | changes
+
+
+@pytest.mark.parametrize(
+    ("changes", "least", "most"),
+    [
+        ({}, 0.31, 0.35),
+        ({"is_solar": True}, 0.05, 0.15),
+        ({"harvest_joules": (0, 400), "is_solar": True, "idle_joules": 50}, 1e-4, 0.01),
+        ({"harvest_joules": (0, 0)}, 0.0, 0.0),
+        ({"capacity_joules": 0.0}, 1.0, 1.0),
+    ],
+    ids=["as published", "by the sun", "in the shade", "never filled", "on mains"],
+)
+def test_a_described_battery_bears_what_fills_it(changes, least, most):
+    assert least <= fit([described(**changes)])["b"] <= most
