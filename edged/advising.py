@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from .sizes import WORKER_BYTES
+
 READING_TOKENS_S = 5.0
 READING_SOURCE = "He et al., arXiv:2407.00029: a person reads about a token in 200 ms"
-WORKER_BYTES = 128 << 20  # the worker and a short context
 BITS = {"Q8_0": 8.5, "Q6_K": 6.5625, "Q4_K_M": 4.85, "Q4_0": 4.5}  # a weight; the best first
 MEASURED_AS = {"Q8_0": "Q8_0", "Q6_K": "Q6_K", "Q4_K_M": "Q4_K", "Q4_0": "Q4_0"}
 BITS_SOURCE = "ggml's block sizes; Q4_K_M as llama.cpp mixes it"

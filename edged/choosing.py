@@ -185,11 +185,8 @@ class Chooser:
     def _policy_of(self, request: GenerateRequest) -> str:
         """The policy asked for, else the profile's; ConfigError where it is not loaded."""
         name = request.policy or self._profile.energy.policy
-        if name and name not in self._policies:
-            raise ConfigError(
-                f"no policy {name!r}; loaded: {', '.join(sorted(self._policies))}",
-                remedy="load the plugin that brings it, or name another",
-            )
+        if name:
+            check_policy(name, self._policies)
         return name
 
     def _context(self, request: GenerateRequest, most: int) -> int:
@@ -203,12 +200,13 @@ class Chooser:
         """The candidates, the choice, and notes on how it came about; with the KV cache of a single sequence
         where more do not fit beside the whole of the weights."""
         description = self._models.manifest(sha256).model
-        searched, notes = await self._searched(description, nodes, request)
+        weighed = _weighed(self._policies[request.policy or planning.LATENCY], nodes)
+        searched, notes = await self._searched(description, weighed, request)
         candidates, chosen = self._choose_of(sha256, nodes, request, searched)
         if chosen is not None and not sizes.is_windowed(candidates[chosen], description, request):
             return request, candidates, chosen, notes
         single = dataclasses.replace(request, cache_tokens=request.context_tokens)
-        searched, notes = await self._searched(description, nodes, single)
+        searched, notes = await self._searched(description, weighed, single)
         return single, *self._choose_of(sha256, nodes, single, searched), notes
 
     async def _searched(
@@ -284,12 +282,15 @@ class Chooser:
         """May a loaded plan serve this request again without a new choice?"""
         return self._policies[request.policy or planning.LATENCY].is_steady
 
-    def learn(self, sha256: str, request: PlanRequest, outcome: Outcome, tpot_ms: float | None) -> None:
-        """Hear how a job went: for the next prediction, and for the policy that chose its plan."""
-        ratio = self._corrections.learn(sha256, outcome.candidate, tpot_ms)
+    def correct(self, sha256: str, candidate: Candidate, tpot_ms: float | None) -> None:
+        """Hear how long a token of this plan really took: for the next prediction."""
+        ratio = self._corrections.learn(sha256, candidate, tpot_ms)
         if ratio is not None:
             self._device.keep_corrections(self._corrections.factors)
-            log.info("predicted", extra={"strategy": outcome.candidate.strategy, "ratio": round(ratio, 3)})
+            log.info("predicted", extra={"strategy": candidate.strategy, "ratio": round(ratio, 3)})
+
+    def learn(self, request: PlanRequest, outcome: Outcome) -> None:
+        """Tell the policy that chose a job's plan how it went."""
         policy = self._policies[request.policy or planning.LATENCY]
         if policy.learn is None:
             return
@@ -340,6 +341,22 @@ class Chooser:
             "memory_bytes": {role.node_id: role.memory_bytes for role in candidate.roles},
             "refused_because": candidate.refused_because,
         }
+
+
+def check_policy(name: str, policies: Mapping[str, Policy]) -> None:
+    """ConfigError where jobs cannot be planned by it."""
+    able = sorted(known for known, policy in policies.items() if not policy.fit)
+    if name not in policies:
+        raise ConfigError(
+            f"no policy {name!r}; loaded: {', '.join(able)}",
+            remedy="load the plugin that brings it, or name another",
+        )
+    if name not in able:
+        raise ConfigError(
+            f"policy {name!r} needs to know what batteries harvest, which no node says in this version; "
+            f"without that there are: {', '.join(able)}",
+            remedy="name one of these, or try it in `edged simulate`",
+        )
 
 
 def _may_run(answer: Any, candidates: Sequence[Candidate]) -> bool:

@@ -187,7 +187,7 @@ class Commands:
             },
             "use": {
                 "in_use": state.in_use,
-                "memory_pressure": state.memory_pressure,
+                "memory_pressure": self._parts.device.memory_pressure,
                 "is_wireless": state.is_wireless,
                 "is_metered": state.is_metered,
             },

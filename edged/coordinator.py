@@ -185,6 +185,10 @@ class Coordinator:
             failure = error if isinstance(error, EdgedError) else _as_failure(error, run.is_cancelled)
             state = "cancelled" if run.is_cancelled or failure.code == "cancelled" else "failed"
             self._end_in_store(run, state, failure)
+            if run.group is not None and state == "failed":
+                self._chooser.learn(
+                    run.group.asked.request, Outcome(run.group.candidate, None, is_done=False)
+                )
             self._host.observe("edged_job_finished", job_id=run.job_id, state=state, measured={})
             if not isinstance(error, EdgedError | asyncio.CancelledError):
                 log.error("job failed", extra={"job_id": run.job_id}, exc_info=error)
@@ -486,9 +490,9 @@ class Coordinator:
         tpot_ms = statistics.median(gaps) * 1000 if gaps else None
         joules = _joules(run.group.candidate.predicted, tpot_ms)
         group = run.group
-        outcome = Outcome(group.candidate, joules, is_done=True)
         if group.jobs == {run.job_id}:  # beside others a job takes longer than its plan
-            self._chooser.learn(group.load.manifest.sha256, group.asked.request, outcome, tpot_ms)
+            self._chooser.correct(group.load.manifest.sha256, group.candidate, tpot_ms)
+            self._chooser.learn(group.asked.request, Outcome(group.candidate, joules, is_done=True))
         measured: dict[str, Any] = {
             "ttft_ms": (run.times[0] - run.accepted_at) * 1000 if run.times else None,
             "load_ms": run.load_ms,

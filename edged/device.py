@@ -95,6 +95,12 @@ class Device:
         return self._cache
 
     @property
+    def may_spin(self) -> bool:
+        """May workers wait busily? Not while the device lives on its battery."""
+        battery = self.read().battery
+        return battery is None or battery.plugged is not False
+
+    @property
     def saving(self) -> str:
         """Why this node takes no new work now, as last watched; ""."""
         return self._saving.because

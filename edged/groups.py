@@ -270,15 +270,9 @@ class Groups:
         for other in group.load.roles:
             if other.rank == role.rank:
                 continue
-            their = offered[other.rank]
             listens = listeners[_pair(role.rank, other.rank)] == other.rank
-            port = their.ports[role.rank] if listens else 0
-            stream_port = their.stream_ports.get(role.rank, 0) if listens else 0
-            ends.append(
-                wire.PeerEnd(
-                    other.rank, other.node_id, their.public_key, port, their.certificate, stream_port
-                )
-            )
+            dialler = role.rank if listens else None
+            ends.append(wire.end_of(offered[other.rank], other.rank, other.node_id, dialler))
         timeout_s = START_S + max(role.memory_bytes, group.load.manifest.size) / 10e6
         answer = await self._ask(role, "start", wire.Start(group.group_id, tuple(ends)), timeout_s)
         return wire.read_body(wire.Started, answer)
@@ -305,21 +299,22 @@ class Groups:
 
     def _told_draining(self, node_id: str, body: wire.Empty) -> None:
         """A node wants to leave: its groups get no new job, and end with the last one."""
-        for group in list(self._groups.values()):
-            if any(role.node_id == node_id for role in group.load.roles):
-                self.retire(group)
-                if not group.jobs:
-                    self.end(group)
+        self._retire_all(node_id)
 
     def _told_resting(self, node_id: str, body: wire.Resting) -> None:
         """A node saves energy: its groups get no new job, and what runs in them may move."""
-        for group in list(self._groups.values()):
-            if any(role.node_id == node_id for role in group.load.roles):
-                self.retire(group)
-                if not group.jobs:
-                    self.end(group)
-                elif group.is_made:
-                    self.when_resting(group, node_id, body.reason[:REASON_CHARS_MAX])
+        for group in self._retire_all(node_id):
+            if group.is_made:
+                self.when_resting(group, node_id, body.reason[:REASON_CHARS_MAX])
+
+    def _retire_all(self, node_id: str) -> list[Group]:
+        """Retire a node's groups, and end those without a job; the others."""
+        mine = [g for g in self._groups.values() if any(r.node_id == node_id for r in g.load.roles)]
+        for group in mine:
+            self.retire(group)
+            if not group.jobs:
+                self.end(group)
+        return [group for group in mine if group.jobs]
 
     def _told_short(self, node_id: str, body: wire.Empty) -> None:
         """A node's memory is short: what no job uses there is loaded again when one comes."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from . import config, wire
 from . import identity as ids
-from .choosing import Chooser
+from .choosing import Chooser, check_policy
 from .coordinator import Coordinator
 from .device import Device
 from .errors import ConfigError, EdgedError
@@ -94,11 +94,8 @@ def compose(home: Home) -> Parts:
     engines = host.registrations("edged_engines")
     strategies = {entry.name: entry for entry in CORE_STRATEGIES} | host.registrations("edged_strategies")
     policies = {policy.name: policy for policy in CORE_POLICIES} | host.registrations("edged_policies")
-    if profile.energy.policy and profile.energy.policy not in policies:
-        raise ConfigError(
-            f"no policy {profile.energy.policy!r} for energy.policy; loaded: {', '.join(sorted(policies))}",
-            remedy="load the plugin that brings it, or name another",
-        )
+    if profile.energy.policy:
+        check_policy(profile.energy.policy, policies)
     models, store = ModelStore(home), JobStore(home.store_file)
     device = Device(profile, home.cache, host.registrations("edged_sensors"), engines, supervisor)
     peers = Peers(identity, home, profile, host, health)

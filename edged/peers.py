@@ -159,6 +159,11 @@ class Peers:
             raise PeerError(f"expected an address of {self.name_of(node_id)}; none is known")
         return address
 
+    def way_to(self, end: wire.PeerEnd) -> list[Any]:
+        """Where and as whom a worker reaches another rank, as `channel.End`."""
+        address = self.address_of(end.node_id) if end.port else ""
+        return [end.public_key, address, end.port, end.certificate, end.stream_port]
+
     def link_states(self) -> tuple[LinkState, ...]:
         return tuple(
             self._link_state(node_id, link.rtt_ms)

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 
 from .errors import ConfigError, EdgedError, PeerError, PolicyViolation
-from .pricing import price, stages_of
+from .pricing import INFINITE, price, stages_of
 from .sizes import granted
 from .types import (
     Candidate,
@@ -22,7 +22,6 @@ from .types import (
 )
 
 Q8_0_BLOCK = 32  # elements that share a scale; a block lies within one head
-INFINITE = float("inf")
 GAIN_MIN = 0.9  # more nodes must predict at most this share of the time of fewer (hysteresis)
 
 
@@ -321,8 +320,7 @@ def explain(candidates: Sequence[Candidate], chosen: int | None, nodes: Mapping[
     """Sentences for a person: what each candidate costs, why it is refused, what was chosen."""
     said = []
     for index, candidate in enumerate(candidates):
-        names = ", ".join(nodes[role.node_id].name for role in candidate.roles if role.node_id in nodes)
-        head = f"{candidate.strategy}{f' on {names}' if names else ''}"
+        head = _named(candidate, nodes)
         if candidate.refused_because:
             said.append(f"{head}: refused, {candidate.refused_because}.")
             continue
@@ -338,16 +336,20 @@ def explain(candidates: Sequence[Candidate], chosen: int | None, nodes: Mapping[
     return said
 
 
+def _named(candidate: Candidate, nodes: Mapping[str, NodeView]) -> str:
+    """Its strategy, and the nodes' names as far as they are known."""
+    names = ", ".join(nodes[role.node_id].name for role in candidate.roles if role.node_id in nodes)
+    return f"{candidate.strategy}{f' on {names}' if names else ''}"
+
+
 def _why(candidates: Sequence[Candidate], chosen: int, nodes: Mapping[str, NodeView]) -> list[str]:
     """What the choice gains over the next best, or gives up against a faster one."""
     mine = _time(candidates[chosen])
-    others = [
-        (index, c) for index, c in enumerate(candidates) if index != chosen and c.refused_because is None
-    ]
+    others = [c for i, c in enumerate(candidates) if i != chosen and c.refused_because is None]
     if mine == INFINITE or not others:
         return []
-    _, best = min(others, key=lambda row: _time(row[1]))
-    name = f"{best.strategy} on {', '.join(nodes[r.node_id].name for r in best.roles if r.node_id in nodes)}"
+    best = min(others, key=_time)
+    name = _named(best, nodes)
     if _time(best) == INFINITE:
         return [f"Nothing is known of {name}, which is why it was not chosen."]
     gain = 100 * (_time(best) / mine - 1)

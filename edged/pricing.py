@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 
-from .sizes import F32_BYTES, held_bytes_of, weight_bytes_of, weights_room
+from .sizes import F32_BYTES, cache_bytes_of, held_bytes_of, weight_bytes_of, weights_room
 from .types import Candidate, EngineSpeed, LinkCost, ModelDescription, NodeView, PlanRequest, Predicted, Role
 
 DISK_BYTES_S = 100e6  # at which dropped weights are read again: nothing measures disks, so a slow one's
@@ -35,25 +35,25 @@ def price(
     first."""
     stages = stages_of(candidate.roles)
     traffic = bytes_per_token(stages, model)
-    decode = prefill = reduce = reduce_prompt = 0.0
+    decode = prefill = 0.0
     for roles in stages:
         times = [rank_times(role, model, nodes[role.node_id], request) for role in roles]
         links = [link_cost(nodes, a.node_id, b.node_id) for a, b in itertools.combinations(roles, 2)]
         if None in times or None in links:
             return Predicted(bytes_per_token=traffic)
-        decode += max(time[0] for time in times if time)
-        prefill += max(time[1] for time in times if time)
+        token_s = max(time[0] for time in times if time)
+        prompt_s = max(time[1] for time in times if time)
         known = [link for link in links if link]
-        reduce += _sums(roles, model, request, known, decode, 1)
-        reduce_prompt += _sums(roles, model, request, known, prefill, request.prompt_tokens)
+        decode += token_s + _sums(roles, model, request, known, token_s, 1)
+        prefill += prompt_s + _sums(roles, model, request, known, prompt_s, request.prompt_tokens)
     hops = _hops(stages, model, nodes, 1)
     prompt_hops = _hops(stages, model, nodes, request.prompt_tokens)
     submitter = next(iter(nodes))
     asking = link_cost(nodes, submitter, stages[0][0].node_id)
     if hops is None or prompt_hops is None or asking is None:
         return Predicted(bytes_per_token=traffic)
-    first = prefill + reduce_prompt + prompt_hops + 2 * asking.latency_s
-    token_s = decode + reduce + hops
+    first = prefill + prompt_hops + 2 * asking.latency_s
+    token_s = decode + hops
     joules = _joules(candidate.roles, model, nodes, request, token_s)
     return Predicted(
         ttft_ms=1000 * first,
@@ -99,7 +99,7 @@ def rank_times(
     rereading_s = _rereading_s(role, model, request)
     batches = -(-request.prompt_tokens // PROMPT_BATCH)
     fixed_s = speed.token_s + (role.layers[1] - role.layers[0]) * speed.layer_s
-    read = weights + _cache_bytes(role, model, request.prompt_tokens)
+    read = weights + cache_bytes_of(role, model, request, request.prompt_tokens)
     decode_s = read / speed.decode_bytes_s + fixed_s + rereading_s
     return decode_s, operations / speed.prefill_flops_s + batches * (fixed_s + rereading_s)
 
@@ -189,13 +189,6 @@ def _rereading_s(role: Role, model: ModelDescription, request: PlanRequest) -> f
     """Seconds to read again what does not fit, on top of computing: an upper bound, since both overlap."""
     room = weights_room(role, model, request)
     return max(0, held_bytes_of(role, model, request) - room) / DISK_BYTES_S if room else 0.0
-
-
-def _cache_bytes(role: Role, model: ModelDescription, positions: int) -> float:
-    """Bytes of an F16 KV cache that a token reads at so many positions."""
-    layers, heads = role.layers[1] - role.layers[0], role.heads[1] - role.heads[0]
-    kv_heads = model.kv_heads * heads / max(1, model.heads)
-    return 2 * 2 * layers * kv_heads * model.head_dim * positions
 
 
 def stages_of(roles: Sequence[Role]) -> list[list[Role]]:

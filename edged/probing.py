@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 
 from . import wire
-from .config import Profile, data_ports
+from .config import Profile
 from .device import Device
 from .errors import EdgedError, PeerError, PolicyViolation, ProtocolError
 from .peers import Peers
@@ -22,12 +22,12 @@ from .supervisor import Supervisor, WorkerHandle
 from .types import LinkCost
 
 log = logging.getLogger(__name__)
-PREPARE_S = 30.0
+PREPARE_S = 35.0  # of the other side, which waits 30 for its worker
 PROBE_S = 90.0  # 256 KiB six times at 300 kbit/s, and the time to connect
 ATTEMPTS, BUSY_S = 20, 0.5  # while the other side measures another link
 FRESH_S = 1800.0
-DRIFT = 0.2  # a ping time that moved by so much of itself is another link
-DRIFT_MS = 1.0  # and by so much at least: event loops alone make pings swing
+DRIFT = 0.5  # a ping time that moved by so much of itself is another link
+DRIFT_MS = 3.0  # and by so much at least: event loops beside a computation make pings swing
 
 
 @dataclass(slots=True)
@@ -117,38 +117,28 @@ class Probing:
         is_listening = not self._peers.dials(node_id)
         worker = await self._supervisor.spawn(lambda message: None)
         try:
-            mine = await self._prepared(worker, group, 0, is_listening)
+            mine = await worker.prepare(group, 0, 2, [1] if is_listening else [], self._profile.network)
             probe = wire.Probe(group, listens=not is_listening)
             theirs = wire.read_body(wire.Offered, await self._peers.ask(node_id, "probe", probe, PREPARE_S))
-            there = wire.ProbeStart(group, _end_of(mine, self._peers.identity.node_id, 0, 1, is_listening))
+            there = wire.ProbeStart(
+                group, wire.end_of(mine, 0, self._peers.identity.node_id, 1 if is_listening else None)
+            )
             asked = asyncio.ensure_future(self._peers.ask(node_id, "probe_start", there, PROBE_S))
             try:
-                return await self._run(worker, group, _end_of(theirs, node_id, 1, 0, not is_listening))
+                return await self._run(
+                    worker, group, wire.end_of(theirs, 1, node_id, None if is_listening else 0)
+                )
             finally:
                 asked.cancel()
                 await asyncio.gather(asked, return_exceptions=True)
         finally:
             await asyncio.shield(worker.stop())
 
-    async def _prepared(self, worker: WorkerHandle, group: str, rank: int, listens: bool) -> wire.Offered:
-        ports = data_ports(self._profile.network.data_ports)
-        body = {
-            "group": group,
-            "rank": rank,
-            "size": 2,
-            "listens_for": [1 - rank] if listens else [],
-            "interfaces": list(self._profile.network.interfaces),
-            "ports": [ports.start, ports.stop],
-        }
-        return wire.read_body(wire.Offered, await worker.call("prepare", body, PREPARE_S))
-
     async def _run(self, worker: WorkerHandle, group: str, end: wire.PeerEnd) -> LinkCost:
-        address = self._peers.address_of(end.node_id) if end.port else ""
-        battery = self._device.read().battery
         body = {
             "group": group,
-            "ends": {end.rank: [end.public_key, address, end.port, end.certificate, end.stream_port]},
-            "may_spin": battery is None or battery.plugged is not False,
+            "ends": {end.rank: self._peers.way_to(end)},
+            "may_spin": self._device.may_spin,
         }
         return wire.read_body(LinkCost, await worker.call("probe", body, PROBE_S))
 
@@ -162,7 +152,9 @@ class Probing:
             raise PeerError("another link is being measured here", remedy="try again later", code="busy")
         worker = await self._supervisor.spawn(lambda message: None)
         try:
-            offered = await self._prepared(worker, body.group, 1, body.listens)
+            offered = await worker.prepare(
+                body.group, 1, 2, [0] if body.listens else [], self._profile.network
+            )
             if self._answering:
                 raise PeerError("another link is being measured here", code="busy")
         except BaseException:
@@ -192,10 +184,3 @@ class Probing:
         task = asyncio.get_running_loop().create_task(answering.worker.stop())
         self._stopping.add(task)
         task.add_done_callback(self._stopping.discard)
-
-
-def _end_of(offered: wire.Offered, node_id: str, rank: int, other: int, listens: bool) -> wire.PeerEnd:
-    """Where and as whom `rank` is reached by `other`."""
-    port = offered.ports.get(other, 0) if listens else 0
-    stream_port = offered.stream_ports.get(other, 0) if listens else 0
-    return wire.PeerEnd(rank, node_id, offered.public_key, port, offered.certificate, stream_port)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import sizes, wire
-from .config import Profile, data_ports
+from .config import Profile
 from .device import Device
 from .errors import EdgedError, EngineError, PeerError, PolicyViolation, ProtocolError
 from .peers import Peers
@@ -26,7 +26,6 @@ from .transfers import Transfers
 from .types import EngineEntry, EngineSpec, ModelDescription, PlanRequest
 
 log = logging.getLogger(__name__)
-PREPARE_S = 30.0
 LOAD_S = 60.0  # plus the time to read the weights
 LOAD_BYTES_S = 20e6  # a slow SD card
 USAGE_S = 5.0
@@ -210,24 +209,13 @@ class Roles:
         self._held[group] = _Held(offer, admitting.coordinator, worker, path, model, admitting.memory_bytes)
         admitting.memory_bytes = 0  # counted with the held ones from here on
         worker.on_exit = lambda reason: self._worker_ended(group, reason)
-        ports = data_ports(self._profile.network.data_ports)
         try:
-            answer = await worker.call(
-                "prepare",
-                {
-                    "group": group,
-                    "rank": offer.rank,
-                    "size": len(offer.roles),
-                    "listens_for": list(offer.listens_for),
-                    "interfaces": list(self._profile.network.interfaces),
-                    "ports": [ports.start, ports.stop],
-                },
-                PREPARE_S,
+            return await worker.prepare(
+                group, offer.rank, len(offer.roles), offer.listens_for, self._profile.network
             )
         except BaseException:
             self._end(group, "it could not be prepared")
             raise
-        return wire.read_body(wire.Offered, answer)
 
     async def _spawn(self, offer: wire.Offer) -> tuple[WorkerHandle, str]:
         """A worker for the role, and the path of the model file as it sees it."""
@@ -247,18 +235,9 @@ class Roles:
     async def _start(self, coordinator: str, start: wire.Start) -> wire.Started:
         held = self._of(coordinator, start.group)
         offer = held.offer
-        ends = {
-            end.rank: [
-                end.public_key,
-                self._peers.address_of(end.node_id) if end.port else "",
-                end.port,
-                end.certificate,
-                end.stream_port,
-            ]
-            for end in start.ends
-        }
+        ends = {end.rank: self._peers.way_to(end) for end in start.ends}
         role = dataclasses.replace(offer.roles[offer.rank], memory_bytes=held.memory_bytes)
-        request, battery = _request_of(offer), self._device.read().battery
+        request = _request_of(offer)
         spec = EngineSpec(
             held.path,
             held.model,
@@ -278,7 +257,7 @@ class Roles:
             "load": self._engines[offer.engine].load,
             "spec": wire.to_map(spec),
             "ends": ends,
-            "may_spin": battery is None or battery.plugged is not False,
+            "may_spin": self._device.may_spin,
         }
         timeout_s = LOAD_S + sizes.memory_of(role, held.model, request) / LOAD_BYTES_S
         try:

@@ -57,7 +57,7 @@ class Saving:
         if self._battery.holds:
             causes.append(f"its battery is below its reserve, until {100 * levels.resume:.0f} % or a charger")
         if self._heat.holds:
-            causes.append("it is too hot")
+            causes.append("it is too hot, or its supply too weak")
         if self._owner.holds:
             causes.append("its owner is using it")
         self.because = "; ".join(causes)

@@ -1,9 +1,9 @@
 """Scheduling over simulated devices and time, with the policies that run for real. Pure: the seed decides.
 
 Time goes in slots. In each, devices harvest and idle; running jobs go on, and their energy is charged when
-they end; then at most one job arrives for each group, and the policy chooses among the devices that are
-free. A device whose battery falls below its reserve saves: it takes no work until it is above its resume
-level. The law of one device is that of Khoshsirat, Perin, Rossi (arXiv:2408.15907).
+they end; then at most one job arrives, which needs a device of every group, and the policy chooses among
+those that are free. A device whose battery falls below its reserve saves: it takes no work until it is above
+its resume level. The law of one device is that of Khoshsirat, Perin, Rossi (arXiv:2408.15907).
 """
 
 from __future__ import annotations

@@ -53,12 +53,15 @@ def _stored_bytes(model: ModelDescription) -> int:
 
 def memory_of(role: Role, model: ModelDescription, request: PlanRequest) -> int:
     """Weights, the KV cache of all sequences and the worker itself, in bytes."""
-    weights = held_bytes_of(role, model, request)
+    cache = cache_bytes_of(role, model, request, max(request.context_tokens, request.cache_tokens))
+    return round(held_bytes_of(role, model, request) + cache + WORKER_BYTES)
+
+
+def cache_bytes_of(role: Role, model: ModelDescription, request: PlanRequest, positions: int) -> float:
+    """Bytes of a rank's keys and values at so many positions."""
     kv_heads = model.kv_heads * (role.heads[1] - role.heads[0]) / model.heads
-    positions = max(request.context_tokens, request.cache_tokens)
-    cache = 2 * (role.layers[1] - role.layers[0]) * positions * kv_heads * model.head_dim
-    of_element = KV_BYTES["f32" if request.numerics == "exact" else request.cache_type]
-    return round(weights + cache * of_element + WORKER_BYTES)
+    elements = 2 * (role.layers[1] - role.layers[0]) * positions * kv_heads * model.head_dim
+    return elements * KV_BYTES["f32" if request.numerics == "exact" else request.cache_type]
 
 
 def least_memory_of(role: Role, model: ModelDescription, request: PlanRequest, window_bytes: int) -> int:

@@ -14,9 +14,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from . import framing, wire
+from .config import Network, data_ports
 from .errors import EdgedError, EngineError
 
 log = logging.getLogger(__name__)
+PREPARE_S = 30.0
 STOP_S = 3.0  # a worker that does not end by itself within this is killed
 
 OnEvent = Callable[[wire.Message], None]
@@ -55,6 +57,21 @@ class WorkerHandle:
             raise EngineError(f"expected the worker to {kind} within {timeout_s:g} s; it did not") from error
         finally:
             self._pending.pop(number, None)
+
+    async def prepare(
+        self, group: str, rank: int, size: int, listens_for: Sequence[int], network: Network
+    ) -> wire.Offered:
+        """Have it open what the other ranks will dial."""
+        ports = data_ports(network.data_ports)
+        body = {
+            "group": group,
+            "rank": rank,
+            "size": size,
+            "listens_for": list(listens_for),
+            "interfaces": list(network.interfaces),
+            "ports": [ports.start, ports.stop],
+        }
+        return wire.read_body(wire.Offered, await self.call("prepare", body, PREPARE_S))
 
     def send(self, kind: str, body: Any = None) -> None:
         self._write(wire.pack(kind, body))

@@ -172,7 +172,6 @@ class DeviceState:
     power_source: str | None = None  # which sensor says so
     battery_celsius: float | None = None
     is_throttled: bool | None = None  # slowed down by heat or a weak supply
-    memory_pressure: float | None = None  # percent of the last ten seconds in which something waited for it
     in_use: bool | None = None  # somebody is at the device
     is_wireless: bool | None = None
     is_metered: bool | None = None

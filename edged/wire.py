@@ -388,6 +388,16 @@ def read_body(kind: type[T], body: Any) -> T:
         raise ProtocolError(f"expected a {kind.__name__} body; {error}") from error
 
 
+def end_of(offered: Offered, rank: int, node_id: str, dialler: int | None) -> PeerEnd:
+    """What `dialler` is told of a rank that listens for it; None: the rank dials, and listens for nobody."""
+    if dialler is None:
+        return PeerEnd(rank, node_id, offered.public_key, 0, offered.certificate, 0)
+    if dialler not in offered.ports:
+        raise ProtocolError(f"expected a port of rank {rank} for rank {dialler}; none came")
+    ports = offered.ports[dialler], offered.stream_ports.get(dialler, 0)
+    return PeerEnd(rank, node_id, offered.public_key, ports[0], offered.certificate, ports[1])
+
+
 def pack(kind: str, body: Any = None, *, request: int = 0, answers: int = 0) -> bytes:
     """One header. `body`: a dataclass, a map or None."""
     header: dict[str, Any] = {"k": kind}

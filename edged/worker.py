@@ -176,12 +176,10 @@ class Worker:
         }
 
     def _load(self, body: dict[str, Any]) -> wire.Started:
-        if self._channel is None:
-            raise ProtocolError("expected prepare before load")
         started = time.monotonic()
+        channel = self._connected(body)
         spec = wire.read_body(EngineSpec, body["spec"])
         self._context = spec.context_tokens
-        channel = self._connected(body)
         self._engine = cast(Engine, _resolve(body["load"])(spec, channel))
         return wire.Started((time.monotonic() - started) * 1000, self._usage().memory_bytes)
 
@@ -191,7 +189,7 @@ class Worker:
 
     def _connected(self, body: dict[str, Any]) -> ZmqChannel:
         if self._channel is None:
-            raise ProtocolError("expected prepare first")
+            raise ProtocolError("expected prepare before load or probe")
         self._channel.open(body["group"], {rank: End(*end) for rank, end in body["ends"].items()})
         self._channel.spin(body["may_spin"])
         return self._channel

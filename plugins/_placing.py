@@ -113,7 +113,7 @@ def fastest(chain: Chain, least: int = 1) -> Placement | None:
     return _exact(chain, least, np.add)
 
 
-def widest(chain: Chain, least: int = 1) -> Placement | None:
+def highest_throughput(chain: Chain, least: int = 1) -> Placement | None:
     """The exact optimum of `bottleneck`; `seconds` is the bottleneck."""
     return _exact(chain, least, np.maximum)
 

@@ -36,7 +36,6 @@ from ._tensor_group import Group, groups_max
 EXACT_NODES = 12
 TENSOR_NODES = 12  # of many, those with the best links to the fastest
 GROUPS_TRIED = 100  # of many nodes
-INFINITE = float("inf")
 FAR_S = 1e6  # of a link that is not there: never taken where another is
 
 
@@ -192,7 +191,7 @@ def _bounded(
     worker = memory_of(_run(model, nodes[0], 0, 0), model, request)
     needed = memory_of(_run(model, nodes[0], 0, model.layers), model, request) - worker
     room = {
-        node.node_id: INFINITE if node.memory_budget is None else node.memory_budget - worker
+        node.node_id: _placing.INFINITE if node.memory_budget is None else node.memory_budget - worker
         for node in nodes
     }
     for count in range(2, min(len(nodes), groups_max(model)) + 1):

@@ -57,6 +57,16 @@ def profile_text(
     return "\n".join(lines) + "\n"
 
 
+def install_plugin(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, source: str) -> None:
+    """Have every node that a test starts find a plugin of its own below `folder`."""
+    info = folder / f"{name}-1.dist-info"
+    info.mkdir(parents=True)
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
+    (info / "entry_points.txt").write_text(f"[edged]\n{name} = {name}_plugin\n")
+    (folder / f"{name}_plugin.py").write_text(source)
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+
+
 def _toml(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"

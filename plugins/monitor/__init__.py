@@ -8,8 +8,8 @@ processor packages' energy counters (RAPL), which since Linux 5.10 only root may
 them to edged's group, and which do not see the screen, the disk or the radio. Cards that NVIDIA's library
 knows come on top of the counters, where the package nvidia-ml-py is installed.
 
-It does not know a Raspberry Pi 5's rails (`vcgencmd pmic_read_adc`), or any sensor of macOS but the battery.
-It does not know the limits of a container: the daemon does.
+It does not know a Raspberry Pi 5's rails (`vcgencmd pmic_read_adc`), or any sensor of macOS.
+It does not know the limits of a container, nor how long the system waits for memory: the daemon does.
 """
 
 from __future__ import annotations
@@ -61,12 +61,11 @@ class Monitor:
 
     def memory(self) -> DeviceState:
         """`memory_free` is what can be had without swapping."""
-        pressure = _use.memory_pressure(self._root)
         try:
             memory = psutil.virtual_memory()
         except (OSError, ValueError, RuntimeError):  # a sandbox without /proc/meminfo
-            return DeviceState(memory_pressure=pressure)
-        return DeviceState(memory_total=memory.total, memory_free=memory.available, memory_pressure=pressure)
+            return DeviceState()
+        return DeviceState(memory_total=memory.total, memory_free=memory.available)
 
     def cpu(self) -> DeviceState:
         return DeviceState(

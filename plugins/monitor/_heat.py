@@ -13,9 +13,8 @@ from ._files import glob, number, text
 
 CELSIUS = range(1, 150)  # a disabled Tegra zone reads -256, an absent one 0
 FIRMWARE = "sys/devices/platform/soc/soc:firmware/get_throttled"
-SLOWED_NOW = (
-    0b1111  # under-voltage, frequency capped, throttled, soft temperature limit; above: since the start
-)
+# Under-voltage, frequency capped, throttled, soft temperature limit; the bits above: since the start.
+SLOWED_NOW = 0b1111
 COUNTERS = "sys/devices/system/cpu/cpu*/thermal_throttle/*_throttle_count"
 _PROCESSOR = re.compile(r"cpu|soc|gpu|pkg|^tj|core|k10temp|zenpower|cluster|tsens|acpitz", re.IGNORECASE)
 _COOLING = re.compile(r"^Processor$|cpufreq|cpu_throttle|devfreq|gpu", re.IGNORECASE)  # not fans

@@ -1,15 +1,14 @@
-"""Is somebody using this device, and is it short of memory? Functions over a root directory.
+"""Is somebody using this device? Functions over a root directory.
 
 Sources: utmp's custom that a terminal was used when it was last read from; systemd-logind's session files;
-the kernel's DRM and backlight classes; PSI.
+the kernel's DRM and backlight classes.
 """
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
-from ._files import as_float, glob, number, text
+from ._files import glob, number, text
 
 RECENT_S = 300.0  # whoever typed in the last five minutes is there
 
@@ -66,9 +65,3 @@ def _is_lit(root: Path) -> bool | None:
     if lit and not any(lit):  # a laptop's panel stays "On" while its light is off
         return False
     return any(screens or lit) if screens or lit else None
-
-
-def memory_pressure(root: Path) -> float | None:
-    """Percent of the last ten seconds in which something waited for memory."""
-    match = re.search(r"^some .*?avg10=(\S+)", text(root / "proc/pressure/memory") or "", re.MULTILINE)
-    return as_float(match[1]) if match else None

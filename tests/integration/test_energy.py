@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support import WORK, Node, Nodes, pair_all, wait_until
+from support import WORK, Node, Nodes, install_plugin, pair_all, wait_until
 
 ASKED = {
     "model": "smol",
@@ -49,12 +49,7 @@ class Recorded:
 
 @pytest.fixture
 def battery(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Recorded:
-    info = tmp_path / "plugin" / "recorded-1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: recorded\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[edged]\nrecorded = recorded_plugin\n")
-    (tmp_path / "plugin" / "recorded_plugin.py").write_text(BATTERY)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "plugin"))
+    install_plugin(tmp_path / "plugin", monkeypatch, "recorded", BATTERY)
     monkeypatch.setenv("TREE", str(tmp_path / "tree"))
     return Recorded(tmp_path / "tree")
 

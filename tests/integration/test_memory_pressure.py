@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support import WORK, Node, Nodes, pair_all, wait_no_workers, wait_until
+from support import WORK, Node, Nodes, install_plugin, pair_all, wait_no_workers, wait_until
 
 ASKED = {"model": "smol", "prompt": "Why is the sky blue?", "n": 6, "temperature": 0.0, "ignore_eos": True}
 GAUGE = """
@@ -24,14 +24,9 @@ def edged_sensors(settings):
 @pytest.fixture
 def gauge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A file that says how much memory is free, read by a plugin `gauge`."""
-    info = tmp_path / "plugin" / "gauge-1.dist-info"
-    info.mkdir(parents=True)
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: gauge\nVersion: 1\n")
-    (info / "entry_points.txt").write_text("[edged]\ngauge = gauge_plugin\n")
-    (tmp_path / "plugin" / "gauge_plugin.py").write_text(GAUGE)
+    install_plugin(tmp_path / "plugin", monkeypatch, "gauge", GAUGE)
     file = tmp_path / "free"
     file.write_text(str(4 << 30))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "plugin"))
     monkeypatch.setenv("GAUGE", str(file))
     return file
 

@@ -25,4 +25,6 @@ def test_a_plan_over_three_nodes_is_searched_priced_and_explained(nodes: Nodes, 
     for policy in ("uniform", "bandit", "battery-balance"):
         assert len(laptop.call("generate", ASKED | {"policy": policy})["tokens"]) == 4
     refused = laptop.error("generate", ASKED | {"policy": "greedy"})
-    assert "no policy 'greedy'; loaded: adaptive, bandit" in str(refused)
+    assert "no policy 'greedy'; loaded: bandit, battery-balance, latency, uniform" in str(refused)
+    refused = laptop.error("generate", ASKED | {"policy": "adaptive"})
+    assert "needs to know what batteries harvest" in str(refused)

@@ -516,15 +516,7 @@ def test_the_power_of_cards_is_summed(library, watts):
 
 # --- use ---
 
-PSI = "some avg10={} avg60=0.00 avg300=0.00 total=1\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=0"
 DESK = {"ACTIVE": 1, "TYPE": "wayland", "CLASS": "user", "REMOTE": 0}
-
-
-@pytest.mark.parametrize(
-    ("said", "pressure"), [(PSI.format("12.50"), 12.5), (PSI.format("x"), None), ("", None)]
-)
-def test_pressure_is_the_part_of_time_that_something_waited_for_memory(tree, said, pressure):
-    assert _use.memory_pressure(tree("proc/pressure", memory=said)) == pressure
 
 
 def session(**values):

@@ -56,7 +56,10 @@ def anything(seed, devices, layers):
 @pytest.mark.parametrize("seed", range(60))
 def test_the_exact_search_finds_what_brute_force_finds(seed):
     it = anything(seed, devices=2 + seed % 4, layers=3 + seed % 5)
-    for search, price in ((_placing.fastest, _placing.latency), (_placing.widest, _placing.bottleneck)):
+    for search, price in (
+        (_placing.fastest, _placing.latency),
+        (_placing.highest_throughput, _placing.bottleneck),
+    ):
         found, best = search(it), by_brute_force(it, price)
         if best is None:
             assert found is None
@@ -86,7 +89,7 @@ def three(rooms):
 def test_three_devices_eight_layers():
     it = three([300, 400, 600])
     assert _placing.fastest(it).seconds == pytest.approx(45.4)
-    assert _placing.widest(it).seconds == pytest.approx(10)
+    assert _placing.highest_throughput(it).seconds == pytest.approx(10)
 
 
 @pytest.mark.parametrize(
