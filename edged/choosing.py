@@ -44,7 +44,7 @@ DESCRIBE_S = 3.0
 MEASURE_S = 130.0
 SEARCH_S = 2.0  # for the exact search, the process that runs it included
 SEARCHED_NODES = 3  # with two there is nothing to search that the strategies do not propose
-SAVING_CHARS_MAX = 200  # of another node's reason, which a person reads
+REASON_CHARS_MAX = 200  # of another node's reason, which a person reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +87,7 @@ class Chooser:
             speeds=self._device.speeds(),
             links=self._peers.link_states(),
             holds=tuple(model.sha256 for model in self._models.list() if model.complete),
-            saving=self._device.saving,
+            refuses=self._device.saving,
             watts=self._device.watts,
         )
 
@@ -126,7 +126,7 @@ class Chooser:
                     said.links,
                     tuple(said.models),
                     said.profile,
-                    said.saving[:SAVING_CHARS_MAX],
+                    said.refuses[:REASON_CHARS_MAX],
                     _sound_watts(said.watts),
                 )
             )

@@ -59,7 +59,10 @@ class Parts:
             except EdgedError as error:
                 log.warning("device not measured", extra={"reason": str(error)})
             await self.probing.ensure()
-        view = self.chooser.view()
+        view, member = self.chooser.view(), self.peers.membership.member(node_id)
+        refuses = view.refuses
+        if member is not None and "submit" not in member.rights:
+            refuses = f"{member.name} has no right to submit jobs here"
         held = {model.sha256: model.name for model in self.models.list() if model.complete}
         return wire.Described(
             view.device,
@@ -69,7 +72,7 @@ class Parts:
             view.links,
             held,
             self.profile.name,
-            view.saving,
+            refuses,
             view.watts,
         )
 

@@ -219,8 +219,8 @@ def _cache_refusal(model: ModelDescription, request: PlanRequest) -> str | None:
 def _refusal(node: NodeView, role: Role, request: PlanRequest, *, is_submitter: bool) -> str | None:
     if not node.online:
         return "it is offline"
-    if node.saving and not (is_submitter and request.nodes):  # whoever names it here means it
-        return f"it saves energy: {node.saving}"
+    if node.refuses and not (is_submitter and request.nodes):  # whoever names it here means it
+        return f"it takes no new roles: {node.refuses}"
     if node.zone == "guest" and not request.allow_guest:
         return "it is a guest, and this job uses own nodes only"
     if not is_submitter and "serve" not in node.rights:

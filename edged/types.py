@@ -193,7 +193,7 @@ class NodeView:
     links: tuple[LinkState, ...] = ()
     holds: tuple[str, ...] = ()  # sha256 of complete models
     profile: str | None = None  # its device class
-    saving: str = ""  # why it takes no new role now: its battery, its heat, its owner
+    refuses: str = ""  # why it takes no new role now, or none of who asks: battery, heat, owner, rights
     watts: tuple[float, float] | None = None  # idle and at work, as its profile says
     power_mode: int | None = None  # 1 is the weakest; None where the device has but one
     bearable: float | None = None  # jobs a slot that its battery bears in the long run

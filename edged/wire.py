@@ -155,7 +155,7 @@ class Described:
     links: tuple[LinkState, ...]
     models: dict[str, str]  # sha256 -> name, whole ones only
     profile: str
-    saving: str = ""
+    refuses: str = ""
     watts: tuple[float, float] | None = None
 
 

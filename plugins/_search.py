@@ -56,7 +56,7 @@ def layers(model: ModelDescription, nodes: Sequence[NodeView], request: PlanRequ
 def _able(model: ModelDescription, nodes: Sequence[NodeView], request: PlanRequest) -> list[NodeView]:
     """Those that are measured, and may have a role at all."""
     role = Role(0, "", 0, (0, 1), (0, model.heads), (0, model.ffn), (0, 0), 1.0)
-    return [node for node in nodes if not node.saving and rank_times(role, model, node, request) is not None]
+    return [node for node in nodes if not node.refuses and rank_times(role, model, node, request) is not None]
 
 
 def _chain(

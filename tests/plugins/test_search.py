@@ -112,7 +112,7 @@ def test_a_tensor_group_is_the_best_set_of_nodes(seed: int) -> None:
 
 def test_a_node_that_saves_or_was_never_measured_has_no_part() -> None:
     nodes = [dataclasses.replace(node, memory_budget=None) for node in nodes_of(3, 4)]
-    nodes[1] = dataclasses.replace(nodes[1], saving="its battery is low")
+    nodes[1] = dataclasses.replace(nodes[1], refuses="its battery is low")
     nodes[2] = dataclasses.replace(nodes[2], speeds=())
     for search in (_search.layers, _search.tensor):
         for candidate in search(MODEL, nodes, REQUEST):
