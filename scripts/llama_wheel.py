@@ -38,7 +38,11 @@ PACKAGE = "llama-cpp-python"
 
 # GGML_RPC adds libggml-rpc, which llama.cpp's own layer split needs. Everything else leaves out what
 # edged does not use: multimodal, the command line tools, the HTTP server. 3 to 6 minutes, not 5 to 10.
+# Without AMX: before GCC 13.2 its _tile_loadconfig claims to read 8 of the 64 bytes, so the compiler drops
+# the rest of ggml's tile configuration and the first product is a segmentation fault.
 FLAGS = (
+    "-DCMAKE_C_FLAGS=-U__AMX_INT8__",
+    "-DCMAKE_CXX_FLAGS=-U__AMX_INT8__",
     "-DGGML_RPC=on",
     "-DLLAVA_BUILD=off",
     "-DLLAMA_BUILD_COMMON=off",

@@ -131,6 +131,16 @@ def test_flags_of_the_environment_belong_to_the_key(
     assert llama_wheel.this_key() != plain
 
 
+def test_the_installed_kernels_have_no_amx() -> None:
+    """Compiled by a GCC before 13.2 they would end the worker."""
+    folder = importlib.util.find_spec("llama_cpp")
+    if folder is None or folder.origin is None:
+        pytest.skip("llama-cpp-python is not installed")
+    libraries = list((Path(folder.origin).parent / "lib").glob("libggml-cpu*.so*"))
+    assert libraries
+    assert all(b"ggml_backend_amx_mul_mat" not in library.read_bytes() for library in libraries)
+
+
 def test_a_kept_wheel_is_not_built_again(llama_wheel: ModuleType, tmp_path: Path) -> None:
     kept = tmp_path / "some-key" / "x.whl"
     kept.parent.mkdir()

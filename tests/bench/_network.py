@@ -17,6 +17,8 @@ SUBNET = "198.51.100"  # for documentation (RFC 5737): nobody's network
 DEVICE = "edged0"
 RELAY_MTU = 9000  # one frame for an all-reduce of 8 KiB: the relay pays by frame
 COMMAND_S = 30.0
+BUCKET = "64kb"  # of a token bucket: lets a token's sums through at once
+LINE = "3kb"  # of one that is a line: a frame or two pass at once
 ECHO_PORT, ECHOES = 47_000, 21
 ECHO = f"""
 import socket, sys
@@ -53,10 +55,10 @@ class Network:
     def address(self, number: int) -> str:
         return f"{SUBNET}.{number + 1}"
 
-    def limit(self, mbit: int | None) -> None:
+    def limit(self, mbit: int | None, burst: str = BUCKET) -> None:
         """Let each device send so much a second, by a token bucket; None: as much as it can."""
         for name in self.namespaces:
-            rate = () if mbit is None else ("tbf", "rate", f"{mbit}mbit", "burst", "64kb", "latency", "400ms")
+            rate = () if mbit is None else ("tbf", "rate", f"{mbit}mbit", "burst", burst, "latency", "400ms")
             what = ("replace", "dev", DEVICE, "root", *rate) if rate else ("del", "dev", DEVICE, "root")
             _run("tc", "-n", name, "qdisc", *what)
 

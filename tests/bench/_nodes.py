@@ -150,7 +150,7 @@ def request(
         "temperature": 0.0,
         "ignore_eos": True,
         "strategy": strategy,
-        "nodes": None if strategy == "local" else [each.name for each in nodes],
+        "nodes": [each.name for each in nodes] if strategy not in ("local", "auto") else None,
         "shares": None if shares is None else list(shares),
     }
 
