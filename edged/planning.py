@@ -22,7 +22,7 @@ from .types import (
 )
 
 Q8_0_BLOCK = 32  # elements that share a scale; a block lies within one head
-GAIN_MIN = 0.9  # more nodes must predict at most this share of the time of fewer (hysteresis)
+GAIN_MIN = 0.95  # more nodes must predict at most this share of the time of fewer (hysteresis)
 
 
 # --- candidates -----------------------------------------------------------------------------------

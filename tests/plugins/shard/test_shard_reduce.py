@@ -239,7 +239,7 @@ class Narrow(MemoryChannel):
 
 
 @pytest.mark.parametrize(
-    ("slow_from", "small", "large"), [(LARGE_BYTES, SMALL_TIMES, 2), (SMALL_BYTES, 2, 1)]
+    ("slow_from", "small", "large"), [(LARGE_BYTES, SMALL_TIMES, 2), (SMALL_BYTES, 2, 2)]
 )
 def test_a_slow_link_is_not_probed_longer_than_it_takes_to_know(
     monkeypatch: pytest.MonkeyPatch, slow_from: int, small: int, large: int
@@ -253,6 +253,29 @@ def test_a_slow_link_is_not_probed_longer_than_it_takes_to_know(
     assert ends[0].sizes == ends[1].sizes == [SMALL_BYTES] * (1 + small) + [LARGE_BYTES] * large
     assert ends[0].waits[0] == 7.0
     assert links[0].latency_s + LARGE_BYTES / links[0].bytes_s >= SLOW_S
+
+
+class Swinging(MemoryChannel):
+    """A link of `latency` whose ends began one exchange apart: each waits twice as long, then not at all."""
+
+    def __init__(self, latency: float, bytes_s: float, clock: list[float]) -> None:
+        self._latency, self._bytes_s, self._clock, self._count = latency, bytes_s, clock, 0
+
+    def exchange(self, ranks: Sequence[int], frame: Any, timeout_s: float) -> list[memoryview]:
+        self._count += 1
+        self._clock[0] += 2 * (self._count % 2) * self._latency + len(frame) / self._bytes_s
+        return [memoryview(bytes(len(frame)))]
+
+
+@pytest.mark.parametrize("latency", [50e-6, 2.5e-3, 10e-3])
+def test_an_end_that_is_ahead_of_the_other_does_not_find_the_link_faster(
+    monkeypatch: pytest.MonkeyPatch, latency: float
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("edged.exchanging.time.perf_counter", lambda: clock[0])
+    found = measure_link(Swinging(latency, 12.5e6, clock), 1, 7.0)
+    assert found.latency_s == pytest.approx(latency + SMALL_BYTES / 12.5e6)
+    assert found.bytes_s == pytest.approx(12.5e6, rel=1e-3)
 
 
 LINKS = {"k": "links", "l": [[1, 2, 1e-3, 1e6]]}
