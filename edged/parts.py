@@ -18,7 +18,7 @@ from .jobs import JobStore
 from .models import ModelStore
 from .peers import Peers
 from .planning import CORE_POLICIES, CORE_STRATEGIES
-from .plugins import Host
+from .plugins import Host, guarded
 from .probing import Probing
 from .roles import Roles
 from .supervisor import Supervisor
@@ -95,7 +95,8 @@ def compose(home: Home) -> Parts:
     host, health, supervisor = Host(), Health(), Supervisor()
     host.load(profile.plugins, profile.plugin)
     engines = host.registrations("edged_engines")
-    strategies = {entry.name: entry for entry in CORE_STRATEGIES} | host.registrations("edged_strategies")
+    strategies = {entry.name: entry for entry in CORE_STRATEGIES}
+    strategies |= {name: guarded(entry) for name, entry in host.registrations("edged_strategies").items()}
     policies = {policy.name: policy for policy in CORE_POLICIES} | host.registrations("edged_policies")
     if profile.energy.policy:
         check_policy(profile.energy.policy, policies)

@@ -1,4 +1,4 @@
-"""What to do: candidates, the rules every plan must keep, the choice. Pure; the price is in `pricing`."""
+"""What to do: candidates, and the choice. Pure; costs are in `pricing`, what may run is in `rules`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 
+from . import rules, wire
 from .errors import ConfigError, EdgedError, PeerError, PolicyViolation
-from .pricing import INFINITE, price, stages_of
+from .pricing import INFINITE, price
 from .sizes import granted
 from .types import (
     Candidate,
@@ -16,13 +17,14 @@ from .types import (
     NodeView,
     PlanRequest,
     Policy,
-    Range,
+    Predicted,
     Role,
     Strategy,
 )
 
-Q8_0_BLOCK = 32  # elements that share a scale; a block lies within one head
-GAIN_MIN = 0.95  # more nodes must predict at most this share of the time of fewer (hysteresis)
+# What must be gained to go further from where work was asked for, as a share of the time there (hysteresis).
+GAIN_OF_MORE = 0.95  # by more nodes: the same benchmarks, so their errors are common to both plans
+GAIN_OF_ANOTHER = 0.9  # by another single node: benchmarks of two devices differ by some percent by chance
 
 
 # --- candidates -----------------------------------------------------------------------------------
@@ -100,7 +102,7 @@ def consider(
         except EdgedError as error:
             if request.strategy != "auto":
                 raise
-            proposed = [Candidate(name, (), refused_because=_with_remedy(error))]
+            proposed = [Candidate(name, (), refused_because=_with_remedy(error), broken_rule="strategy")]
         windows = {entry.name: entry.window_bytes for entry in engines}
         found += [finish(c, model, by_id, request, windows.get(c.engine, 0)) for c in proposed]
     return found
@@ -163,131 +165,47 @@ def finish(
     engine that shall run it."""
     if candidate.refused_because:
         return candidate
+    candidate = _well_typed(candidate)
+    if not candidate.refused_because:
+        candidate = rules.malformed(candidate, model, nodes, request)
+    if candidate.refused_because:
+        return candidate
 
     def sized_role(role: Role) -> Role:
-        node = nodes.get(role.node_id)
-        given = granted(role, model, request, node.memory_budget if node else None, window_bytes)
+        given = granted(role, model, request, nodes[role.node_id].memory_budget, window_bytes)
         return dataclasses.replace(role, memory_bytes=given)
 
-    roles = tuple(map(sized_role, candidate.roles))
-    sized = dataclasses.replace(candidate, roles=roles)
-    reason = validate(sized, model, nodes, request)
-    return dataclasses.replace(sized, predicted=price(sized, model, nodes, request), refused_because=reason)
+    sized = dataclasses.replace(candidate, roles=tuple(map(sized_role, candidate.roles)))
+    judged = rules.refused(sized, model, nodes, request)
+    return dataclasses.replace(judged, predicted=price(sized, model, nodes, request))
 
 
-# --- the rules ------------------------------------------------------------------------------------
-
-
-def validate(
-    candidate: Candidate, model: ModelDescription, nodes: Mapping[str, NodeView], request: PlanRequest
-) -> str | None:
-    """Why this plan may not run, or None. Applied to every plan, whoever made it."""
-    roles = candidate.roles
-    if [role.rank for role in roles] != list(range(len(roles))) or not roles:
-        return "its ranks are not 0, 1, 2, ..."
-    if request.nodes and tuple(role.node_id for role in roles) != request.nodes:
-        return "it is not on the nodes that were asked for, in their order"
-    if len({role.node_id for role in roles}) != len(roles):
-        return "a node has more than one role"
-    reason = _coverage(stages_of(roles), model) or _cache_refusal(model, request)
-    if reason:
-        return reason
-    for role in roles:
-        node = nodes.get(role.node_id)
-        if node is None:
-            return f"node {role.node_id[:8]} is not known"
-        if reason := _refusal(node, role, request, is_submitter=node is next(iter(nodes.values()))):
-            return f"{node.name}: {reason}"
-        if candidate.engine and candidate.engine not in node.engines:
-            known = ", ".join(node.engines) or "none"
-            return f"{node.name}: it has no engine {candidate.engine!r}; loaded: {known}"
-    for a, b in itertools.combinations(roles, 2):
-        if not _are_linked(nodes[a.node_id], nodes[b.node_id]):
-            return f"{nodes[a.node_id].name} and {nodes[b.node_id].name} have no connection to each other"
-    return None
-
-
-def _cache_refusal(model: ModelDescription, request: PlanRequest) -> str | None:
-    if request.numerics == "exact" or request.cache_type != "q8_0" or model.head_dim % Q8_0_BLOCK == 0:
-        return None
-    return (
-        f"a KV cache in q8_0 needs heads of a multiple of {Q8_0_BLOCK} elements, and this model's have "
-        f"{model.head_dim}; set jobs.cache_type to f16"
-    )
-
-
-def _refusal(node: NodeView, role: Role, request: PlanRequest, *, is_submitter: bool) -> str | None:
-    if not node.online:
-        return "it is offline"
-    if node.refuses and not (is_submitter and request.nodes):  # whoever names it here means it
-        return f"it takes no new roles: {node.refuses}"
-    if node.zone == "guest" and not request.allow_guest:
-        return "it is a guest, and this job uses own nodes only"
-    if not is_submitter and "serve" not in node.rights:
-        return "it has no right to serve"
-    if not is_submitter and request.private:
-        return "this job is private, and its prompt would leave the node"
-    if node.memory_budget is not None and role.memory_bytes > node.memory_budget:
-        needed, given = role.memory_bytes / 2**20, node.memory_budget / 2**20
-        return f"its part needs {needed:.0f} MiB and the budget is {given:.0f} MiB"
-    return None
-
-
-def _are_linked(a: NodeView, b: NodeView) -> bool:
-    return any(link.node_id == b.node_id for link in a.links) or any(
-        link.node_id == a.node_id for link in b.links
-    )
-
-
-def _coverage(stages: Sequence[Sequence[Role]], model: ModelDescription) -> str | None:
-    """Each layer in one stage, in order; within a stage every head, column and row in one rank."""
-    if [roles[0].stage for roles in stages] != list(range(len(stages))):
-        return "its stages are not 0, 1, 2, ..."
-    if not _tiles([roles[0].layers for roles in stages], model.layers, 1):
-        return f"its stages do not cover the layers 0 to {model.layers} in order"
-    for roles in stages:
-        if len({role.layers for role in roles}) != 1:
-            return "ranks of one stage have different layers"
-        for what, ranges, size, unit in (
-            ("heads", [role.heads for role in roles], model.heads, model.head_unit),
-            ("feed-forward columns", [role.ffn for role in roles], model.ffn, model.ffn_unit),
-        ):
-            if not _tiles(ranges, size, unit):
-                return f"a stage does not cut its {size} {what} into whole units of {unit}"
-    last = [role.vocab for role in stages[-1]]
-    if not _tiles(last, model.vocab, model.vocab_unit):
-        return f"the last stage does not cut the vocabulary into whole units of {model.vocab_unit}"
-    if any(role.vocab != (0, 0) for roles in stages[:-1] for role in roles):
-        return "a stage before the last has a part of the output head"
-    return None
-
-
-def _tiles(ranges: Sequence[Range], size: int, unit: int) -> bool:
-    """Do the ranges, none empty, cover 0 to size in order, cut at multiples of unit?"""
-    edges = [0, *(end for _, end in ranges)]
-    return (
-        edges[-1] == size
-        and all(range_[0] == edge for range_, edge in zip(ranges, edges[:-1], strict=True))
-        and all(a < b for a, b in itertools.pairwise(edges))
-        and all(edge % unit == 0 for edge in edges[:-1])
-    )
+def _well_typed(candidate: Candidate) -> Candidate:
+    """What a plugin proposed, or a refused candidate where its fields are not what they are said to be."""
+    try:
+        return wire.read_body(Candidate, wire.to_map(candidate))
+    except (EdgedError, TypeError, ValueError) as error:
+        return Candidate(
+            str(candidate.strategy), (), refused_because=f"it is no plan: {error}", broken_rule="form"
+        )
 
 
 # --- the choice -----------------------------------------------------------------------------------
 
 
 def choose(candidates: Sequence[Candidate]) -> int | None:
-    """Policy `latency`: the least time per token; the own node before another, and fewer nodes, unless the
-    others gain over a tenth.
+    """Policy `latency`: the least time per token; the own node before another, and fewer nodes before more,
+    unless GAIN_OF_ANOTHER or GAIN_OF_MORE is predicted.
 
     An unmeasured candidate loses to a measured one; among unmeasured ones the fewest nodes win.
     """
     best: int | None = None
     allowed = [index for index, c in enumerate(candidates) if c.refused_because is None]
     allowed.sort(key=lambda index: (_distance(candidates[index]), _time(candidates[index])))
-    for _, same_size in itertools.groupby(allowed, key=lambda index: _distance(candidates[index])):
-        fastest = next(same_size)
-        if best is None or _time(candidates[fastest]) < GAIN_MIN * _time(candidates[best]):
+    for (size, _), same in itertools.groupby(allowed, key=lambda index: _distance(candidates[index])):
+        fastest = next(same)
+        gain = GAIN_OF_MORE if size > 1 else GAIN_OF_ANOTHER
+        if best is None or _time(candidates[fastest]) < gain * _time(candidates[best]):
             best = fastest
     return best
 
@@ -322,17 +240,28 @@ def explain(candidates: Sequence[Candidate], chosen: int | None, nodes: Mapping[
     for index, candidate in enumerate(candidates):
         head = _named(candidate, nodes)
         if candidate.refused_because:
-            said.append(f"{head}: refused, {candidate.refused_because}.")
+            rule = f" by the rule {candidate.broken_rule!r}" if candidate.broken_rule else ""
+            said.append(f"{head}: refused{rule}, {candidate.refused_because}.")
             continue
-        time = candidate.predicted.tpot_ms
-        cost = f"{time:.1f} ms per token" if time is not None else "speed unknown, a device is unmeasured"
-        said.append(f"{head}: {cost}{' (chosen)' if index == chosen else ''}.")
+        said.append(f"{head}: {_cost(candidate.predicted)}{' (chosen)' if index == chosen else ''}.")
     if chosen is not None:
         said += _why(candidates, chosen, nodes)
     if chosen is not None and (alone := _fastest_alone(candidates)) is not None:
         mine = _time(candidates[chosen])
         if len(candidates[chosen].roles) > 1 and _time(alone) < mine:
             said.append(f"Warning: one node alone should take {_time(alone):.1f} ms per token.")
+    return said
+
+
+def _cost(predicted: Predicted) -> str:
+    """In words, as far as it is known."""
+    if predicted.tpot_ms is None:
+        return "speed unknown, a device is unmeasured"
+    said = f"{predicted.tpot_ms:.1f} ms per token"
+    if predicted.ttft_ms is not None:
+        said += f" after {predicted.ttft_ms:.0f} ms to the first"
+    if predicted.joules_per_token is not None:
+        said += f", {predicted.joules_per_token:.3g} J per token ({predicted.joules_source})"
     return said
 
 

@@ -7,6 +7,7 @@ as a plugin, one missing library stops every entry point. Here a plugin fails al
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import logging
 import os
@@ -20,7 +21,8 @@ from typing import Any
 import pluggy
 
 from . import hookspecs
-from .errors import EdgedError, PluginError
+from .errors import EdgedError, PluginError, PolicyViolation
+from .types import Candidate, ModelDescription, NodeView, PlanRequest, Strategy
 
 GROUP = "edged"
 log = logging.getLogger(__name__)
@@ -38,6 +40,26 @@ class Loaded:
     calls: int = 0
     failures: int = 0
     seconds: float = 0.0
+
+
+def guarded(strategy: Strategy) -> Strategy:
+    """A plugin's strategy of which a bug refuses its own plans, and no others."""
+
+    def propose(
+        model: ModelDescription, nodes: Sequence[NodeView], request: PlanRequest
+    ) -> Sequence[Candidate]:
+        try:
+            return list(strategy.propose(model, nodes, request))
+        except EdgedError:
+            raise
+        except Exception as error:  # the other strategies' plans are as good as before
+            log.exception("strategy failed", extra={"strategy": strategy.name})
+            raise PolicyViolation(
+                f"the strategy {strategy.name!r} failed: {type(error).__name__}",
+                remedy="see the log, and report it to whoever wrote its plugin",
+            ) from error
+
+    return dataclasses.replace(strategy, propose=propose)
 
 
 class Host:

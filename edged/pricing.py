@@ -11,17 +11,30 @@ Source of the form: TPI-LLM (arXiv:2410.00531). The constants are measured; see 
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 
-from .sizes import F32_BYTES, cache_bytes_of, held_bytes_of, weight_bytes_of, weights_room
-from .types import Candidate, EngineSpeed, LinkCost, ModelDescription, NodeView, PlanRequest, Predicted, Role
+from .sizes import F32_BYTES, cache_bytes_of, held_bytes_of, stages_of, weight_bytes_of, weights_room
+from .types import (
+    Candidate,
+    EngineSpeed,
+    LinkCost,
+    LinkTraffic,
+    ModelDescription,
+    NodeView,
+    PlanRequest,
+    Predicted,
+    Role,
+)
 
 DISK_BYTES_S = 100e6  # at which dropped weights are read again: nothing measures disks, so a slow one's
 PROMPT_BATCH = 512  # tokens of a prompt that one reading of the weights serves
 PING_BYTES_S = 12.5e6  # of a link that was only pinged: 100 Mbit/s, which is what such links mostly are
 REDUCE_S = 50e-6  # of an all-reduce beside the exchange: docs/log.md, "all-reduce inside a generation"
 HOP_S = 200e-6  # of a hop beside the link: packing, a graph's start, unpacking
+SLEPT_FROM_S = 200e-6  # a rank sleeps through a wait that is longer than this
+SLEPT_REDUCE_S, SLEPT_HOP_S = 300e-6, 600e-6  # more of each after sleeping: waking up, and slower for a while
 CANDIDATES_BYTES = 512  # what sampling needs of the last stage
 ELEMENT_BYTES = (4.0, 2.0, 1.0625)  # F32, F16, Q8 blocks
 NARROWER_SAVES = 0.05  # of the time per token, before the engine takes a narrower codec
@@ -34,13 +47,14 @@ def price(
     """Time and bytes of a plan; None where a device or link was never measured. `nodes`: the submitter
     first."""
     stages = stages_of(candidate.roles)
-    traffic = bytes_per_token(stages, model)
+    links_used = traffic_of(stages, model)
+    unknown = Predicted(bytes_per_token=sum(link.bytes for link in links_used), bytes_per_link=links_used)
     decode = prefill = 0.0
     for roles in stages:
         times = [rank_times(role, model, nodes[role.node_id], request) for role in roles]
         links = [link_cost(nodes, a.node_id, b.node_id) for a, b in itertools.combinations(roles, 2)]
         if None in times or None in links:
-            return Predicted(bytes_per_token=traffic)
+            return unknown
         token_s = max(time[0] for time in times if time)
         prompt_s = max(time[1] for time in times if time)
         known = [link for link in links if link]
@@ -51,15 +65,15 @@ def price(
     submitter = next(iter(nodes))
     asking = link_cost(nodes, submitter, stages[0][0].node_id)
     if hops is None or prompt_hops is None or asking is None:
-        return Predicted(bytes_per_token=traffic)
+        return unknown
     first = prefill + prompt_hops + 2 * asking.latency_s
     token_s = decode + hops
     joules = _joules(candidate.roles, model, nodes, request, token_s)
-    return Predicted(
+    return dataclasses.replace(
+        unknown,
         ttft_ms=1000 * first,
         tpot_ms=1000 * token_s,
         joules_per_token=joules,
-        bytes_per_token=traffic,
         joules_source=None if joules is None else "estimated",
     )
 
@@ -145,11 +159,12 @@ def _sums(
     batches = -(-tokens // PROMPT_BATCH)
     latency = max(link.latency_s for link in links)
     bytes_s = min(link.bytes_s for link in links)
+    reduce_s = REDUCE_S + (SLEPT_REDUCE_S if latency > SLEPT_FROM_S else 0.0)
     elements = ELEMENT_BYTES[:1] if request.numerics == "exact" else ELEMENT_BYTES
 
     def total(element: float) -> float:
         sent = element * model.hidden * tokens * (len(roles) - 1)
-        return layers * model.reductions * (batches * (latency + REDUCE_S) + sent / bytes_s)
+        return layers * model.reductions * (batches * (latency + reduce_s) + sent / bytes_s)
 
     times = [total(element) for element in elements]
     best = times[0]
@@ -177,12 +192,17 @@ def _hops(
 
 def hop_s(link: LinkCost, model: ModelDescription, ranks: int, tokens: int) -> float:
     """Seconds of handing the hidden states of so many tokens to a stage of so many ranks."""
-    return HOP_S + link.time_s(model.hidden * F32_BYTES * tokens * ranks)
+    return _waking_s(link) + link.time_s(model.hidden * F32_BYTES * tokens * ranks)
 
 
 def return_s(link: LinkCost) -> float:
     """Seconds of giving the last stage's candidates back to the first."""
-    return HOP_S + link.time_s(CANDIDATES_BYTES)
+    return _waking_s(link) + link.time_s(CANDIDATES_BYTES)
+
+
+def _waking_s(link: LinkCost) -> float:
+    """Seconds of a hop beside the link."""
+    return HOP_S + (SLEPT_HOP_S if link.latency_s > SLEPT_FROM_S else 0.0)
 
 
 def _rereading_s(role: Role, model: ModelDescription, request: PlanRequest) -> float:
@@ -191,19 +211,15 @@ def _rereading_s(role: Role, model: ModelDescription, request: PlanRequest) -> f
     return max(0, held_bytes_of(role, model, request) - room) / DISK_BYTES_S if room else 0.0
 
 
-def stages_of(roles: Sequence[Role]) -> list[list[Role]]:
-    """Roles by stage, stages in order, ranks in order within."""
-    ordered = sorted(roles, key=lambda role: (role.stage, role.rank))
-    return [list(group) for _, group in itertools.groupby(ordered, key=lambda role: role.stage)]
-
-
-def bytes_per_token(stages: Sequence[Sequence[Role]], model: ModelDescription) -> int:
-    """Bytes of hidden states on data-plane sockets for one token, F32."""
+def traffic_of(stages: Sequence[Sequence[Role]], model: ModelDescription) -> tuple[LinkTraffic, ...]:
+    """Hidden states on data-plane sockets for one token, F32, by pair of nodes."""
     row = model.hidden * F32_BYTES
-    total = 0
+    found: dict[tuple[str, str], int] = {}
     for roles in stages:
         layers = roles[0].layers[1] - roles[0].layers[0]
-        total += model.reductions * layers * len(roles) * (len(roles) - 1) * row
-    for _, later in itertools.pairwise(stages):
-        total += len(later) * row
-    return total
+        for a, b in itertools.combinations(roles, 2):
+            found[a.node_id, b.node_id] = 2 * model.reductions * layers * row
+    for before, after in itertools.pairwise(stages):
+        for role in after:
+            found[before[0].node_id, role.node_id] = row
+    return tuple(LinkTraffic(nodes, size) for nodes, size in found.items())

@@ -17,6 +17,12 @@ F32_BYTES = 4
 BUDGET_MARGIN = 16  # a windowed role leaves this part of a budget free, which moves with the node's memory
 
 
+def stages_of(roles: Sequence[Role]) -> list[list[Role]]:
+    """Roles by stage, stages in order, ranks in order within."""
+    ordered = sorted(roles, key=lambda role: (role.stage, role.rank))
+    return [list(group) for _, group in itertools.groupby(ordered, key=lambda role: role.stage)]
+
+
 def weight_bytes_of(role: Role, model: ModelDescription) -> int:
     """Bytes of weights a rank reads for each token, in the file's types (the embedding is one row)."""
     heads = (role.heads[1] - role.heads[0]) / model.heads

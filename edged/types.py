@@ -85,6 +85,14 @@ class Role:
 
 
 @dataclass(frozen=True, slots=True)
+class LinkTraffic:
+    """Bytes of hidden states between two nodes for one token, both ways together."""
+
+    nodes: tuple[str, str]
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Predicted:
     """What a plan should cost; None where nothing was measured yet."""
 
@@ -92,6 +100,7 @@ class Predicted:
     tpot_ms: float | None = None
     joules_per_token: float | None = None
     bytes_per_token: int | None = None
+    bytes_per_link: tuple[LinkTraffic, ...] = ()
     joules_source: str | None = None
     correction: float = 1.0  # that earlier jobs of the same plan brought to time and joules
 
@@ -105,6 +114,7 @@ class Candidate:
     predicted: Predicted = Predicted()
     refused_because: str | None = None
     engine: str = ""  # that shall run it; filled in by the core
+    broken_rule: str | None = None  # whose reason `refused_because` is, by its name in `edged.rules`
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,8 @@ from edged import (
     DeviceState,
     DiscovererEntry,
     EngineEntry,
+    ModelDescription,
+    NodeView,
     PlanRequest,
     Predicted,
     Role,
@@ -27,8 +29,9 @@ from edged import (
     hookspecs,
     plugins,
 )
-from edged.errors import ConfigError, EdgedError, PluginError
-from edged.plugins import Host
+from edged.errors import ConfigError, EdgedError, PluginError, PolicyViolation
+from edged.planning import CORE_STRATEGIES, consider
+from edged.plugins import Host, guarded
 
 ROLE = Role(0, "n" * 52, 0, (0, 1), (0, 1), (0, 1), (0, 1), 1.0)
 ADMIT = {"role": ROLE, "model_sha256": "0" * 64, "coordinator": "c" * 52}
@@ -432,3 +435,20 @@ def test_edged_job_finished() -> None:
 def test_every_error_of_the_host_is_one_that_ends_startup_with_its_code() -> None:
     assert issubclass(PluginError, EdgedError)
     assert PluginError.exit_code == 3
+
+
+def test_a_strategy_with_a_bug_refuses_its_own_plans_and_no_others() -> None:
+    model = ModelDescription(
+        "llama", 4000, 2, 8, 4, 2, 2, 16, 32, 512, "Q4_K", 2, 4, 8, (1000, 1000), 256, 400
+    )
+
+    def buggy(*arguments: object) -> list[Candidate]:
+        raise ZeroDivisionError
+
+    node = NodeView("a", "A")
+    strategies = {s.name: s for s in (guarded(Strategy("buggy", buggy)), CORE_STRATEGIES[0])}
+    found = consider(strategies, model, [node], PlanRequest())
+    assert [(c.strategy, c.broken_rule) for c in found] == [("buggy", "strategy"), ("local", None)]
+    assert "'buggy' failed: ZeroDivisionError" in str(found[0].refused_because)
+    with pytest.raises(PolicyViolation, match="'buggy' failed"):
+        consider(strategies, model, [node], PlanRequest("buggy"))
