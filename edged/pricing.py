@@ -7,7 +7,8 @@ exchange with every other rank of the stage; a hop hands a row of hidden states 
 its candidates back to the first. Links count as the data plane was measured, else as half a ping. Weights
 that pass through a window because a budget does not hold them are read again for every token, while others
 compute; what that takes longer comes on top.
-Source of the form: TPI-LLM (arXiv:2410.00531). The constants are measured; see docs/log.md.
+Sources of the form: TPI-LLM (arXiv:2410.00531); for loading ServerlessLLM (arXiv:2401.14351). The constants
+are measured; see docs/log.md.
 """
 
 from __future__ import annotations
@@ -242,3 +243,47 @@ def bytes_per_token(stages: Sequence[Sequence[Role]], model: ModelDescription) -
     for _, later in itertools.pairwise(stages):
         total += len(later) * row
     return total
+
+
+# --- before the first token -----------------------------------------------------------------------
+
+
+def loading_s(
+    roles: Sequence[Role],
+    model: ModelDescription,
+    nodes: Mapping[str, NodeView],
+    model_sha256: str,
+    holder: str | None,
+) -> float | None:
+    """Seconds until every node has its part in memory, if none has it there: read from its disk, and before
+    that fetched from `holder` by whoever lacks the file, one after another. None where nobody has the file,
+    or a link was never measured."""
+    fetched_s = slowest_s = 0.0
+    for role in roles:
+        size = weight_bytes_of(role, model) + (model.embedding_bytes if role.stage == 0 else 0)
+        before_s = 0.0
+        if model_sha256 not in nodes[role.node_id].holds:
+            link = link_cost(nodes, holder, role.node_id) if holder is not None else None
+            if link is None:
+                return None
+            before_s = fetched_s = tier_s(size, link.bytes_s, fetched_s)
+        slowest_s = max(slowest_s, tier_s(size, DISK_BYTES_S, before_s))
+    return slowest_s
+
+
+def tier_s(size: float, bytes_s: float, queue_s: float = 0.0) -> float:
+    """Seconds until so many bytes are read from where `queue_s` of other work come first."""
+    return queue_s + size / bytes_s
+
+
+def soonest_holder(
+    roles: Sequence[Role], model: ModelDescription, nodes: Mapping[str, NodeView], model_sha256: str
+) -> str | None:
+    """Who has the whole file and gives it the soonest to those that lack it; the first of equals."""
+
+    def time_s(holder: str) -> float:
+        found = loading_s(roles, model, nodes, model_sha256, holder)
+        return INFINITE if found is None else found
+
+    holders = [node_id for node_id, node in nodes.items() if model_sha256 in node.holds]
+    return min(holders, key=time_s, default=None)
