@@ -1,11 +1,14 @@
 """What model a device should run, in which weights, how it should be tuned. Pure; every row has its source.
 
 A model is worth running where it fits beside the device's own work and answers as fast as a person reads.
-Decoding reads all weights for each token, so the measured bytes/s of a weight type bound its speed.
+Decoding reads all weights for each token, so the measured bytes/s of a weight type bound its speed. Where
+none was measured the memory of the likest known device stands for it, and the advice says so.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -25,7 +28,32 @@ FORWARD_BYTES, FORWARD_SOURCE = (
     2.1,
     "Malladi et al., arXiv:2305.17333: tuning by forward passes takes inference's memory",
 )
+EFFICIENCY = 0.5  # of a memory's bandwidth, that decoding on processors reaches; on accelerators up to 0.85
 SMALL_SOURCE = "Qin et al., arXiv:2406.03777: a compressed model may learn better from little personal data"
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """A device whose memory bandwidth is published. `machine`: as `uname -m` says."""
+
+    name: str
+    machine: str
+    processors: int
+    memory_bytes: float
+    bytes_s: float
+    source: str
+
+
+KNOWN = (
+    Hardware("Raspberry Pi 5", "aarch64", 4, 8e9, 17e9, "Raspberry Pi: 32 bits of LPDDR4X-4267"),
+    Hardware("Jetson Orin Nano", "aarch64", 6, 8e9, 68e9, "NVIDIA's data sheet, 102 GB/s as Super"),
+    Hardware("Jetson AGX Orin", "aarch64", 12, 64e9, 204.8e9, "NVIDIA's data sheet"),
+    Hardware(
+        "phone with a Snapdragon 8 Elite", "aarch64", 8, 12e9, 77e9, "Qualcomm's slides, the lower figure"
+    ),
+    Hardware("laptop with DDR4-3200", "x86_64", 8, 16e9, 51.2e9, "JEDEC JESD79-4: two channels of 8 bytes"),
+)
+OTHER_MACHINE = 2.0  # another instruction set counts as much as a quarter of the processors
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +65,19 @@ class Advice:
 
 
 def advise(
-    room_bytes: int, decode_bytes_s: Mapping[str, float], parameters: float | None = None
+    room_bytes: int,
+    decode_bytes_s: Mapping[str, float],
+    parameters: float | None = None,
+    like: Hardware | None = None,
 ) -> list[Advice]:
     """Advice for a device with `room_bytes` for edged and these measured speeds, by weight type; for a model
-    of so many parameters, or for the largest that should run here. Unmeasured types are judged by memory."""
+    of so many parameters, or for the largest that should run here. Types that were not measured are judged by
+    memory; where none was, all as on a device `like` this one."""
     room = room_bytes - WORKER_BYTES
+    if not decode_bytes_s and like is not None:
+        speed = EFFICIENCY * like.bytes_s
+        likened = advise(room_bytes, dict.fromkeys(MEASURED_AS.values(), speed), parameters)
+        return [_likened(advice, like) for advice in likened]
     found = []
     if parameters is None:
         size = max((size for size in SIZES if weights_for(size, room, decode_bytes_s)), default=None)
@@ -63,6 +99,42 @@ def weights_for(parameters: float, room: float, decode_bytes_s: Mapping[str, flo
     return None
 
 
+def _likened(advice: Advice, like: Hardware) -> Advice:
+    """Advice that rests on speed, with what the speed was taken from."""
+    if advice.what == "tuning":
+        return advice
+    guess = f"by half of a {like.name}'s memory bandwidth"
+    reason = f"{advice.reason}; not measured here (edged profile --measure), so {guess}"
+    return dataclasses.replace(advice, reason=reason, source=f"{advice.source}; {like.source}")
+
+
+def nearest(known: Sequence[Hardware], machine: str, processors: int, memory_bytes: float) -> Hardware:
+    """The known device likest to one of these figures, itself where it is known.
+
+    After MetaInf (arXiv:2410.21340): what is predicted for hardware never seen is what holds for the nearest.
+    """
+
+    def distance(each: Hardware) -> float:
+        sizes = abs(math.log2(each.memory_bytes / memory_bytes)), abs(math.log2(each.processors / processors))
+        return sum(sizes) + OTHER_MACHINE * (each.machine != machine)
+
+    return min(known, key=distance)
+
+
+def tokens_s(read_bytes: float, bytes_s: float, efficiency: float = EFFICIENCY) -> float:
+    """Tokens a second of a device that reads `read_bytes`, weights and KV cache, for each, over a memory of
+    `bytes_s`."""
+    return efficiency * bytes_s / read_bytes
+
+
+def quickest(seconds: Mapping[str, float], cost: Mapping[str, float], budget: float) -> str | None:
+    """The method of the least predicted time among those whose cost is within the budget; None where none is.
+
+    Source: MetaInf (arXiv:2410.21340), with any predictor; the first of equals.
+    """
+    return min((name for name in seconds if cost[name] <= budget), key=lambda n: seconds[n], default=None)
+
+
 def _size_advice(size: float | None, room: float) -> Advice:
     if size is None:
         return Advice(
@@ -78,7 +150,9 @@ def _size_advice(size: float | None, room: float) -> Advice:
 def _weights_advice(parameters: float, room: float, decode_bytes_s: Mapping[str, float]) -> Advice:
     name = weights_for(parameters, room, decode_bytes_s)
     if name is None:
-        fits = next((n for n, bits in BITS.items() if parameters * bits / 8 <= room), None)
+        size = {each: parameters * bits / 8 for each, bits in BITS.items()}
+        time = {n: size[n] / decode_bytes_s.get(MEASURED_AS[n], math.inf) for n in BITS}
+        fits = quickest(time, size, room)
         if fits is None:
             reason = (
                 f"not even Q4_0 fits {_mib(room)}: run it over several nodes (--strategy layers or tensor)"
@@ -87,11 +161,15 @@ def _weights_advice(parameters: float, room: float, decode_bytes_s: Mapping[str,
         reason = (
             "it fits, but reads slower than a person: several nodes (--strategy tensor) or a smaller model"
         )
-        return Advice("quantisation", "Q4_0", reason, READING_SOURCE)
+        return Advice("quantisation", fits, reason, READING_SOURCE)
     known = decode_bytes_s.get(MEASURED_AS[name])
-    size = parameters * BITS[name] / 8
-    speed = f", {known / size:.0f} tokens a second" if known else "; its speed was not measured here"
-    return Advice("quantisation", name, f"the finest weights that fit: {_mib(size)}{speed}", BITS_SOURCE)
+    bytes_ = parameters * BITS[name] / 8
+    speed = (
+        f", {tokens_s(bytes_, known, 1):.0f} tokens a second"
+        if known
+        else "; its speed was not measured here"
+    )
+    return Advice("quantisation", name, f"the finest weights that fit: {_mib(bytes_)}{speed}", BITS_SOURCE)
 
 
 def _tuning_advice(parameters: float, room: float) -> Advice:

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from . import planning, sizes, wire
+from . import planning, pricing, sizes, wire
 from .config import Profile
 from .correcting import Corrections
 from .device import Device
@@ -263,6 +263,7 @@ class Chooser:
         weighed = _weighed(policy, nodes)
         candidates = planning.consider(self._strategies, description, weighed, request, engines, searched)
         candidates = self._corrections.corrected(sha256, candidates)
+        candidates = [_with_loading(each, description, weighed, sha256) for each in candidates]
         answer = self._host.decide("edged_select_plan", candidates=candidates, request=request)
         if _may_run(answer, candidates):
             return candidates, answer
@@ -299,12 +300,15 @@ class Chooser:
         except Exception:  # a plugin's policy: the job is done all the same
             log.exception("policy failed", extra={"policy": policy.name})
 
-    def holder_of(self, model: Model, nodes: Sequence[NodeView]) -> str:
-        """Who gives the file to nodes that lack it: this node, or where it has a part of it another."""
+    def holder_of(self, model: Model, nodes: Sequence[NodeView], candidate: Candidate) -> str:
+        """Who gives the file to those of the plan's nodes that lack it: this node, or where it has a part of
+        it the one that is done the soonest."""
         mine = self._peers.identity.node_id
         if model.complete:
             return mine
-        return next((node.node_id for node in nodes if model.sha256 in node.holds), mine)
+        description = self._models.manifest(model.sha256).model
+        by_id = {node.node_id: node for node in nodes}
+        return pricing.soonest_holder(candidate.roles, description, by_id, model.sha256) or mine
 
     def _engines_for(self, sha256: str) -> list[EngineEntry]:
         """Loaded engines that run a model: the one it is stored under, then those that take its models."""
@@ -341,6 +345,24 @@ class Chooser:
             "memory_bytes": {role.node_id: role.memory_bytes for role in candidate.roles},
             "refused_because": candidate.refused_because,
         }
+
+
+def _with_loading(
+    candidate: Candidate, model: ModelDescription, nodes: Sequence[NodeView], sha256: str
+) -> Candidate:
+    """With the time until all of its nodes have their parts; the submitter, who comes first, gives the file
+    where it has it."""
+    if candidate.refused_because:
+        return candidate
+    by_id = {node.node_id: node for node in nodes}
+    holder = nodes[0].node_id
+    if sha256 not in nodes[0].holds:
+        holder = pricing.soonest_holder(candidate.roles, model, by_id, sha256) or holder
+    seconds = pricing.loading_s(candidate.roles, model, by_id, sha256, holder)
+    if seconds is None:
+        return candidate
+    predicted = dataclasses.replace(candidate.predicted, load_ms=1000 * seconds)
+    return dataclasses.replace(candidate, predicted=predicted)
 
 
 def check_policy(name: str, policies: Mapping[str, Policy]) -> None:

@@ -319,7 +319,7 @@ class Coordinator:
             candidate.engine,
             wanted.context_tokens,
             request.numerics,
-            self._chooser.holder_of(model, nodes),
+            self._chooser.holder_of(model, nodes, candidate),
             wanted.cache_tokens,
             wanted.cache_type,
         )

@@ -5,17 +5,28 @@ bytes/s of that weight type, and the measured fixed cost of a token and of each 
 at once, so the slowest counts; stages work one after the other. An all-reduce, one or two a layer, is an
 exchange with every other rank of the stage; a hop hands a row of hidden states on, and the last stage sends
 its candidates back to the first. Links count as the data plane was measured, else as half a ping. Weights
-that pass through a window because a budget does not hold them are read again for every token, on top.
-Source of the form: TPI-LLM (arXiv:2410.00531). The constants are measured; see docs/log.md.
+that pass through a window because a budget does not hold them are read again for every token, while others
+compute; what that takes longer comes on top.
+Sources of the form: TPI-LLM (arXiv:2410.00531); for loading ServerlessLLM (arXiv:2401.14351). The constants
+are measured; see docs/log.md.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
+from collections import deque
 from collections.abc import Mapping, Sequence
 
-from .sizes import F32_BYTES, cache_bytes_of, held_bytes_of, stages_of, weight_bytes_of, weights_room
+from .sizes import (
+    F32_BYTES,
+    blocks_of,
+    cache_bytes_of,
+    held_bytes_of,
+    stages_of,
+    weight_bytes_of,
+    weights_room,
+)
 from .types import (
     Candidate,
     EngineSpeed,
@@ -29,6 +40,7 @@ from .types import (
 )
 
 DISK_BYTES_S = 100e6  # at which dropped weights are read again: nothing measures disks, so a slow one's
+MAPPED_BYTES_S = 4e9  # of those, what the window itself costs computing: measured 4.6 to 9.2, docs/log.md
 PROMPT_BATCH = 512  # tokens of a prompt that one reading of the weights serves
 PING_BYTES_S = 12.5e6  # of a link that was only pinged: 100 Mbit/s, which is what such links mostly are
 REDUCE_S = 50e-6  # of an all-reduce beside the exchange: docs/log.md, "all-reduce inside a generation"
@@ -39,6 +51,7 @@ CANDIDATES_BYTES = 512  # what sampling needs of the last stage
 ELEMENT_BYTES = (4.0, 2.0, 1.0625)  # F32, F16, Q8 blocks
 NARROWER_SAVES = 0.05  # of the time per token, before the engine takes a narrower codec
 INFINITE = float("inf")
+TOKENS_UNTIL_STEADY = 4  # the first ones begin with nothing loaded
 
 
 def price(
@@ -110,12 +123,14 @@ def rank_times(
     weights = weight_bytes_of(role, model)
     of_model = weights / max(1, sum(model.layer_bytes) + model.head_bytes)
     operations = 2 * model.parameters * of_model * request.prompt_tokens
-    rereading_s = _rereading_s(role, model, request)
     batches = -(-request.prompt_tokens // PROMPT_BATCH)
     fixed_s = speed.token_s + (role.layers[1] - role.layers[0]) * speed.layer_s
     read = weights + cache_bytes_of(role, model, request, request.prompt_tokens)
-    decode_s = read / speed.decode_bytes_s + fixed_s + rereading_s
-    return decode_s, operations / speed.prefill_flops_s + batches * (fixed_s + rereading_s)
+    token_s, prompt_s = weights / speed.decode_bytes_s, operations / speed.prefill_flops_s
+    waiting_s = _rereading_s(role, model, request, token_s)
+    batch_waiting_s = _rereading_s(role, model, request, prompt_s / max(1, batches))
+    decode_s = read / speed.decode_bytes_s + fixed_s + waiting_s
+    return decode_s, prompt_s + batches * (fixed_s + batch_waiting_s)
 
 
 def speed_of(node: NodeView, weight_type: str) -> EngineSpeed | None:
@@ -205,10 +220,39 @@ def _waking_s(link: LinkCost) -> float:
     return HOP_S + (SLEPT_HOP_S if link.latency_s > SLEPT_FROM_S else 0.0)
 
 
-def _rereading_s(role: Role, model: ModelDescription, request: PlanRequest) -> float:
-    """Seconds to read again what does not fit, on top of computing: an upper bound, since both overlap."""
+def _rereading_s(role: Role, model: ModelDescription, request: PlanRequest, compute_s: float) -> float:
+    """Seconds that one pass over a rank's weights, which computes for `compute_s`, takes longer for those
+    that do not fit and are read again. A bound from above: as if nothing were read while the rank does other
+    work than with weights, or waits for other ranks."""
     room = weights_room(role, model, request)
-    return max(0, held_bytes_of(role, model, request) - room) / DISK_BYTES_S if room else 0.0
+    if not room:
+        return 0.0
+    dropped = max(0, held_bytes_of(role, model, request) - room)
+    read_s = dropped / DISK_BYTES_S
+    blocks = blocks_of(role, model)
+    total = sum(blocks) or 1.0
+    waited_s = stalled_s([(compute_s * size / total, read_s * size / total) for size in blocks])
+    return waited_s + dropped / MAPPED_BYTES_S
+
+
+def stalled_s(blocks: Sequence[tuple[float, float]], held: int = 2) -> float:
+    """Seconds of a token for which computing waits for weights that are loaded while others compute.
+
+    `blocks`: seconds to compute and seconds to load each, in their order, the same again for every token.
+    At most `held` of them are in memory, the one that loads among them; one goes when the next begins.
+    Source: TPI-LLM (arXiv:2410.00531), section on its memory scheduler. Its tight condition is that no block
+    waits with two held; its loose one that none does where loading may get further ahead.
+    """
+    done = loaded = waited = 0.0
+    left = deque([0.0] * held, held)  # when each of the last blocks was done with, the oldest first
+    for _ in range(TOKENS_UNTIL_STEADY):
+        waited = 0.0
+        for compute_s, load_s in blocks:
+            loaded = max(loaded, left[0]) + load_s
+            waited += max(0.0, loaded - done)
+            done = max(done, loaded) + compute_s
+            left.append(done)
+    return waited
 
 
 def traffic_of(stages: Sequence[Sequence[Role]], model: ModelDescription) -> tuple[LinkTraffic, ...]:
@@ -223,3 +267,47 @@ def traffic_of(stages: Sequence[Sequence[Role]], model: ModelDescription) -> tup
         for role in after:
             found[before[0].node_id, role.node_id] = row
     return tuple(LinkTraffic(nodes, size) for nodes, size in found.items())
+
+
+# --- before the first token -----------------------------------------------------------------------
+
+
+def loading_s(
+    roles: Sequence[Role],
+    model: ModelDescription,
+    nodes: Mapping[str, NodeView],
+    model_sha256: str,
+    holder: str | None,
+) -> float | None:
+    """Seconds until every node has its part in memory, if none has it there: read from its disk, and before
+    that fetched from `holder` by whoever lacks the file, one after another. None where nobody has the file,
+    or a link was never measured."""
+    fetched_s = slowest_s = 0.0
+    for role in roles:
+        size = weight_bytes_of(role, model) + (model.embedding_bytes if role.stage == 0 else 0)
+        before_s = 0.0
+        if model_sha256 not in nodes[role.node_id].holds:
+            link = link_cost(nodes, holder, role.node_id) if holder is not None else None
+            if link is None:
+                return None
+            before_s = fetched_s = tier_s(size, link.bytes_s, fetched_s)
+        slowest_s = max(slowest_s, tier_s(size, DISK_BYTES_S, before_s))
+    return slowest_s
+
+
+def tier_s(size: float, bytes_s: float, queue_s: float = 0.0) -> float:
+    """Seconds until so many bytes are read from where `queue_s` of other work come first."""
+    return queue_s + size / bytes_s
+
+
+def soonest_holder(
+    roles: Sequence[Role], model: ModelDescription, nodes: Mapping[str, NodeView], model_sha256: str
+) -> str | None:
+    """Who has the whole file and gives it the soonest to those that lack it; the first of equals."""
+
+    def time_s(holder: str) -> float:
+        found = loading_s(roles, model, nodes, model_sha256, holder)
+        return INFINITE if found is None else found
+
+    holders = [node_id for node_id, node in nodes.items() if model_sha256 in node.holds]
+    return min(holders, key=time_s, default=None)

@@ -25,10 +25,17 @@ def stages_of(roles: Sequence[Role]) -> list[list[Role]]:
 
 def weight_bytes_of(role: Role, model: ModelDescription) -> int:
     """Bytes of weights a rank reads for each token, in the file's types (the embedding is one row)."""
+    return round(sum(blocks_of(role, model)))
+
+
+def blocks_of(role: Role, model: ModelDescription) -> list[float]:
+    """Bytes of a rank's weights in the order it reads them: for each layer attention (with what is not cut)
+    and feed-forward, then its part of the output head."""
     heads = (role.heads[1] - role.heads[0]) / model.heads
     ffn = (role.ffn[1] - role.ffn[0]) / model.ffn
-    layers = sum(a * heads + f * ffn + kept for a, f, kept in _layer_cuts(model)[slice(*role.layers)])
-    return round(layers + model.head_bytes * (role.vocab[1] - role.vocab[0]) / model.vocab)
+    layers = [(a * heads + kept, f * ffn) for a, f, kept in _layer_cuts(model)[slice(*role.layers)]]
+    head = model.head_bytes * (role.vocab[1] - role.vocab[0]) / model.vocab
+    return [*itertools.chain(*layers), head]
 
 
 def _layer_cuts(model: ModelDescription) -> Sequence[tuple[float, float, float]]:

@@ -103,6 +103,7 @@ class Predicted:
     bytes_per_link: tuple[LinkTraffic, ...] = ()
     joules_source: str | None = None
     correction: float = 1.0  # that earlier jobs of the same plan brought to time and joules
+    load_ms: float | None = None  # until every node has its part, where nobody has loaded it yet
 
 
 @dataclass(frozen=True, slots=True)

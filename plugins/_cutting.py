@@ -55,8 +55,9 @@ def balance(
     """Whole units by speed, `least` to `caps[rank]` each; None where the caps do not hold them all.
 
     No division within these bounds has a smaller `max(count / speed)`: each unit goes to the rank that
-    would be done with it soonest, ties to the lower rank (D'Hondt's method). What a capped rank cannot
-    take, the others share by speed.
+    would be done with it soonest (D'Hondt's method), ties to the slower one, which is then the one further
+    below its exact part, and to the lower rank. What a capped rank cannot take, the others share by speed.
+    Source of caps and overflow: Galaxy (arXiv:2405.17245).
     """
     exact = [Fraction(speed) for speed in speeds]
     bounds = [units] * len(exact) if caps is None else [min(cap, units) for cap in caps]
@@ -65,7 +66,7 @@ def balance(
     counts = _lower_quota(units, exact, bounds, least)
     for _ in range(units - sum(counts)):
         able = [rank for rank, count in enumerate(counts) if count < bounds[rank]]
-        counts[min(able, key=lambda rank: (counts[rank] + 1) / exact[rank])] += 1
+        counts[min(able, key=lambda rank: ((counts[rank] + 1) / exact[rank], exact[rank]))] += 1
     return counts
 
 

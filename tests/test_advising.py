@@ -46,6 +46,26 @@ def test_tuning_follows_memory(gib: float, method: str) -> None:
     assert advice.choice == method
 
 
+PI = advising.KNOWN[0]
+
+
+def test_a_device_that_was_not_measured_is_judged_as_the_likest_one_and_the_advice_says_so() -> None:
+    """Half of 17 GB/s reads 3B in Q4_0 five times a second; memory alone would hold 14B."""
+    found = advise(16 << 30, {}, like=PI)
+    assert [advice.choice for advice in found[:2]] == ["3B", "Q4_0"]
+    assert advise(16 << 30, {})[0].choice == "14B"
+    for advice in found:
+        assert ("not measured here" in advice.reason) == (advice.what != "tuning")
+        assert (PI.source in advice.source) == (advice.what != "tuning")
+    measured = dict.fromkeys(MEASURED_AS.values(), 1e11)
+    assert advise(16 << 30, measured, like=PI) == advise(16 << 30, measured)
+
+
+def test_where_no_type_is_quick_enough_the_quickest_that_fits_is_named() -> None:
+    speeds = {"Q8_0": 3e9, "Q6_K": 1e9, "Q4_K": 1e9, "Q4_0": 1e9}
+    assert advise(4 << 30, speeds, 3e9)[0].choice == "Q8_0"
+
+
 def test_a_model_that_fits_nowhere_is_divided_and_a_slow_one_says_so() -> None:
     huge, slow = (
         advise(4 << 30, {}, 70e9)[0],

@@ -832,8 +832,9 @@ def test_vectors_stay_in_memory_beside_the_window() -> None:
     assert sizes.least_memory_of(ENTIRE, model, ASKED, 16 << 20) == least + 1024
 
 
-def considered(engine: EngineEntry, budget: int) -> Candidate:
-    views = [node("a", memory_budget=budget, engines=("shard", "plain"))]
+def considered(engine: EngineEntry, budget: int, speed: float = 1e6) -> Candidate:
+    speeds = (EngineSpeed("shard", "Q4_K", speed, 1e6),)
+    views = [node("a", memory_budget=budget, engines=("shard", "plain"), speeds=speeds)]
     [candidate] = planning.consider(STRATEGIES, BIG, views, ASKED, [engine])
     return candidate
 
@@ -848,9 +849,17 @@ def test_what_does_not_fit_is_priced_with_reading_it_again_and_refused_below_the
     [part] = windowed.roles
     assert part.memory_bytes <= full // 2
     dropped = full - part.memory_bytes  # bytes: what the budget is short of
-    assert windowed.predicted.tpot_ms == pytest.approx(
-        fitting.predicted.tpot_ms + 1000 * dropped / pricing.DISK_BYTES_S, rel=1e-6
-    )
+    mapping_s = dropped / pricing.MAPPED_BYTES_S
+    kept_up = fitting.predicted.tpot_ms + 1000 * mapping_s  # the disk does, with a device so slow
+    assert windowed.predicted.tpot_ms == pytest.approx(kept_up)
+    for speed in (1e8, 1e12):
+        quick = [considered(WINDOWED, budget, speed).predicted.tpot_ms for budget in (full, full // 2)]
+        assert quick[0] is not None
+        assert quick[1] is not None
+        read_s, compute_s = dropped / pricing.DISK_BYTES_S, sizes.weight_bytes_of(part, BIG) / speed
+        waited_s = (quick[1] - quick[0]) / 1000 - mapping_s
+        assert max(0.0, read_s - compute_s) - 1e-6 <= waited_s <= read_s + 1e-6
+    assert waited_s == pytest.approx(read_s, rel=1e-3)
     for engine, needed, budget in ((WINDOWED, least, least - 1), (NO_WINDOW, full, full // 2)):
         refused = considered(engine, budget)
         words = f"A: its part needs {needed / 2**20:.0f} MiB and the budget is {budget / 2**20:.0f} MiB"

@@ -138,6 +138,7 @@ def _show_plan(document: Document, explain: bool) -> None:
                 price.get("joules_per_token"),
                 sized(price.get("bytes_per_token")),
                 sized(sum((candidate.get("memory_bytes") or {}).values())),
+                price.get("load_ms"),
                 refusal,
             )
         )
@@ -150,6 +151,7 @@ def _show_plan(document: Document, explain: bool) -> None:
         "J/token",
         "B/token",
         "memory",
+        "load ms",
         "refused because",
     )
     table(headings, rows, empty="no candidate")

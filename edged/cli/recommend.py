@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from typing import Annotated
 
 import typer
@@ -50,8 +51,16 @@ def recommend(
         speeds[speed.weight_type] = max(speed.decode_bytes_s, speeds.get(speed.weight_type, 0.0))
     if parameters is not None and parameters <= 0:
         raise ConfigError(f"expected a model with parameters; {model} has {parameters}")
-    found = advising.advise(room, speeds, parameters)
+    found = advising.advise(room, speeds, parameters, _like(device))
     show({"recommendations": advising.rows(found)}, as_json, _show)
+
+
+def _like(device: Device) -> advising.Hardware | None:
+    """The known device that this one is likest to; None where a sensor is missing."""
+    state = device.read()
+    if not state.memory_total or not state.cpu_count:
+        return None
+    return advising.nearest(advising.KNOWN, platform.machine(), state.cpu_count, state.memory_total)
 
 
 def _show(document: Document) -> None:

@@ -134,6 +134,22 @@ def test_part_of_the_weights_stays_where_there_is_room_beside_the_window(
         assert read <= window.spilled_bytes - budget + (UNITS_AHEAD + 2) * UNIT_BYTES
 
 
+def test_the_next_weights_are_read_while_the_current_ones_compute(smollm2: str, tmp_path: Path) -> None:
+    """What a price counts on: nobody asks for the next unit, and it comes."""
+    with running(limited(specs_of(smollm2, [(1,)], threads=1), tmp_path)) as (engine,):
+        greedy_run(engine, PROMPT, 2)  # so that the order of units is known
+        window = window_of(engine)
+        current = next(u.number for u in window._units if not u.is_kept and u.number > 0)
+        following = window._after[current]
+        while window._units[following].is_kept:
+            following = window._after[following]
+        window.acquire(current)
+        with window._changed:
+            assert window._changed.wait_for(lambda: following in window._loaded, 60)
+            assert window._current == current
+            assert current in window._loaded
+
+
 def test_a_budget_below_the_smallest_window_is_refused_with_the_numbers(smollm2: str, tmp_path: Path) -> None:
     specs = limited(specs_of(smollm2, [(1,)]), tmp_path, 2 << 20)
     expected = r"expected at least \d+ bytes for a window.*; \d+ came"
