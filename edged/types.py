@@ -195,9 +195,12 @@ class NodeView:
     profile: str | None = None  # its device class
     refuses: str = ""  # why it takes no new role now, or none of who asks: battery, heat, owner, rights
     watts: tuple[float, float] | None = None  # idle and at work, as its profile says
-    power_mode: int | None = None  # 1 is the weakest; None where the device has but one
+    power_mode: int | None = (
+        None  # by its battery, 1 is the weakest; None on mains, or where there is but one
+    )
     bearable: float | None = None  # jobs a slot that its battery bears in the long run
     weight: float = 1.0  # what a policy lets it do, of what its speed says
+    unfitted: str = ""  # why `bearable` is unknown although its profile says what is harvested
 
 
 @dataclass(frozen=True, slots=True)
@@ -434,8 +437,10 @@ class Policy:
         it again without being asked for
     weigh(nodes) -> for each node id what part of its speed a plan should use; strategies divide by it
     learn(outcome): told of every job whose plan it chose
+    note(situation) -> what a person should know of its choice, a sentence; "" where there is nothing
     fit: "package.module:attribute", called in a process of its own with descriptions of batteries (see
-        `edged.simulation.Simulated`) as dicts; what each bears, by name: `NodeView.bearable`
+        `edged.simulation.Simulated`) as dicts; what each bears, by name: `NodeView.bearable`. A node calls
+        the one of its policies for its own battery. Jobs are refused where no node's is known
 
     All are pure but for what `learn` keeps.
     """
@@ -446,6 +451,7 @@ class Policy:
     learn: Callable[[Outcome], None] | None = None
     fit: str = ""
     is_steady: bool = True
+    note: Callable[[Situation], str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

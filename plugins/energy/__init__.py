@@ -19,6 +19,7 @@ from edged import Candidate, ConfigError, NodeView, Outcome, Policy, Situation, 
 
 from . import _bandit, _weights
 
+Weigh = Callable[[Sequence[NodeView]], list[float]]
 FIT = "edged_plugins.energy._semi_markov:fit"
 HORIZON = 1.10  # plans within a tenth of the least time are equals, of which the batteries may choose
 
@@ -53,8 +54,8 @@ def edged_policies(settings: Mapping[str, Any]) -> Sequence[Policy]:
     bandit = Places(_bandit.Bandit(explore=chosen.explore))
     return [
         Policy("uniform", by_weights(_weights.uniform), is_steady=False),
-        Policy("long-term", by_weights(_weights.long_term), fit=FIT, is_steady=False),
-        Policy("adaptive", by_weights(_weights.adaptive), fit=FIT, is_steady=False),
+        _drawing("long-term", _weights.long_term),
+        _drawing("adaptive", _weights.adaptive),
         Policy("battery-balance", longest_lived(chosen.reserve), weigh=battery_weights(chosen.reserve)),
         Policy("bandit", bandit.choose, learn=bandit.learn, is_steady=False),
     ]
@@ -65,18 +66,44 @@ def allowed(situation: Situation) -> list[int]:
     return [i for i, candidate in enumerate(situation.candidates) if candidate.refused_because is None]
 
 
-def by_weights(weigh: Callable[[Sequence[NodeView]], list[float]]) -> Callable[[Situation], int | None]:
+def by_weights(weigh: Weigh) -> Callable[[Situation], int | None]:
     """A node is drawn by weight among those that could do the job alone; else the fastest plan is taken."""
 
     def choose(situation: Situation) -> int | None:
-        able = allowed(situation)
-        alone = [i for i in able if len(situation.candidates[i].roles) == 1]
+        alone = _alone(situation)
         if not alone:
+            able = allowed(situation)
             return min(able, key=lambda i: _time(situation.candidates[i]), default=None)
-        nodes = [situation.nodes[situation.candidates[i].roles[0].node_id] for i in alone]
-        return alone[_weights.drawn(weigh(nodes), situation.draw)]
+        return list(alone)[_weights.drawn(weigh(list(alone.values())), situation.draw)]
 
     return choose
+
+
+def weights_note(weigh: Weigh) -> Callable[[Situation], str]:
+    """How likely each node is to be drawn, and who does not say what its battery bears."""
+
+    def note(situation: Situation) -> str:
+        nodes = list(_alone(situation).values())
+        if not nodes:
+            return "No node could do the job alone, so the fastest plan is taken."
+        parts = zip(nodes, weigh(nodes), strict=True)
+        said = f"Drawn by what batteries bear: {', '.join(f'{n.name} {part:.1%}' for n, part in parts)}."
+        silent = [node.name for node in nodes if node.bearable is None]
+        if not silent:
+            return said
+        return f"{said} No harvest is known of {', '.join(silent)}: each counts as the others' mean."
+
+    return note
+
+
+def _drawing(name: str, weigh: Weigh) -> Policy:
+    return Policy(name, by_weights(weigh), fit=FIT, is_steady=False, note=weights_note(weigh))
+
+
+def _alone(situation: Situation) -> dict[int, NodeView]:
+    """The nodes that could do the job alone, by the index of that plan."""
+    found = {i: situation.candidates[i].roles for i in allowed(situation)}
+    return {i: situation.nodes[roles[0].node_id] for i, roles in found.items() if len(roles) == 1}
 
 
 def battery_weights(reserve: float) -> Callable[[Sequence[NodeView]], dict[str, float]]:
