@@ -28,6 +28,7 @@ from .supervisor import Supervisor
 from .types import (
     RIGHTS,
     Candidate,
+    Deferral,
     EngineEntry,
     ModelDescription,
     NodeView,
@@ -316,6 +317,35 @@ class Chooser:
             return []
         return [said] if said else []
 
+    def check_deferrable(self, request: GenerateRequest) -> None:
+        """ConfigError where its start may wait and its policy never lets a job wait."""
+        if request.deferrable_s is None:
+            return
+        name = self._policy_of(request) or planning.LATENCY
+        able = sorted(known for known, policy in self._policies.items() if policy.defer)
+        if name not in able:
+            raise ConfigError(
+                f"expected --deferrable with a policy that knows better times; {name} starts a job at once",
+                remedy=f"add --policy {able[0]}" if able else "drop it, or load a plugin with such a policy",
+            )
+
+    async def deferral(self, request: GenerateRequest, sha256: str, start_by: float) -> Deferral | None:
+        """Until when the job should wait, as its policy says now; None: it should start."""
+        asked = self.asked(request, sha256).request
+        policy = self._policy(asked)
+        if policy.defer is None:
+            return None
+        nodes = await self.views(measure=request.strategy == "auto")
+        candidates = self._candidates(policy, sha256, nodes, asked, {})
+        by_id = {node.node_id: node for node in nodes}
+        now, draw = time.time(), random.random()
+        situation = Situation(candidates, by_id, asked, draw, now, start_by, request.n)
+        try:
+            return policy.defer(situation)
+        except Exception:  # a plugin's policy: the job must run all the same
+            log.exception("policy failed", extra={"policy": policy.name})
+            return None
+
     def is_steady(self, request: PlanRequest) -> bool:
         """May a loaded plan serve this request again without a new choice?"""
         return self._policy(request).is_steady
@@ -386,10 +416,16 @@ class Chooser:
 
 def check_policy(name: str, policies: Mapping[str, Policy]) -> None:
     """ConfigError where jobs cannot be planned by it."""
+    able = sorted(known for known, policy in policies.items() if not policy.refused_because)
     if name not in policies:
         raise ConfigError(
-            f"no policy {name!r}; loaded: {', '.join(sorted(policies))}",
+            f"no policy {name!r}; loaded: {', '.join(able)}",
             remedy="load the plugin that brings it, or name another",
+        )
+    if name not in able:
+        raise ConfigError(
+            f"policy {name!r} is refused here: {policies[name].refused_because}",
+            remedy=f"write it in the profile, or name one of {', '.join(able)}",
         )
 
 

@@ -142,10 +142,12 @@ def test_the_weights_are_told_and_who_says_no_harvest():
 
 def test_edged_policies():
     names = [policy.name for policy in energy.edged_policies({})]
-    assert names == ["uniform", "long-term", "adaptive", "battery-balance", "bandit"]
+    assert names == ["uniform", "long-term", "adaptive", "battery-balance", "bandit", "carbon"]
 
 
-@pytest.mark.parametrize("settings", [{"explore": -1}, {"reserve": 1.0}, {"explore": "much"}, {"x": 1}])
+@pytest.mark.parametrize(
+    "settings", [{"explore": -1}, {"reserve": 1.0}, {"explore": "much"}, {"x": 1}, {"carbon_file": 3}]
+)
 def test_wrong_settings_are_refused(settings):
     with pytest.raises(ConfigError, match="energy"):
         energy.edged_policies(settings)
