@@ -341,10 +341,16 @@ class Chooser:
         now, draw = time.time(), random.random()
         situation = Situation(candidates, by_id, asked, draw, now, start_by, request.n)
         try:
-            return policy.defer(situation)
+            found = policy.defer(situation)
         except Exception:  # a plugin's policy: the job must run all the same
             log.exception("policy failed", extra={"policy": policy.name})
             return None
+        if isinstance(found, Deferral) and now < found.until:
+            return dataclasses.replace(found, until=min(found.until, start_by))
+        log.info(
+            "job need not wait", extra={"policy": policy.name, "notes": self._noted(asked, candidates, by_id)}
+        )
+        return None
 
     def is_steady(self, request: PlanRequest) -> bool:
         """May a loaded plan serve this request again without a new choice?"""

@@ -238,10 +238,9 @@ class Coordinator:
         """While its policy knows a better time, and its start may wait."""
         while run.start_by is not None and time.time() < run.start_by:
             model = self._models.find(run.request.model)
-            found = await self._chooser.deferral(run.request, model.sha256, run.start_by)
-            if found is None or found.until <= time.time():
+            run.waits = await self._chooser.deferral(run.request, model.sha256, run.start_by)
+            if run.waits is None:
                 break
-            run.waits = dataclasses.replace(found, until=min(found.until, run.start_by))
             log.info("job waits", extra={"job_id": run.job_id, "until": rfc3339(run.waits.until)})
             run.news.set()
             await _until(max(run.waits.until, time.time() + ASK_LEAST_S))
