@@ -13,11 +13,11 @@ from typing import Any
 
 import msgspec
 
-from . import planning, pricing, sizes, wire
+from . import bearing, planning, pricing, sizes, wire
 from .config import Profile
 from .correcting import Corrections
 from .device import Device
-from .errors import ConfigError, EdgedError, EngineError, PeerError
+from .errors import ConfigError, EdgedError, EngineError, PeerError, PolicyViolation
 from .groups import Asked, Member
 from .models import Model, ModelStore
 from .peers import Peers
@@ -28,6 +28,7 @@ from .supervisor import Supervisor
 from .types import (
     RIGHTS,
     Candidate,
+    Deferral,
     EngineEntry,
     ModelDescription,
     NodeView,
@@ -61,6 +62,7 @@ class Chooser:
         peers: Peers,
         host: Host,
         device: Device,
+        bears: bearing.Bearing,
         probing: Probing,
         supervisor: Supervisor,
         stored_models: ModelStore,
@@ -70,6 +72,7 @@ class Chooser:
     ) -> None:
         self._profile, self._peers, self._host = profile, peers, host
         self._device, self._probing, self._models = device, probing, stored_models
+        self._bearing = bears
         self._supervisor = supervisor
         self._corrections = Corrections(self._device.corrections())
         self._strategies, self._policies, self._engines = strategies, policies, engines
@@ -77,11 +80,12 @@ class Chooser:
 
     def view(self) -> NodeView:
         """This node."""
-        mine = self._peers.identity
+        mine, state = self._peers.identity, self._device.read()
+        bears = self._bearing.read(state.battery)
         return NodeView(
             mine.node_id,
             mine.name,
-            device=self._device.read(),
+            device=state,
             memory_budget=self._device.memory_budget(self.memory_taken()),
             engines=tuple(self._engines),
             speeds=self._device.speeds(),
@@ -89,6 +93,9 @@ class Chooser:
             holds=tuple(model.sha256 for model in self._models.list() if model.complete),
             refuses=self._device.saving,
             watts=self._device.watts,
+            power_mode=bearing.power_mode(state.battery),
+            bearable=bears.jobs,
+            unfitted=bears.unfitted,
         )
 
     async def views(self, *, measure: bool) -> list[NodeView]:
@@ -102,6 +109,7 @@ class Chooser:
         if measure:
             await self._try_measure()
             await self._probing.ensure()
+            await self._bearing.ensure()
         answers = await asyncio.gather(*asked, return_exceptions=True)
         found = [self.view()]
         for member, answer in zip(online, answers, strict=True):
@@ -128,6 +136,9 @@ class Chooser:
                     said.profile,
                     said.refuses[:REASON_CHARS_MAX],
                     _sound_watts(said.watts),
+                    bearing.power_mode(said.device.battery),
+                    _sound_rate(said.bearable),
+                    unfitted=said.unfitted[:REASON_CHARS_MAX],
                 )
             )
         return found
@@ -145,6 +156,7 @@ class Chooser:
         asked = self.asked(request, model.sha256)
         _, candidates, chosen, notes = await self.choose(model.sha256, nodes, asked.request)
         by_id = {node.node_id: node for node in nodes}
+        notes += self._noted(asked.request, candidates, by_id)
         return {
             "chosen": chosen,
             "candidates": [self.row_of(candidate) for candidate in candidates],
@@ -199,8 +211,9 @@ class Chooser:
     ) -> tuple[PlanRequest, list[Candidate], int | None, list[str]]:
         """The candidates, the choice, and notes on how it came about; with the KV cache of a single sequence
         where more do not fit beside the whole of the weights."""
-        description = self._models.manifest(sha256).model
-        weighed = _weighed(self._policies[request.policy or planning.LATENCY], nodes)
+        description, policy = self._models.manifest(sha256).model, self._policy(request)
+        _check_borne(policy, nodes)
+        weighed = _weighed(policy, nodes)
         searched, notes = await self._searched(description, weighed, request)
         candidates, chosen = self._choose_of(sha256, nodes, request, searched)
         if chosen is not None and not sizes.is_windowed(candidates[chosen], description, request):
@@ -241,7 +254,7 @@ class Chooser:
         request: PlanRequest,
         searched: Mapping[str, Sequence[Candidate]],
     ) -> tuple[list[Candidate], int | None]:
-        policy = self._policies[request.policy or planning.LATENCY]
+        policy = self._policy(request)
         candidates, chosen = self._by(policy, sha256, nodes, request, searched)
         if request.policy or chosen is None or planning.BALANCE not in self._policies:
             return candidates, chosen
@@ -258,12 +271,7 @@ class Chooser:
         searched: Mapping[str, Sequence[Candidate]],
     ) -> tuple[list[Candidate], int | None]:
         """The candidates under a policy, and its choice; edged's own where it fails or names none of them."""
-        description = self._models.manifest(sha256).model
-        engines = self._engines_for(sha256)
-        weighed = _weighed(policy, nodes)
-        candidates = planning.consider(self._strategies, description, weighed, request, engines, searched)
-        candidates = self._corrections.corrected(sha256, candidates)
-        candidates = [_with_loading(each, description, weighed, sha256) for each in candidates]
+        candidates = self._candidates(policy, sha256, nodes, request, searched)
         answer = self._host.decide("edged_select_plan", candidates=candidates, request=request)
         if _may_run(answer, candidates):
             return candidates, answer
@@ -279,9 +287,78 @@ class Chooser:
         log.error("policy named no plan that may run", extra={"policy": policy.name, "answer": answer})
         return candidates, planning.choose(candidates)
 
+    def _candidates(
+        self,
+        policy: Policy,
+        sha256: str,
+        nodes: Sequence[NodeView],
+        request: PlanRequest,
+        searched: Mapping[str, Sequence[Candidate]],
+    ) -> list[Candidate]:
+        """Priced and checked, each with what jobs so far brought to its price."""
+        description = self._models.manifest(sha256).model
+        engines = self._engines_for(sha256)
+        weighed = _weighed(policy, nodes)
+        found = planning.consider(self._strategies, description, weighed, request, engines, searched)
+        found = self._corrections.corrected(sha256, found)
+        found = [_with_loading(each, description, weighed, sha256) for each in found]
+        return [_refused_unfitted(each, nodes) for each in found] if policy.fit else found
+
+    def _noted(
+        self, request: PlanRequest, candidates: Sequence[Candidate], nodes: Mapping[str, NodeView]
+    ) -> list[str]:
+        """What the policy says of its choice, for a person."""
+        policy = self._policy(request)
+        if policy.note is None:
+            return []
+        try:
+            said = policy.note(Situation(candidates, nodes, request, random.random(), time.time()))
+        except Exception:  # a plugin's policy: the plan stands all the same
+            log.exception("policy failed", extra={"policy": policy.name})
+            return []
+        return [said] if said else []
+
+    def check_deferrable(self, request: GenerateRequest) -> None:
+        """ConfigError where its start may wait and its policy never lets a job wait."""
+        if request.deferrable_s is None:
+            return
+        name = self._policy_of(request) or planning.LATENCY
+        able = sorted(known for known, policy in self._policies.items() if policy.defer)
+        if name not in able:
+            raise ConfigError(
+                f"expected --deferrable with a policy that knows better times; {name} starts a job at once",
+                remedy=f"add --policy {able[0]}" if able else "drop it, or load a plugin with such a policy",
+            )
+
+    async def deferral(self, request: GenerateRequest, sha256: str, start_by: float) -> Deferral | None:
+        """Until when the job should wait, as its policy says now; None: it should start."""
+        asked = self.asked(request, sha256).request
+        policy = self._policy(asked)
+        if policy.defer is None:
+            return None
+        nodes = await self.views(measure=request.strategy == "auto")
+        candidates = self._candidates(policy, sha256, nodes, asked, {})
+        by_id = {node.node_id: node for node in nodes}
+        now, draw = time.time(), random.random()
+        situation = Situation(candidates, by_id, asked, draw, now, start_by, request.n)
+        try:
+            found = policy.defer(situation)
+        except Exception:  # a plugin's policy: the job must run all the same
+            log.exception("policy failed", extra={"policy": policy.name})
+            return None
+        if isinstance(found, Deferral) and now < found.until:
+            return dataclasses.replace(found, until=min(found.until, start_by))
+        log.info(
+            "job need not wait", extra={"policy": policy.name, "notes": self._noted(asked, candidates, by_id)}
+        )
+        return None
+
     def is_steady(self, request: PlanRequest) -> bool:
         """May a loaded plan serve this request again without a new choice?"""
-        return self._policies[request.policy or planning.LATENCY].is_steady
+        return self._policy(request).is_steady
+
+    def _policy(self, request: PlanRequest) -> Policy:
+        return self._policies[request.policy or planning.LATENCY]
 
     def correct(self, sha256: str, candidate: Candidate, tpot_ms: float | None) -> None:
         """Hear how long a token of this plan really took: for the next prediction."""
@@ -292,7 +369,7 @@ class Chooser:
 
     def learn(self, request: PlanRequest, outcome: Outcome) -> None:
         """Tell the policy that chose a job's plan how it went."""
-        policy = self._policies[request.policy or planning.LATENCY]
+        policy = self._policy(request)
         if policy.learn is None:
             return
         try:
@@ -367,7 +444,7 @@ def _with_loading(
 
 def check_policy(name: str, policies: Mapping[str, Policy]) -> None:
     """ConfigError where jobs cannot be planned by it."""
-    able = sorted(known for known, policy in policies.items() if not policy.fit)
+    able = sorted(known for known, policy in policies.items() if not policy.refused_because)
     if name not in policies:
         raise ConfigError(
             f"no policy {name!r}; loaded: {', '.join(able)}",
@@ -375,10 +452,32 @@ def check_policy(name: str, policies: Mapping[str, Policy]) -> None:
         )
     if name not in able:
         raise ConfigError(
-            f"policy {name!r} needs to know what batteries harvest, which no node says in this version; "
-            f"without that there are: {', '.join(able)}",
-            remedy="name one of these, or try it in `edged simulate`",
+            f"policy {name!r} is refused here: {policies[name].refused_because}",
+            remedy=f"write it in the profile, or name one of {', '.join(able)}",
         )
+
+
+def _check_borne(policy: Policy, nodes: Sequence[NodeView]) -> None:
+    """PolicyViolation where a policy that weighs batteries knows nothing of any node."""
+    if not policy.fit or any(node.bearable is not None for node in nodes):
+        return
+    said = "; ".join(f"{node.name}: {node.unfitted or 'its profile says no harvest'}" for node in nodes)
+    raise PolicyViolation(
+        f"policy {policy.name!r} needs to know what a battery bears, and no node does ({said})",
+        remedy="write energy.harvest_watts in the profiles, plug a node in, or name another policy",
+        code="no-harvest",
+    )
+
+
+def _refused_unfitted(candidate: Candidate, nodes: Sequence[NodeView]) -> Candidate:
+    """Refused where one of its nodes should know what its battery bears, and does not."""
+    members = {role.node_id for role in candidate.roles}
+    lacking = next((node for node in nodes if node.node_id in members and node.unfitted), None)
+    if candidate.refused_because or lacking is None:
+        return candidate
+    return dataclasses.replace(
+        candidate, refused_because=f"{lacking.name}: {lacking.unfitted}", broken_rule="policy"
+    )
 
 
 def _may_run(answer: Any, candidates: Sequence[Candidate]) -> bool:
@@ -413,6 +512,11 @@ def _is_on_battery(candidate: Candidate, nodes: Sequence[NodeView]) -> bool:
 def _sound_watts(watts: tuple[float, float] | None) -> tuple[float, float] | None:
     """As a node says; None for what no device draws."""
     return watts if watts is not None and 0 <= watts[0] <= watts[1] < float("inf") else None
+
+
+def _sound_rate(rate: float | None) -> float | None:
+    """As a node says; None for what no battery bears: a job takes a slot."""
+    return rate if rate is not None and 0 <= rate <= 1 else None
 
 
 def _predicted_row(predicted: Predicted) -> dict[str, Any]:

@@ -49,6 +49,13 @@ class Device:
     battery_wh: float | None = None
     thermal_limit_celsius: float | None = None
 
+    @property
+    def watts(self) -> tuple[float, float] | None:
+        """Idle and at work, where the profile says both."""
+        if self.idle_watts is None or self.load_watts is None:
+            return None
+        return self.idle_watts, self.load_watts
+
 
 @dataclass(frozen=True, slots=True)
 class Budget:
@@ -88,6 +95,8 @@ class Energy:
     reserve: float = 0.2  # part of the battery at which it takes no new work, unless it is plugged in
     resume: float = 0.3  # part of the battery above which it works again
     yield_to_owner: bool = False  # no new work while somebody is at the device
+    harvest_watts: tuple[float, float] | None = None  # least and most that fill the battery, evenly between
+    is_solar: bool = False  # the harvest is that of the day's best light, and follows the sun
     policy: str = (
         ""  # of jobs submitted here; "": latency, and battery-balance where it is loaded and matters
     )
@@ -300,6 +309,19 @@ def _check(profile: Profile, origin: str) -> None:
         ),
         (_is_within(device.battery_wh, 0.1, 1e5), "device.battery_wh from 0.1 to 100000"),
         (_is_within(device.thermal_limit_celsius, 30, 150), "device.thermal_limit_celsius from 30 to 150"),
+        (
+            energy.harvest_watts is None
+            or 0 <= energy.harvest_watts[0] <= energy.harvest_watts[1] <= WATTS_MAX,
+            f"energy.harvest_watts as least and most, from 0 to {WATTS_MAX:g}",
+        ),
+        (
+            energy.harvest_watts is None or device.watts is not None,
+            "device.idle_watts and device.load_watts beside energy.harvest_watts",
+        ),
+        (
+            energy.harvest_watts is not None or not energy.is_solar,
+            "energy.harvest_watts with energy.is_solar",
+        ),
         (len(set(profile.plugins)) == len(profile.plugins), "each plugin once"),
     )
     for holds, expected in rules:

@@ -20,12 +20,12 @@ from .config import Profile
 from .control import Emit
 from .errors import EdgedError, JobError, PeerError, PolicyViolation
 from .groups import Asked, Group, Groups, Load
-from .jobs import ENDED, Job, JobStore, State
+from .jobs import ENDED, Job, JobStore, State, rfc3339
 from .models import Model, ModelStore
 from .peers import Peers
 from .plugins import Host
 from .requests import GenerateRequest
-from .types import Outcome, Predicted, Sampling
+from .types import Deferral, Outcome, Predicted, Sampling
 
 log = logging.getLogger(__name__)
 RUNNING_MAX = 32  # jobs at once; rank 0 lets them in as the KV cache's memory allows
@@ -35,6 +35,8 @@ TOKEN_MAX = 1 << 31  # ids are int32 in every engine
 TEXT_CHARS_MAX = 4096  # of one message of tokens
 MOVE_WORTH_S = 5.0  # what is left of a job, before another plan is worth its loading
 INFINITE_MS = 1e12  # of a token, where no price says
+CLOCK_S = 60.0  # between looks at the clock: it may be set, and a device may sleep
+ASK_LEAST_S = 1.0  # before a policy is asked again whether a job should wait
 SETTLE_S = 1.0  # for ended workers to give their memory back
 T = TypeVar("T")
 
@@ -45,7 +47,7 @@ class _Run:
 
     job_id: str
     request: GenerateRequest
-    accepted_at: float  # monotonic
+    accepted_at: float  # monotonic; where it waited on purpose, the end of that
     times: list[float] = field(default_factory=list)  # arrival of each token
     tokens: list[int] = field(default_factory=list)
     text: str = ""
@@ -64,6 +66,8 @@ class _Run:
     move: _Move | None = None  # under way
     moves: list[_Move] = field(default_factory=list)
     bytes_earlier: int = 0  # sent in earlier epochs
+    start_by: float | None = None  # Unix time until which its start may wait
+    waits: Deferral | None = None  # while it does
     seed: int = field(default_factory=lambda: secrets.randbits(32))  # where the request names none
 
 
@@ -117,8 +121,9 @@ class Coordinator:
         self._groups.close()
 
     async def drained(self, timeout_s: float) -> None:
-        """Wait until no job runs, at most so long."""
-        tasks = [run.task for run in self._runs.values() if run.task is not None]
+        """Wait until no job runs, at most so long; jobs that wait for a better time end with the daemon."""
+        runs = [run for run in self._runs.values() if run.waits is None]
+        tasks = [run.task for run in runs if run.task is not None]
         if tasks:
             await asyncio.wait(tasks, timeout=timeout_s)
 
@@ -144,8 +149,11 @@ class Coordinator:
                 f"{len(self._runs)} jobs wait, as many as the profile allows", remedy="try again later"
             )
         self._models.find(request.model)
+        self._chooser.check_deferrable(request)
         run = _Run(secrets.token_hex(8), request, time.monotonic(), is_detached=request.detach)
-        self._store.accept(run.job_id, "generate", msgspec.to_builtins(request), time.time())
+        now = time.time()
+        run.start_by = None if request.deferrable_s is None else now + request.deferrable_s
+        self._store.accept(run.job_id, "generate", msgspec.to_builtins(request), now)
         self._runs[run.job_id] = run
         run.task = asyncio.get_running_loop().create_task(self._run(run))
         run.task.add_done_callback(lambda task: _settled(run, task))
@@ -160,8 +168,11 @@ class Coordinator:
         try:
             if first is not None:
                 await emit(first)
-            seen = (0, 0)
+            seen, told = (0, 0), None
             while not run.task.done():
+                if run.waits is not None and run.waits is not told:
+                    told = run.waits
+                    await emit({"event": "waiting", **_waits_row(run.waits)})
                 await run.news.wait()
                 seen = await _emit_news(run, seen, emit)
             await _emit_news(run, seen, emit)
@@ -175,6 +186,7 @@ class Coordinator:
     async def _run(self, run: _Run) -> dict[str, Any]:
         """The life of one job. Whatever happens, the store says how it ended."""
         try:
+            await self._wait_for_start(run)
             async with self._slots:
                 finished = await self._run_epochs(run)
             document = await self._document(run, finished)
@@ -221,6 +233,19 @@ class Coordinator:
             self._store.end(run.job_id, state, time.time(), error=failure)
         except EdgedError:
             log.exception("job's end not stored", extra={"job_id": run.job_id})
+
+    async def _wait_for_start(self, run: _Run) -> None:
+        """While its policy knows a better time, and its start may wait."""
+        while run.start_by is not None and time.time() < run.start_by:
+            model = self._models.find(run.request.model)
+            run.waits = await self._chooser.deferral(run.request, model.sha256, run.start_by)
+            if run.waits is None:
+                break
+            log.info("job waits", extra={"job_id": run.job_id, "until": rfc3339(run.waits.until)})
+            run.news.set()
+            await _until(max(run.waits.until, time.time() + ASK_LEAST_S))
+            run.accepted_at = time.monotonic()
+        run.waits = None
 
     async def _run_epochs(self, run: _Run) -> wire.Finished:
         """Until it is over: an epoch for every plan that it runs on."""
@@ -448,7 +473,8 @@ class Coordinator:
         progress = 1.0 if job.state == "done" else None
         if run is not None:
             progress = len(run.tokens) / run.request.n
-        return job.row(progress)
+        waits = run.waits if run is not None else None
+        return job.row(progress) | {"waits": _waits_row(waits) if waits else None}
 
     async def cancel(self, text: str) -> dict[str, Any]:
         job = self._store.get(text)
@@ -548,6 +574,19 @@ def _recovery_row(move: _Move, times: Sequence[float]) -> dict[str, Any]:
         "detect_ms": 0.0,
         "resume_ms": None if resumed is None else (resumed - move.since) * 1000,
     }
+
+
+def _waits_row(waits: Deferral) -> dict[str, Any]:
+    return {"until": rfc3339(waits.until), "because": waits.reason}
+
+
+async def _until(moment: float) -> None:
+    """Until that Unix time, by the clock as it is set."""
+    while True:
+        left_s = moment - time.time()
+        if left_s <= 0:
+            return
+        await asyncio.sleep(min(left_s, CLOCK_S))
 
 
 def _interrupted() -> JobError:

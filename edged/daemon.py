@@ -58,6 +58,7 @@ class Daemon:
                 "ready", extra={"node": self._parts.identity.node_id[:8], "port": port, "socket": str(path)}
             )
             self.spawn(self._tidy())
+            self.spawn(self._parts.bearing.ensure())
             self.spawn(self._feed_watchdog())
             await self._leaving.wait()
         finally:

@@ -112,10 +112,7 @@ class Device:
     @property
     def watts(self) -> tuple[float, float] | None:
         """Idle and at work, where the profile says both."""
-        device = self._profile.device
-        if device.idle_watts is None or device.load_watts is None:
-            return None
-        return device.idle_watts, device.load_watts
+        return self._profile.device.watts
 
     @property
     def threads(self) -> int:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from . import config, wire
 from . import identity as ids
+from .bearing import Bearing
 from .choosing import Chooser, check_policy
 from .coordinator import Coordinator
 from .device import Device
@@ -41,6 +42,7 @@ class Parts:
     supervisor: Supervisor
     models: ModelStore
     device: Device
+    bearing: Bearing
     probing: Probing
     peers: Peers
     transfers: Transfers
@@ -59,6 +61,7 @@ class Parts:
             except EdgedError as error:
                 log.warning("device not measured", extra={"reason": str(error)})
             await self.probing.ensure()
+            await self.bearing.ensure()
         view, member = self.chooser.view(), self.peers.membership.member(node_id)
         refuses = view.refuses
         if member is not None and "submit" not in member.rights:
@@ -74,6 +77,8 @@ class Parts:
             self.profile.name,
             refuses,
             view.watts,
+            view.bearable,
+            view.unfitted,
         )
 
     def refresh_conditions(self) -> None:
@@ -102,12 +107,14 @@ def compose(home: Home) -> Parts:
         check_policy(profile.energy.policy, policies)
     models, store = ModelStore(home), JobStore(home.store_file)
     device = Device(profile, home.cache, host.registrations("edged_sensors"), engines, supervisor)
+    fits = sorted({policy.fit for policy in policies.values() if policy.fit})
+    bearing = Bearing(profile, home.cache, device, supervisor, next(iter(fits), ""))
     peers = Peers(identity, home, profile, host, health)
     transfers = Transfers(home, profile, models, peers, supervisor, engines)
     roles = Roles(profile, peers, host, device, supervisor, transfers, engines)
     probing = Probing(profile, peers, supervisor, device)
     chooser = Chooser(
-        profile, peers, host, device, probing, supervisor, models, strategies, policies, engines
+        profile, peers, host, device, bearing, probing, supervisor, models, strategies, policies, engines
     )
     chooser.memory_taken = lambda: roles.memory_taken
     coordinator = Coordinator(profile, store, peers, host, models, chooser)
@@ -120,6 +127,7 @@ def compose(home: Home) -> Parts:
         supervisor,
         models,
         device,
+        bearing,
         probing,
         peers,
         transfers,

@@ -12,6 +12,7 @@ from .types import Numerics, Right, Zone
 
 TOKENS_MAX = 1 << 20
 PROMPT_BYTES_MAX = 2 << 20  # it travels in one header
+DEFERRABLE_MAX_S = 7 * 86400.0
 T = TypeVar("T")
 
 
@@ -41,6 +42,7 @@ class GenerateRequest:
     strict: bool = False
     adapter: str | None = None
     explain: bool = False
+    deferrable_s: float | None = None  # so long its start may wait, where the policy knows a better time
 
     @property
     def prompt_bytes(self) -> int:
@@ -82,6 +84,10 @@ def check_generate(request: GenerateRequest, *, needs_prompt: bool) -> GenerateR
         (request.seed is None or 0 <= request.seed < 2**63, "--seed from 0 to 2**63 - 1"),
         (request.prompt_bytes <= PROMPT_BYTES_MAX, f"a prompt of at most {PROMPT_BYTES_MAX >> 20} MiB"),
         (request.recovery == "fast", f"--recovery fast; {request.recovery!r} is not part of this version"),
+        (
+            request.deferrable_s is None or 0 < request.deferrable_s <= DEFERRABLE_MAX_S,
+            f"--deferrable above 0 and at most 7d; {request.deferrable_s} s came",
+        ),
         (request.adapter is None, "no --adapter: adapters are not part of this version"),
         (not (request.raw and request.messages), "--raw with a prompt, not with messages"),
     )

@@ -206,9 +206,12 @@ class NodeView:
     profile: str | None = None  # its device class
     refuses: str = ""  # why it takes no new role now, or none of who asks: battery, heat, owner, rights
     watts: tuple[float, float] | None = None  # idle and at work, as its profile says
-    power_mode: int | None = None  # 1 is the weakest; None where the device has but one
+    power_mode: int | None = (
+        None  # by its battery, 1 is the weakest; None on mains, or where there is but one
+    )
     bearable: float | None = None  # jobs a slot that its battery bears in the long run
     weight: float = 1.0  # what a policy lets it do, of what its speed says
+    unfitted: str = ""  # why `bearable` is unknown although its profile says what is harvested
 
 
 @dataclass(frozen=True, slots=True)
@@ -418,13 +421,24 @@ class Strategy:
 @dataclass(frozen=True, slots=True)
 class Situation:
     """What a policy chooses in. `nodes`: every node of the candidates, by id. `draw`: a random number in
-    [0, 1), new for each choice, so that a policy needs none of its own. `now`: Unix time."""
+    [0, 1), new for each choice, so that a policy needs none of its own. `now`: Unix time. `start_by`: until
+    when (Unix time) the job may wait; None: it may not. `tokens`: the most it makes; 0 where unknown."""
 
     candidates: Sequence[Candidate]
     nodes: Mapping[str, NodeView]
     request: PlanRequest
     draw: float
     now: float
+    start_by: float | None = None
+    tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Deferral:
+    """A job should not start before `until` (Unix time); `reason` is for a person."""
+
+    until: float
+    reason: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -445,8 +459,13 @@ class Policy:
         it again without being asked for
     weigh(nodes) -> for each node id what part of its speed a plan should use; strategies divide by it
     learn(outcome): told of every job whose plan it chose
+    defer(situation) -> until when a job that may wait should, and why, or None: now. Asked before `choose`
+        while there is a `start_by`, and again when that time has come
+    note(situation) -> what a person should know of its choice, a sentence; "" where there is nothing
     fit: "package.module:attribute", called in a process of its own with descriptions of batteries (see
-        `edged.simulation.Simulated`) as dicts; what each bears, by name: `NodeView.bearable`
+        `edged.simulation.Simulated`) as dicts; what each bears, by name: `NodeView.bearable`. A node calls
+        the one of its policies for its own battery. Jobs are refused where no node's is known
+    refused_because: what this node lacks for it; jobs are refused with that reason
 
     All are pure but for what `learn` keeps.
     """
@@ -457,6 +476,9 @@ class Policy:
     learn: Callable[[Outcome], None] | None = None
     fit: str = ""
     is_steady: bool = True
+    note: Callable[[Situation], str] | None = None
+    defer: Callable[[Situation], Deferral | None] | None = None
+    refused_because: str = ""
 
 
 @dataclass(frozen=True, slots=True)

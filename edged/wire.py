@@ -157,6 +157,8 @@ class Described:
     profile: str
     refuses: str = ""
     watts: tuple[float, float] | None = None
+    bearable: float | None = None  # jobs a slot that its battery bears, from 0 to 1
+    unfitted: str = ""  # why it is unknown, though the profile says a harvest
 
 
 @dataclass(frozen=True, slots=True)

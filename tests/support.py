@@ -42,6 +42,8 @@ def profile_text(
     budget: Mapping[str, Any] | None = None,
     network: Mapping[str, Any] | None = None,
     jobs: Mapping[str, Any] | None = None,
+    device: Mapping[str, Any] | None = None,
+    energy: Mapping[str, Any] | None = None,
     plugin: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> str:
     """A profile with one thread a worker: several nodes share this machine's cores."""
@@ -49,6 +51,8 @@ def profile_text(
         "budget": {"threads": 1, **(budget or {})},
         "network": {"interfaces": list(interfaces), **(network or {})},
         "jobs": dict(jobs or {}),
+        "device": dict(device or {}),
+        "energy": dict(energy or {}),
         **{f"plugin.{name}": dict(settings) for name, settings in (plugin or {}).items()},
     }
     lines = ["version = 1", f"plugins = {_toml(list(plugins))}"]

@@ -18,6 +18,7 @@ from edged.config import Duration, Profile, Size
 from edged.errors import ConfigError
 
 PATH = "profile.toml"
+WATTS = "[device]\nidle_watts = 2\nload_watts = 9\n"
 settings.register_profile("patient", deadline=None)  # a busy machine is slow, not wrong
 settings.load_profile("patient")
 
@@ -47,6 +48,7 @@ def test_every_kind_of_value_is_read() -> None:
         plugins = ["echo"]
         [device]
         idle_watts = 3
+        load_watts = 9.5
         [budget]
         memory = "2GiB"
         memory_share = 0.5
@@ -56,6 +58,9 @@ def test_every_kind_of_value_is_read() -> None:
         orphan_after = "90s"
         allow_guest = true
         cache_type = "q8_0"
+        [energy]
+        harvest_watts = [0, 20.5]
+        is_solar = true
         [plugin.echo]
         any = [1, { of = "it" }]
         """
@@ -65,6 +70,8 @@ def test_every_kind_of_value_is_read() -> None:
     assert (read.budget.memory, read.budget.memory_share) == (2 << 30, 0.5)
     assert read.network.interfaces == ("lo", "192.0.2.1")
     assert (read.jobs.orphan_after, read.jobs.allow_guest, read.jobs.cache_type) == (90.0, True, "q8_0")
+    assert (read.energy.harvest_watts, read.energy.is_solar) == ((0.0, 20.5), True)
+    assert read.device.watts == (3.0, 9.5)
     assert read.plugin == {"echo": {"any": [1, {"of": "it"}]}}
 
 
@@ -120,6 +127,14 @@ def test_an_unknown_key_names_the_nearest_one(text: str, says: str) -> None:
         ("[jobs]\ncache_type = 'q4_0'", 'expected "f32" or "f16" or "q8_0" for jobs.cache_type'),
         ("[jobs]\ncache_type = []", 'expected "f32" or "f16" or "q8_0" for jobs.cache_type'),
         ("[jobs]\nkeep = 7", 'expected a duration like "30s"'),
+        ("[energy]\nharvest_watts = 5", "expected a list of 2 for energy.harvest_watts"),
+        ("[energy]\nharvest_watts = ['0W', '20W']", "expected a number for energy.harvest_watts[1]"),
+        ("[energy]\nharvest_watts = [0, 20]", "expected device.idle_watts and device.load_watts beside"),
+        (f"{WATTS}[energy]\nharvest_watts = [20, 0]", "expected energy.harvest_watts as least and most"),
+        (f"{WATTS}[energy]\nharvest_watts = [-1, 20]", "expected energy.harvest_watts as least and most"),
+        (f"{WATTS}[energy]\nharvest_watts = [0, nan]", "expected energy.harvest_watts as least and most"),
+        (f"{WATTS}[energy]\nharvest_watts = [0, 1e5]", "expected energy.harvest_watts as least and most"),
+        ("[energy]\nis_solar = true", "expected energy.harvest_watts with energy.is_solar"),
     ],
 )
 def test_a_wrong_value_says_what_was_expected_where_and_what_came(text: str, says: str) -> None:

@@ -24,7 +24,7 @@ LAYERS = {
     2: "pricing rules correcting",
     3: "plugins node planning simulation advising jobs identity token requests framing",
     4: "transport certificate stream meeting streams channel exchanging dataplane control client "
-    "worker supervisor models partial ingest transfer health sdnotify device limits pressure saving",
+    "worker supervisor models partial ingest transfer health sdnotify device bearing limits pressure saving",
     5: "peers probing transfers roles groups choosing coordinator commands parts daemon",
     6: "cli testing",
 }

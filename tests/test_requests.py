@@ -32,6 +32,7 @@ def checked(needs_prompt: bool = True, **fields: Any) -> GenerateRequest:
         {"prompt": "", "raw": True},
         {"prompt": "x" * PROMPT_BYTES_MAX},
         {"nodes": ["a", "b"], "shares": [2, 1.5]},
+        {"deferrable_s": 21600.0},
         {"from a newer client": True},
     ],
 )
@@ -68,6 +69,10 @@ def test_a_sound_request_is_taken(fields: dict[str, Any]) -> None:
         ({"prompt": "é" * PROMPT_BYTES_MAX}, "a prompt of at most 2 MiB"),
         ({"recovery": "exact"}, "'exact' is not part of this version"),
         ({"adapter": "a"}, "no --adapter"),
+        ({"deferrable_s": "6h"}, "deferrable_s"),
+        ({"deferrable_s": 0}, "--deferrable above 0 and at most 7d"),
+        ({"deferrable_s": float("nan")}, "--deferrable above 0 and at most 7d"),
+        ({"deferrable_s": 8 * 86400}, "--deferrable above 0 and at most 7d"),
         ({"prompt": ..., "messages": [{"role": "user", "content": ""}], "raw": True}, "--raw with a prompt"),
     ],
 )

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from .. import config
 from ..client import connect
 from ..errors import ConfigError
 from . import options
@@ -52,6 +53,9 @@ def generate(
     allow_guest: GuestOption = False,
     strict: Annotated[bool, typer.Option("--strict", help="Never another node or strategy.")] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Answer with the job's id at once.")] = False,
+    deferrable: Annotated[
+        str | None, typer.Option(metavar="6h", help="So long its start may wait, for a policy like carbon.")
+    ] = None,
     as_lines: JsonLinesOption = False,
     home: HomeOption = None,
     as_json: JsonOption = False,
@@ -81,6 +85,7 @@ def generate(
         "detach": detach,
         "strict": strict,
         "adapter": adapter,
+        "deferrable_s": None if deferrable is None else float(config.duration(deferrable, "--deferrable")),
     }
     with connect(home) as client:
         stream = Stream(client, as_json=as_json, as_lines=as_lines, cancels=not detach)

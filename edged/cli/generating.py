@@ -38,6 +38,7 @@ REQUEST: Document = {  # the body of `generate`; a command replaces what it was 
     "detach": False,
     "strict": False,
     "adapter": None,
+    "deferrable_s": None,
 }
 
 
@@ -95,7 +96,9 @@ class Stream:
             self._progress.show(event)
             return
         self._progress.clear()
-        if kind == "plan" and event.get("epoch", 1) > 1:  # the first one is told at the end
+        if kind == "waiting":
+            note(f"[waits until {event.get('until')}: {output.printable(str(event.get('because')))}]")
+        elif kind == "plan" and event.get("epoch", 1) > 1:  # the first one is told at the end
             self._end_line()
             note(f"[goes on: {plan_line(event)}]")
         elif kind == "token":

@@ -110,14 +110,22 @@ def _show_jobs(document: Document) -> None:
             job.get("created_at"),
             job.get("epoch"),
             _percent(job.get("progress")),
-            (job.get("error") or {}).get("message"),
+            _because(job),
         )
         for job in found
     ]
-    table(("job", "kind", "state", "created", "epoch", "progress", "error"), rows, empty="no jobs")
+    table(("job", "kind", "state", "created", "epoch", "progress", "because"), rows, empty="no jobs")
     for job in found:
         if text := job.get("text"):  # of one job only
             print(f"\n{output.printable(text)}")
+
+
+def _because(job: Document) -> str | None:
+    """Why it failed, or what it waits for."""
+    if error := job.get("error"):
+        return str(error.get("message"))
+    waits = job.get("waits")
+    return f"waits until {waits.get('until')}: {waits.get('because')}" if waits else None
 
 
 def _show_plan(document: Document, explain: bool) -> None:

@@ -64,6 +64,11 @@ def _policy(name: str) -> Policy:
             f"no policy {name!r}; loaded: {', '.join(sorted(known))}", remedy="name one of these"
         )
     found: Policy = known[name]
+    if found.refused_because:
+        raise ConfigError(
+            f"policy {name!r} cannot be simulated: {found.refused_because}, nor does a scenario",
+            remedy="name another policy",
+        )
     return found
 
 

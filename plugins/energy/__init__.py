@@ -1,7 +1,8 @@
 """Policies that live within batteries, heat and carbon: which priced plan to take, and when.
 
 Provides `uniform`, `long-term`, `adaptive` (who gets the next job, by what the batteries bear),
-`battery-balance` (shares that drain batteries together) and `bandit` (learns which place costs least).
+`battery-balance` (shares that drain batteries together), `bandit` (learns which place costs least) and
+`carbon` (the fewest grams of CO2, and jobs that wait for a clean hour; see `_carbon` for the file).
 
 It does not know prices: it chooses among plans that the core has priced and allowed. It does not read
 sensors (`monitor` does), and changes no power mode.
@@ -13,12 +14,15 @@ import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from edged import Candidate, ConfigError, NodeView, Outcome, Policy, Situation, hookimpl
+from edged import Candidate, ConfigError, Deferral, NodeView, Outcome, Policy, Situation, hookimpl
 
-from . import _bandit, _weights
+from . import _bandit, _carbon, _weights
 
+Weigh = Callable[[Sequence[NodeView]], list[float]]
+FILE_BYTES_MAX = 1 << 20  # of intensities; two years have 600 kB
 FIT = "edged_plugins.energy._semi_markov:fit"
 HORIZON = 1.10  # plans within a tenth of the least time are equals, of which the batteries may choose
 
@@ -29,6 +33,7 @@ class Settings:
 
     explore: float = 0.5  # bandit: weight of trying places that were tried little; 0: never
     reserve: float = 0.2  # battery-balance: a battery at this part of its capacity gives nothing
+    carbon_file: str = ""  # carbon: CSV of what the grid emits hour by hour, an absolute path; "": no carbon
 
     def __post_init__(self) -> None:
         if self.explore < 0 or not math.isfinite(self.explore):
@@ -42,7 +47,9 @@ class Settings:
         for name, value in settings.items():
             if name not in known:
                 raise ConfigError(f"energy: no setting {name!r}; known: {', '.join(known)}")
-            if isinstance(value, bool) or not isinstance(value, int | float):
+            if name == "carbon_file" and not isinstance(value, str):
+                raise ConfigError(f"energy: expected the path of a file for {name}; {value!r} came")
+            if name != "carbon_file" and (isinstance(value, bool) or not isinstance(value, int | float)):
                 raise ConfigError(f"energy: expected a number for {name}; {value!r} came")
         return cls(**settings)
 
@@ -53,10 +60,11 @@ def edged_policies(settings: Mapping[str, Any]) -> Sequence[Policy]:
     bandit = Places(_bandit.Bandit(explore=chosen.explore))
     return [
         Policy("uniform", by_weights(_weights.uniform), is_steady=False),
-        Policy("long-term", by_weights(_weights.long_term), fit=FIT, is_steady=False),
-        Policy("adaptive", by_weights(_weights.adaptive), fit=FIT, is_steady=False),
+        _drawing("long-term", _weights.long_term),
+        _drawing("adaptive", _weights.adaptive),
         Policy("battery-balance", longest_lived(chosen.reserve), weigh=battery_weights(chosen.reserve)),
         Policy("bandit", bandit.choose, learn=bandit.learn, is_steady=False),
+        _clean(chosen.carbon_file),
     ]
 
 
@@ -65,18 +73,44 @@ def allowed(situation: Situation) -> list[int]:
     return [i for i, candidate in enumerate(situation.candidates) if candidate.refused_because is None]
 
 
-def by_weights(weigh: Callable[[Sequence[NodeView]], list[float]]) -> Callable[[Situation], int | None]:
+def by_weights(weigh: Weigh) -> Callable[[Situation], int | None]:
     """A node is drawn by weight among those that could do the job alone; else the fastest plan is taken."""
 
     def choose(situation: Situation) -> int | None:
-        able = allowed(situation)
-        alone = [i for i in able if len(situation.candidates[i].roles) == 1]
+        alone = _alone(situation)
         if not alone:
+            able = allowed(situation)
             return min(able, key=lambda i: _time(situation.candidates[i]), default=None)
-        nodes = [situation.nodes[situation.candidates[i].roles[0].node_id] for i in alone]
-        return alone[_weights.drawn(weigh(nodes), situation.draw)]
+        return list(alone)[_weights.drawn(weigh(list(alone.values())), situation.draw)]
 
     return choose
+
+
+def weights_note(weigh: Weigh) -> Callable[[Situation], str]:
+    """How likely each node is to be drawn, and who does not say what its battery bears."""
+
+    def note(situation: Situation) -> str:
+        nodes = list(_alone(situation).values())
+        if not nodes:
+            return "No node could do the job alone, so the fastest plan is taken."
+        parts = zip(nodes, weigh(nodes), strict=True)
+        said = f"Drawn by what batteries bear: {', '.join(f'{n.name} {part:.1%}' for n, part in parts)}."
+        silent = [node.name for node in nodes if node.bearable is None]
+        if not silent:
+            return said
+        return f"{said} No harvest is known of {', '.join(silent)}: each counts as the others' mean."
+
+    return note
+
+
+def _drawing(name: str, weigh: Weigh) -> Policy:
+    return Policy(name, by_weights(weigh), fit=FIT, is_steady=False, note=weights_note(weigh))
+
+
+def _alone(situation: Situation) -> dict[int, NodeView]:
+    """The nodes that could do the job alone, by the index of that plan."""
+    found = {i: situation.candidates[i].roles for i in allowed(situation)}
+    return {i: situation.nodes[roles[0].node_id] for i, roles in found.items() if len(roles) == 1}
 
 
 def battery_weights(reserve: float) -> Callable[[Sequence[NodeView]], dict[str, float]]:
@@ -127,6 +161,116 @@ class Places:
         elif joules is not None:
             self._worst = max(self._worst, joules)
             self._bandit.learn(arm, -joules / self._worst if self._worst else 0.0)
+
+
+class Grid:
+    """The file of intensities, read again when it changes: a forecast grows while a node runs."""
+
+    def __init__(self, path: Path) -> None:
+        """ConfigError where it cannot be read."""
+        self._path = path
+        self._stamp = self._stat()
+        self._last = self._parsed()
+        self.trouble = ""  # with the file as it is now, while an earlier reading is used
+
+    def read(self) -> _carbon.Intensities:
+        try:
+            stamp = self._stat()
+            if stamp != self._stamp:
+                self._last, self._stamp = self._parsed(), stamp
+            self.trouble = ""
+        except ConfigError as error:
+            self.trouble = f"An earlier reading of the intensities is used: {error}."
+        return self._last
+
+    def _parsed(self) -> _carbon.Intensities:
+        try:
+            with self._path.open("rb") as file:
+                text = file.read(FILE_BYTES_MAX).decode()
+        except (OSError, UnicodeDecodeError) as error:
+            raise self._unreadable(error) from error
+        return _carbon.parse(text, str(self._path))
+
+    def _stat(self) -> tuple[int, int]:
+        try:
+            found = self._path.stat()
+        except OSError as error:
+            raise self._unreadable(error) from error
+        return found.st_mtime_ns, found.st_size
+
+    def _unreadable(self, error: Exception) -> ConfigError:
+        return ConfigError(
+            f"energy: expected hourly intensities at {self._path}; {error}", remedy="see carbon_file"
+        )
+
+
+class Clean:
+    """The plan of the fewest grams; every node counts as on the same grid."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def choose(self, situation: Situation) -> int | None:
+        """None while a job that may wait has a cleaner start."""
+        return None if self.defer(situation) else self._cleanest(situation)
+
+    def defer(self, situation: Situation) -> Deferral | None:
+        """To where the mean intensity over the job's run is least; None where the file does not cover now."""
+        index = self._cleanest(situation)
+        if situation.start_by is None or index is None:
+            return None
+        known, now = self._grid.read(), situation.now
+        took = _run_s(situation.candidates[index], situation.tokens)
+        start = known.cleanest(now, took, situation.start_by + took)
+        if start <= now:
+            return None
+        then, at_once = known.mean(start, took), known.mean(now, took)
+        return Deferral(start, f"{then:.0f} g CO2 a kWh instead of {at_once:.0f}")
+
+    def note(self, situation: Situation) -> str:
+        known, index = self._grid.read(), self._cleanest(situation)
+        said = [self._grid.trouble] if self._grid.trouble else []
+        if not known.covers(situation.now):
+            said.append("The file of intensities does not cover this hour: no job waits.")
+        joules = None if index is None else situation.candidates[index].predicted.joules_per_token
+        if index is not None and joules is None:
+            said.append("No plan's joules are known (device.idle_watts, load_watts): the fastest is taken.")
+        elif joules is not None and known.covers(situation.now):
+            intensity = known.mean(situation.now, 0.0)
+            mass = _carbon.grams(1000 * joules, intensity)
+            said.append(f"{mass:.3g} g CO2 for 1000 tokens, at {intensity:.0f} g a kWh.")
+        return " ".join(said)
+
+    def _cleanest(self, situation: Situation) -> int | None:
+        """Fewest grams, then least time; without any plan's joules the fastest."""
+        known, candidates = self._grid.read(), situation.candidates
+        able = allowed(situation)
+        joules = {i: candidates[i].predicted.joules_per_token for i in able}
+        weighed = {i: of_token for i, of_token in joules.items() if of_token is not None}
+        if not weighed:
+            return min(able, key=lambda i: _time(candidates[i]), default=None)
+        took = {i: _run_s(candidates[i], situation.tokens) for i in weighed}
+        if all(known.covers(situation.now, run_s) for run_s in took.values()):
+            weighed = {i: weighed[i] * known.mean(situation.now, took[i]) for i in weighed}
+        return min(weighed, key=lambda i: (weighed[i], _time(candidates[i])))
+
+
+def _clean(path: str) -> Policy:
+    if not path:
+        reason = "no plugin.energy.carbon_file names hourly intensities of the grid"
+        return Policy("carbon", lambda situation: None, refused_because=reason)
+    if not Path(path).is_absolute():
+        raise ConfigError(f"energy: expected an absolute path for carbon_file; {path!r} came")
+    clean = Clean(Grid(Path(path)))
+    return Policy("carbon", clean.choose, note=clean.note, defer=clean.defer)
+
+
+def _run_s(candidate: Candidate, tokens: int) -> float:
+    """Seconds of the whole job; 0 where its plan's speed is unknown."""
+    predicted = candidate.predicted
+    if predicted.ttft_ms is None or predicted.tpot_ms is None:
+        return 0.0
+    return (predicted.ttft_ms + tokens * predicted.tpot_ms) / 1000
 
 
 def _arm(candidate: Candidate) -> tuple[str, ...]:

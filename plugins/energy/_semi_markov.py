@@ -25,10 +25,11 @@ ROOT_STEPS = 24  # of bisection: the arrival rate to 1e-7
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """A power mode: what one job takes, in slots and in units of energy."""
+    """A power mode: what one job takes, in slots and in units of energy; a part of a unit is taken as often
+    as it is large."""
 
     slots: int
-    energy: int
+    energy: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +129,7 @@ def harvester(device: Mapping[str, Any], units: int = UNITS) -> Harvester:
         round(device["reserve"] * units),
         round(device["resume"] * units),
         even_law(low * scale, high * scale),
-        tuple((mode["above"], Mode(mode["slots"], round(mode["joules"] / unit))) for mode in modes),
+        tuple((mode["above"], Mode(mode["slots"], mode["joules"] / unit)) for mode in modes),
     )
 
 
@@ -172,11 +173,16 @@ def _transitions(device: Harvester, arrival: float) -> np.ndarray:
     return matrix.reshape(4 * size, 4 * size)
 
 
-def _after(device: Harvester, energy: int, slots: int, spent: int) -> np.ndarray:
+def _after(device: Harvester, energy: int, slots: int, spent: float) -> np.ndarray:
     """The law of the energy after so many slots of harvest and a job's cost (equation 1), clipped."""
     gained = _harvested(device.harvest, slots)
-    reached = np.clip(energy + np.arange(len(gained)) - spent, 0, device.capacity)
-    return np.bincount(reached, weights=gained, minlength=device.capacity + 1)
+    whole = math.floor(spent)
+    law = np.zeros(device.capacity + 1)
+    for units, chance in ((whole, 1 - (spent - whole)), (whole + 1, spent - whole)):
+        if chance:
+            reached = np.clip(energy + np.arange(len(gained)) - units, 0, device.capacity)
+            law += chance * np.bincount(reached, weights=gained, minlength=device.capacity + 1)
+    return law
 
 
 @functools.lru_cache(maxsize=64)  # few laws and modes, asked for every energy

@@ -20,7 +20,11 @@ def uniform(nodes: Sequence[NodeView]) -> list[float]:
 
 
 def long_term(nodes: Sequence[NodeView]) -> list[float]:
-    """In proportion to the arrival rate that each node's battery bears; where one is unknown, as the mean."""
+    """In proportion to the arrival rate that each node's battery bears; on mains, that is what time allows.
+
+    A node that does not say what it harvests counts as the mean of those that do: unknown is not nothing,
+    which a profile says with a harvest of [0, 0].
+    """
     known = [node.bearable for node in nodes if node.bearable is not None]
     mean = sum(known) / len(known) if known else 1.0
     rates = [mean if node.bearable is None else node.bearable for node in nodes]

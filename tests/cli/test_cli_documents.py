@@ -67,6 +67,7 @@ JOB = {
     "progress": 1.0,
     "error": None,
 }
+WAITS = {"until": "2026-01-01T14:00:00Z", "because": "it is clean then"}
 ROLE = {"node": "a" * 52, "name": "laptop", "layers": [0, 30], "share": 0.5, "heads": [0, 4]}
 PLAN = {
     "chosen": 0,
@@ -194,6 +195,13 @@ COMMANDS: list[tuple[list[str], str, dict[str, Any], dict[str, Any], list[str]]]
         ["too large"],
     ),
     (["jobs"], "jobs", {}, {"jobs": [JOB]}, ["j1", "done", "100%"]),
+    (
+        ["jobs"],
+        "jobs",
+        {},
+        {"jobs": [JOB | {"state": "queued", "waits": WAITS}]},
+        ["queued", "14:00", "clean"],
+    ),
     (["jobs", "j1"], "jobs.show", {"job": "j1", "follow": False}, {"jobs": [JOB | {"text": "Hi"}]}, ["Hi"]),
     (["jobs", "rm", "j1"], "jobs.rm", {"job": "j1"}, {"job_id": "j1"}, ["deleted j1"]),
     (["cancel", "j1"], "cancel", {"job": "j1"}, {"job_id": "j1", "state": "cancelled"}, ["cancelled j1"]),

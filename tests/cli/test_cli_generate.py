@@ -75,7 +75,8 @@ def test_every_option_reaches_the_daemon_in_a_form_that_it_reads(home: Any, daem
     fake = daemon({"generate": answer})
     options = (
         "-n 7 --temperature 0 --top-k 5 --top-p 0.5 --seed 3 --strategy layers --policy latency --nodes a,b "
-        "--shares 2:1 --raw --ignore-eos --numerics exact --recovery fast --private --allow-guest --strict"
+        "--shares 2:1 --raw --ignore-eos --numerics exact --recovery fast --private --allow-guest --strict "
+        "--deferrable 6h"
     )
     assert edged(*LINE, *options.split(), "--home", home.path, "--json").code == 0
     [(_, body)] = fake.requests
@@ -84,6 +85,7 @@ def test_every_option_reaches_the_daemon_in_a_form_that_it_reads(home: Any, daem
     assert (request.strategy, request.nodes, request.shares) == ("layers", ["a", "b"], [2.0, 1.0])
     assert (request.raw, request.ignore_eos, request.private, request.strict) == (True, True, True, True)
     assert (request.numerics, request.allow_guest, request.detach) == ("exact", True, False)
+    assert request.deferrable_s == 21600
 
 
 def test_an_adapter_is_asked_for_and_the_daemon_decides(home: Any, daemon: Any, edged: Any) -> None:

@@ -72,6 +72,7 @@ def test_a_run_is_drawn(small: Path, tmp_path: Path, ending: str, edged: Any) ->
         (("[[devices]]", "[[devices"), (), "TOML"),
         (("[0, 2000]", "[0]"), (), "harvest_joules"),
         (("", ""), ("--policy", "best"), "no policy 'best'; loaded: adaptive"),
+        (("", ""), ("--policy", "carbon"), "'carbon' cannot be simulated: no plugin.energy.carbon_file"),
         (("", ""), ("--plot", "x.gif"), "ends in .png or .svg"),
     ],
 )

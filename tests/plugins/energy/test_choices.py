@@ -10,7 +10,16 @@ from edged_plugins.energy import _bandit, _weights
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edged import Battery, ConfigError, DeviceState, NodeView
+from edged import (
+    Battery,
+    Candidate,
+    ConfigError,
+    DeviceState,
+    NodeView,
+    PlanRequest,
+    Role,
+    Situation,
+)
 
 
 def node(name, bearable=None, mode=None, percent=None, plugged=False):
@@ -99,12 +108,46 @@ def test_the_bandit_keeps_to_what_is_feasible():
 # --- the plugin ---
 
 
+def situation(nodes, draw=0.0, **changes):
+    """Each node could do the job alone."""
+    roles = [Role(0, each.node_id, 0, (0, 1), (0, 1), (0, 1), (0, 1), 1.0) for each in nodes]
+    candidates = [Candidate("local", (role,)) for role in roles]
+    by_id = {each.node_id: each for each in nodes}
+    return Situation(candidates, by_id, PlanRequest(), draw, 0.0)
+
+
+POLICIES = {policy.name: policy for policy in energy.edged_policies({})}
+FIELD = [node("mains", 1.0), node("sunny", 0.5, 1), node("silent"), node("shaded", 0.0, 3)]
+
+
+@pytest.mark.parametrize(
+    ("policy", "weights"),
+    [
+        ("uniform", [0.25, 0.25, 0.25, 0.25]),
+        ("long-term", [0.5, 0.25, 0.25, 0.0]),
+        ("adaptive", [0.5 / 0.8125, 0.0625 / 0.8125, 0.25 / 0.8125, 0.0]),
+    ],
+)
+def test_each_node_is_drawn_as_often_as_it_weighs(policy, weights):
+    drawn = [POLICIES[policy].choose(situation(FIELD, (i + 0.5) / 1000)) for i in range(1000)]
+    assert [drawn.count(i) / 1000 for i in range(4)] == pytest.approx(weights, abs=2e-3)
+
+
+def test_the_weights_are_told_and_who_says_no_harvest():
+    assert POLICIES["adaptive"].note(situation(FIELD)) == (
+        "Drawn by what batteries bear: mains 61.5%, sunny 7.7%, silent 30.8%, shaded 0.0%. "
+        "No harvest is known of silent: each counts as the others' mean."
+    )
+
+
 def test_edged_policies():
     names = [policy.name for policy in energy.edged_policies({})]
-    assert names == ["uniform", "long-term", "adaptive", "battery-balance", "bandit"]
+    assert names == ["uniform", "long-term", "adaptive", "battery-balance", "bandit", "carbon"]
 
 
-@pytest.mark.parametrize("settings", [{"explore": -1}, {"reserve": 1.0}, {"explore": "much"}, {"x": 1}])
+@pytest.mark.parametrize(
+    "settings", [{"explore": -1}, {"reserve": 1.0}, {"explore": "much"}, {"x": 1}, {"carbon_file": 3}]
+)
 def test_wrong_settings_are_refused(settings):
     with pytest.raises(ConfigError, match="energy"):
         energy.edged_policies(settings)

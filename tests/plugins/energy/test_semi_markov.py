@@ -74,6 +74,14 @@ def test_no_more_energy_is_spent_than_harvested(arrival):
     assert long_run(device, arrival).jobs_per_slot * 23 <= 10 * (1 + 1e-3)
 
 
+@pytest.mark.parametrize("cost", [0.3, 0.8, 1.5])
+def test_a_job_of_parts_of_a_unit_costs_them_on_the_mean(cost):
+    """What comes in is spent, but for what overflows from a full battery."""
+    device = Harvester(100, 10, 20, even_law(0, 0.4), ((0.0, Mode(1, cost)),))
+    spent = long_run(device, bearable(device, 0.01)).jobs_per_slot * cost
+    assert 0.9 * 0.2 <= spent <= 0.2 * (1 + 1e-3)
+
+
 @pytest.mark.parametrize("arrival", [-0.1, 1.1, float("nan")])
 def test_an_arrival_rate_that_is_no_probability_is_refused(arrival):
     with pytest.raises(ValueError, match="arrival probability"):
