@@ -367,6 +367,14 @@ class Chooser:
             self._device.keep_corrections(self._corrections.factors)
             log.info("predicted", extra={"strategy": candidate.strategy, "ratio": round(ratio, 3)})
 
+    @property
+    def metrics(self) -> dict[str, float | None]:
+        """How wrong predictions were lately, and of how many jobs that is known."""
+        return {
+            "edged_plan_tpot_error_ratio": self._corrections.error,
+            "edged_plan_jobs_total": self._corrections.jobs,
+        }
+
     def learn(self, request: PlanRequest, outcome: Outcome) -> None:
         """Tell the policy that chose a job's plan how it went."""
         policy = self._policy(request)

@@ -97,6 +97,7 @@ class Commands:
             "rss_bytes": rss_bytes(),
             "jobs_running": self._parts.coordinator.running,
             "roles": self._parts.roles.count,
+            "metrics": self._parts.chooser.metrics,
         }
 
     async def _list_peers(self, request: Request) -> Document:

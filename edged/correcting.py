@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import statistics
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -17,15 +19,24 @@ from .types import Candidate
 WEIGHT = 0.3  # of the newest job
 FACTOR_MAX = 10.0  # beyond that something else went wrong than a prediction
 PLANS_MAX = 512  # the oldest are forgotten
+ERRORS_MAX = 100  # of the newest jobs
 
 Key = tuple[str, ...]
 
 
 @dataclass(slots=True)
 class Corrections:
-    """`factors`: by `key_of`, the longest unused first."""
+    """`factors`: by `key_of`, the longest unused first. `errors`: of the newest predictions as they were made,
+    |measured - predicted| / measured. `jobs`: that were heard of."""
 
     factors: dict[Key, float] = field(default_factory=dict)
+    errors: deque[float] = field(default_factory=lambda: deque(maxlen=ERRORS_MAX))
+    jobs: int = 0
+
+    @property
+    def error(self) -> float | None:
+        """The median of `errors`; None before the first job."""
+        return statistics.median(self.errors) if self.errors else None
 
     def learn(self, model_sha256: str, candidate: Candidate, tpot_ms: float | None) -> float | None:
         """Hear of a job that took `tpot_ms`. How wrong the prediction was, measured over predicted; None
@@ -46,6 +57,8 @@ class Corrections:
         self.factors[key] = blended
         for oldest in list(self.factors)[: max(0, len(self.factors) - PLANS_MAX)]:
             del self.factors[oldest]
+        self.jobs += 1
+        self.errors.append(abs(tpot_ms - predicted.tpot_ms) / tpot_ms)
         return tpot_ms / predicted.tpot_ms
 
     def corrected(self, model_sha256: str, candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edged.correcting import FACTOR_MAX, PLANS_MAX, Corrections
+from edged.correcting import ERRORS_MAX, FACTOR_MAX, PLANS_MAX, Corrections
 from edged.types import Candidate, Predicted, Role
 
 
@@ -54,3 +54,15 @@ def test_factors_and_their_number_are_bounded() -> None:
         known.learn("m", candidate(1.0, str(number)), 2.0)
     assert len(known.factors) == PLANS_MAX
     assert known.corrected("m", [candidate(1.0, "a")])[0].predicted.correction == 1.0
+
+
+def test_the_error_is_the_median_of_the_newest_predictions_as_they_were_made() -> None:
+    known = Corrections()
+    assert (known.error, known.jobs) == (None, 0)
+    for measured in (10.0, 20.0, 40.0):
+        known.learn("m", candidate(10.0, "a"), measured)
+    assert known.error == pytest.approx(0.5)
+    [corrected] = known.corrected("m", [candidate(10.0, "a")])
+    for _ in range(ERRORS_MAX):
+        known.learn("m", corrected, corrected.predicted.tpot_ms)
+    assert (known.error, known.jobs) == (0.0, ERRORS_MAX + 3)
