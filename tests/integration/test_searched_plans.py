@@ -26,5 +26,8 @@ def test_a_plan_over_three_nodes_is_searched_priced_and_explained(nodes: Nodes, 
     assert pairs - {("jetson", "laptop"), ("jetson", "laptop", "phone")} or len(layers) > 2
     for policy in ("adaptive", "bandit", "battery-balance"):
         assert len(laptop.call("generate", ASKED | {"policy": policy})["tokens"]) == 4
+    metrics = laptop.call("status")["metrics"]
+    assert metrics["edged_plan_jobs_total"] == 3
+    assert metrics["edged_plan_tpot_error_ratio"] >= 0
     refused = laptop.error("generate", ASKED | {"policy": "greedy"})
     assert "no policy 'greedy'; loaded: adaptive, bandit, battery-balance, " in str(refused)
