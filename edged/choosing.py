@@ -237,15 +237,25 @@ class Chooser:
             "nodes": [wire.to_map(node) for node in nodes],
             "request": wire.to_map(request),
         }
+        rows: dict[str, Any] = {}
+        notes: list[str] = []
         try:
-            answer = await self._supervisor.run_task("edged.worker:search", params, timeout_s=SEARCH_S)
-            found = {
-                name: wire.read_body(Found, {"candidates": rows}) for name, rows in answer["found"].items()
-            }
+            answer = await self._supervisor.run_task(
+                "edged.worker:search",
+                params,
+                timeout_s=SEARCH_S,
+                on_progress=lambda event: rows.update(event["found"]),
+            )
+            rows.update(answer["found"])
         except EdgedError as error:
-            log.warning("plans not searched", extra={"reason": str(error)})
-            return {}, [f"The exact search gave no answer within {SEARCH_S:g} s; plans are as proposed."]
-        return {name: list(each.candidates) for name, each in found.items()}, []
+            log.warning("plans not searched to the end", extra={"reason": str(error)})
+            notes = [_cut_off(list(rows))]
+        try:
+            found = {name: wire.read_body(Found, {"candidates": each}) for name, each in rows.items()}
+        except EdgedError as error:
+            log.error("a search found what is no plan", extra={"reason": str(error)})
+            return {}, [_cut_off([])]
+        return {name: list(each.candidates) for name, each in found.items()}, notes
 
     def _choose_of(
         self,
@@ -448,6 +458,16 @@ def _with_loading(
         return candidate
     predicted = dataclasses.replace(candidate.predicted, load_ms=1000 * seconds)
     return dataclasses.replace(candidate, predicted=predicted)
+
+
+def _cut_off(strategies: Sequence[str]) -> str:
+    """What is said of a search that was not done in time. `strategies`: for which it had found something."""
+    if not strategies:
+        return f"The search for plans gave no answer within {SEARCH_S:g} s; plans are as proposed."
+    return (
+        f"The exact search was not done within {SEARCH_S:g} s; for {', '.join(strategies)} what faster "
+        "methods found by then counts (the dynamic programme)."
+    )
 
 
 def check_policy(name: str, policies: Mapping[str, Policy]) -> None:

@@ -26,8 +26,8 @@ Key = tuple[str, ...]
 
 @dataclass(slots=True)
 class Corrections:
-    """`factors`: by `key_of`, the longest unused first. `errors`: of the newest predictions as they were made,
-    |measured - predicted| / measured. `jobs`: that were heard of."""
+    """`factors`: by `key_of`, the longest unused first. `errors`: of the newest predictions, as they were
+    made: |measured - predicted| / measured. `jobs`: that were heard of."""
 
     factors: dict[Key, float] = field(default_factory=dict)
     errors: deque[float] = field(default_factory=lambda: deque(maxlen=ERRORS_MAX))

@@ -409,9 +409,10 @@ class Propose(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Strategy:
-    """A way to form a plan. `search`: "package.module:attribute" of a function like `propose` that looks
-    further and takes longer; it runs in a process of its own, within the planner's deadline, and where it is
-    not done by then `propose` stands."""
+    """A way to form a plan. `search`: "package.module:attribute" of a function of the same arguments that
+    looks further and takes longer. It yields candidates again and again, each time in place of the former: at
+    once what a fast method finds, at last the best. It runs in a process of its own, within the planner's
+    deadline; what it has yielded by then stands beside what `propose` says."""
 
     name: str
     propose: Propose

@@ -370,15 +370,27 @@ def ranges(params: dict[str, Any], report: object) -> dict[str, Any]:
     return {"ranges": [[start, stop] for start, stop in found]}
 
 
-def search(params: dict[str, Any], report: object) -> dict[str, Any]:
-    """A task: {searches, model, nodes, request} -> {found}: candidates of each strategy by its search."""
+def search(params: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """A task: {searches, model, nodes, request} -> {found}: candidates of each strategy by its search.
+
+    What each search has found at once is reported before any goes on, and all that is better as it comes: who
+    cannot wait for the answer has the last report.
+    """
     model = wire.read_body(ModelDescription, params["model"])
     nodes = [wire.read_body(NodeView, node) for node in params["nodes"]]
     request = wire.read_body(PlanRequest, params["request"])
-    found = {}
-    for name, dotted in params["searches"].items():
-        candidates = _resolve(dotted)(model, nodes, request)
-        found[name] = [wire.to_map(candidate) for candidate in candidates]
+    running = {
+        name: iter(_resolve(dotted)(model, nodes, request)) for name, dotted in params["searches"].items()
+    }
+    found: dict[str, list[dict[str, Any]]] = {}
+    while running:
+        for name, steps in list(running.items()):
+            candidates = next(steps, None)
+            if candidates is None:
+                del running[name]
+                continue
+            found[name] = [wire.to_map(candidate) for candidate in candidates]
+            report({"found": {name: found[name]}})
     return {"found": found}
 
 
