@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 
@@ -11,6 +12,8 @@ SMALL_BYTES, SMALL_TIMES = 64, 9
 LARGE_BYTES, LARGE_TIMES = 256 << 10, 6  # the first drains what a shaped link's bucket lets through at once
 SLOW_S = 0.25  # an exchange that takes so long is no noise: two are enough
 EXCHANGE_S = 60.0  # for one; 40 kbit/s pass
+BURST_BYTES, BURST_TIMES = 16 << 10, 5  # more than a token's sum or hop has
+PAUSE_S = 0.02  # in which a token bucket fills again, from 6.5 Mbit/s on
 
 
 def measure_link(channel: Channel, other: int, wait_s: float) -> LinkCost:
@@ -24,8 +27,15 @@ def measure_link(channel: Channel, other: int, wait_s: float) -> LinkCost:
     return LinkCost(small, LARGE_BYTES / max(large - small, 1e-6))
 
 
-def _exchange_s(channel: Channel, other: int, size: int, times: int) -> float:
-    """Seconds of an exchange: the least mean of two in a row.
+def measure_burst(channel: Channel, other: int, link: LinkCost) -> LinkCost:
+    """`link`, with what passes at once after a pause; rank `other` measures at the same time."""
+    burst = _exchange_s(channel, other, BURST_BYTES, BURST_TIMES, PAUSE_S)
+    at_once = BURST_BYTES - (burst - link.latency_s) * link.bytes_s
+    return dataclasses.replace(link, burst_bytes=min(max(at_once, 0.0), BURST_BYTES))
+
+
+def _exchange_s(channel: Channel, other: int, size: int, times: int, pause_s: float = 0.0) -> float:
+    """Seconds of an exchange after a pause: the least mean of two in a row.
 
     One alone says little. A side that begins later by d waits for d less, and begins the next one earlier by
     d: on a link of latency L the times go L + d, L - d, L + d, ... A frame's first byte says that its sender
@@ -35,6 +45,7 @@ def _exchange_s(channel: Channel, other: int, size: int, times: int) -> float:
     is_slow = False
     for _ in range(times):
         frame = bytes([is_slow]) + bytes(size - 1)
+        time.sleep(pause_s)
         begun = time.perf_counter()
         (answer,) = channel.exchange([other], frame, EXCHANGE_S)
         seen.append(time.perf_counter() - begun)

@@ -175,7 +175,7 @@ class Peers:
         cost, dials = self.link_cost(node_id), self.dials(node_id)
         if cost is None:
             return LinkState(node_id, rtt_ms, None, dials)
-        return LinkState(node_id, rtt_ms, cost.bytes_s, dials, cost.latency_s)
+        return LinkState(node_id, rtt_ms, cost.bytes_s, dials, cost.latency_s, cost.burst_bytes)
 
     def rtt_ms(self, node_id: str) -> float | None:
         """Of pings between the daemons."""

@@ -149,14 +149,26 @@ def link_cost(nodes: Mapping[str, NodeView], a: str, b: str) -> LinkCost | None:
     seen = [link for link in nodes[a].links if link.node_id == b]
     seen += [link for link in nodes[b].links if link.node_id == a]
     measured = [
-        LinkCost(link.latency_s, link.bandwidth_bytes_s)
+        LinkCost(link.latency_s, link.bandwidth_bytes_s, link.burst_bytes)
         for link in seen
-        if link.latency_s is not None and link.bandwidth_bytes_s
+        if link.latency_s is not None
+        and link.bandwidth_bytes_s is not None
+        and 0 <= link.latency_s < INFINITE
+        and link.bandwidth_bytes_s > 0
+        and link.burst_bytes >= 0
     ]
     if measured:
-        return LinkCost(max(c.latency_s for c in measured), min(c.bytes_s for c in measured))
+        return _worst(measured)
     pings = [link.rtt_ms for link in seen if link.rtt_ms is not None]
     return LinkCost(pings[0] / 2000, PING_BYTES_S) if pings else None
+
+
+def _worst(links: Sequence[LinkCost]) -> LinkCost:
+    return LinkCost(
+        max(link.latency_s for link in links),
+        min(link.bytes_s for link in links),
+        min(link.burst_bytes for link in links),
+    )
 
 
 def _sums(
@@ -172,14 +184,14 @@ def _sums(
         return 0.0
     layers = roles[0].layers[1] - roles[0].layers[0]
     batches = -(-tokens // PROMPT_BATCH)
-    latency = max(link.latency_s for link in links)
-    bytes_s = min(link.bytes_s for link in links)
-    reduce_s = REDUCE_S + (SLEPT_REDUCE_S if latency > SLEPT_FROM_S else 0.0)
+    link, count = _worst(links), layers * model.reductions * batches
+    reduce_s = REDUCE_S + (SLEPT_REDUCE_S if link.latency_s > SLEPT_FROM_S else 0.0)
+    idle_s = compute_s / count + link.latency_s  # of the link, from one sum to the next
     elements = ELEMENT_BYTES[:1] if request.numerics == "exact" else ELEMENT_BYTES
 
     def total(element: float) -> float:
-        sent = element * model.hidden * tokens * (len(roles) - 1)
-        return layers * model.reductions * (batches * (latency + reduce_s) + sent / bytes_s)
+        sent = element * model.hidden * tokens * (len(roles) - 1) / batches
+        return count * (link.time_s(sent, idle_s) + reduce_s)
 
     times = [total(element) for element in elements]
     best = times[0]
@@ -207,12 +219,12 @@ def _hops(
 
 def hop_s(link: LinkCost, model: ModelDescription, ranks: int, tokens: int) -> float:
     """Seconds of handing the hidden states of so many tokens to a stage of so many ranks."""
-    return _waking_s(link) + link.time_s(model.hidden * F32_BYTES * tokens * ranks)
+    return _waking_s(link) + link.time_s(model.hidden * F32_BYTES * tokens * ranks, INFINITE)
 
 
 def return_s(link: LinkCost) -> float:
     """Seconds of giving the last stage's candidates back to the first."""
-    return _waking_s(link) + link.time_s(CANDIDATES_BYTES)
+    return _waking_s(link) + link.time_s(CANDIDATES_BYTES, INFINITE)
 
 
 def _waking_s(link: LinkCost) -> float:

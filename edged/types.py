@@ -133,28 +133,31 @@ class EngineSpeed:
 @dataclass(frozen=True, slots=True)
 class LinkCost:
     """One way of a data-plane connection while both ways are used: seconds until a few bytes are there, then
-    bytes a second."""
+    bytes a second, of which `burst_bytes` may pass at once after a pause (a token bucket)."""
 
     latency_s: float
     bytes_s: float
+    burst_bytes: float = 0.0
 
-    def time_s(self, size: float) -> float:
-        """Seconds of sending `size` bytes each way."""
-        return self.latency_s + size / self.bytes_s
+    def time_s(self, size: float, idle_s: float = 0.0) -> float:
+        """Seconds of sending `size` bytes each way, again and again with `idle_s` between."""
+        queued_s = max(size / self.bytes_s - idle_s, (size - self.burst_bytes) / self.bytes_s, 0.0)
+        return self.latency_s + queued_s
 
 
 @dataclass(frozen=True, slots=True)
 class LinkState:
     """What a node measured of its connection to `node_id`. `dials`: this side can open connections.
 
-    `rtt_ms` is of pings between daemons; `latency_s` and `bandwidth_bytes_s` are of the data plane, as
-    LinkCost."""
+    `rtt_ms` is of pings between daemons; `latency_s`, `bandwidth_bytes_s` and `burst_bytes` are of the data
+    plane, as LinkCost."""
 
     node_id: str
     rtt_ms: float | None = None
     bandwidth_bytes_s: float | None = None
     dials: bool = True
     latency_s: float | None = None
+    burst_bytes: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

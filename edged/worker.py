@@ -38,7 +38,7 @@ from . import framing, wire
 from .certificate import new_credential
 from .channel import End, ZmqChannel
 from .errors import ConfigError, EdgedError, EngineError, PeerError, PolicyViolation, ProtocolError
-from .exchanging import measure_link
+from .exchanging import measure_burst, measure_link
 from .streams import Streams
 from .types import Channel, Engine, EngineSpec, LinkCost, ModelDescription, NodeView, PlanRequest, Step
 
@@ -185,7 +185,8 @@ class Worker:
 
     def _probe(self, body: dict[str, Any]) -> LinkCost:
         """What the connection to the one other rank costs."""
-        return measure_link(cast(Channel, self._connected(body)), 1 - self._rank, PROBE_S)
+        channel, other = cast(Channel, self._connected(body)), 1 - self._rank
+        return measure_burst(channel, other, measure_link(channel, other, PROBE_S))
 
     def _connected(self, body: dict[str, Any]) -> ZmqChannel:
         if self._channel is None:

@@ -62,6 +62,7 @@ PURE_MAY_IMPORT = {
     "typing": "no code",
     "itertools": "functions of their arguments",
     "math": "functions of their arguments",
+    "statistics": "functions of their arguments",
     "hmac": "compare_digest alone: a comparison that tells no time",
     "msgspec": "checks values",
     "msgpack": "bytes to values and back",

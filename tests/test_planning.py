@@ -373,6 +373,42 @@ def test_a_mixed_type_counts_as_its_main_one(weight_type: str, found: float | No
     assert (speed.decode_bytes_s if speed else None) == found
 
 
+def bucket_time(link: LinkCost, size: float, idle_s: float, periods: int = 200) -> float:
+    """Seconds of a message on a link that fills a bucket all the time, once it is steady: by simulation."""
+    filled, waited = 0.0, 0.0
+    for _ in range(periods):
+        filled = min(link.burst_bytes, filled + idle_s * link.bytes_s)
+        waited = max(0.0, size - filled) / link.bytes_s
+        filled = max(0.0, filled - size)
+    return link.latency_s + waited
+
+
+@given(st.floats(0, 1e4), st.floats(1, 1e4), st.floats(0, 0.05), st.sampled_from([0.0, 1e-3]))
+def test_a_bucket_lets_through_at_once_what_came_in_between(
+    burst: float, size: float, idle_s: float, latency_s: float
+) -> None:
+    """While a message waits the bucket gains nothing: all that comes is sent at once."""
+    link = LinkCost(latency_s, 1e6, burst)
+    assert link.time_s(size, idle_s) == pytest.approx(bucket_time(link, size, idle_s), abs=1e-9)
+    assert LinkCost(latency_s, 1e6).time_s(size, idle_s) == pytest.approx(latency_s + size / 1e6)
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        {"latency_s": -1.0},
+        {"latency_s": math.nan},
+        {"bandwidth_bytes_s": -1.0},
+        {"burst_bytes": math.nan},
+    ],
+    ids=str,
+)
+def test_a_link_that_cannot_be_counts_as_unmeasured(nonsense: dict[str, float]) -> None:
+    link = dataclasses.replace(LinkState("b", 4.0, 1e6, True, 1e-4), **nonsense)
+    found = pricing.link_cost(by_id(NodeView("a", "A", links=(link,)), node("b")), "a", "b")
+    assert found == LinkCost(2e-3, pricing.PING_BYTES_S)
+
+
 @pytest.mark.parametrize(
     ("a_says", "b_says", "rtt"), [(3.0, None, 3.0), (None, 5.0, 5.0), (3.0, 5.0, 3.0), (None, None, None)]
 )

@@ -26,8 +26,16 @@ from edged_plugins.shard._reduce import Reducer, Terms, settle
 from shard_rig import MemoryChannel, connect
 
 from edged import LinkCost as Link
-from edged import ProtocolError, measure_link
-from edged.exchanging import LARGE_BYTES, LARGE_TIMES, SLOW_S, SMALL_BYTES, SMALL_TIMES
+from edged import LinkCost, ProtocolError, measure_link
+from edged.exchanging import (
+    BURST_BYTES,
+    LARGE_BYTES,
+    LARGE_TIMES,
+    SLOW_S,
+    SMALL_BYTES,
+    SMALL_TIMES,
+    measure_burst,
+)
 
 PATIENCE_S = 30.0
 WAYS = {"direct": DIRECT, "star": Way("star", 1), "ring": RING}
@@ -258,13 +266,21 @@ def test_a_slow_link_is_not_probed_longer_than_it_takes_to_know(
 class Swinging(MemoryChannel):
     """A link of `latency` whose ends began one exchange apart: each waits twice as long, then not at all."""
 
-    def __init__(self, latency: float, bytes_s: float, clock: list[float]) -> None:
+    def __init__(self, latency: float, bytes_s: float, clock: list[float], bucket: int = 0) -> None:
         self._latency, self._bytes_s, self._clock, self._count = latency, bytes_s, clock, 0
+        self._bucket = self._filled = bucket
 
     def exchange(self, ranks: Sequence[int], frame: Any, timeout_s: float) -> list[memoryview]:
         self._count += 1
-        self._clock[0] += 2 * (self._count % 2) * self._latency + len(frame) / self._bytes_s
+        queued_s = max(0, len(frame) - self._filled) / self._bytes_s
+        self._filled = max(0, self._filled - len(frame))
+        self._clock[0] += 2 * (self._count % 2) * self._latency + queued_s
         return [memoryview(bytes(len(frame)))]
+
+    def pause(self, seconds: float) -> None:
+        self._clock[0] += seconds
+        if seconds:
+            self._filled = self._bucket
 
 
 @pytest.mark.parametrize("latency", [50e-6, 2.5e-3, 10e-3])
@@ -276,6 +292,18 @@ def test_an_end_that_is_ahead_of_the_other_does_not_find_the_link_faster(
     found = measure_link(Swinging(latency, 12.5e6, clock), 1, 7.0)
     assert found.latency_s == pytest.approx(latency + SMALL_BYTES / 12.5e6)
     assert found.bytes_s == pytest.approx(12.5e6, rel=1e-3)
+
+
+@pytest.mark.parametrize(("bucket", "burst"), [(0, 0), (3000, 3000), (64 << 10, BURST_BYTES)])
+def test_what_a_token_bucket_lets_through_at_once_is_measured(
+    monkeypatch: pytest.MonkeyPatch, bucket: int, burst: int
+) -> None:
+    clock = [0.0]
+    link = Swinging(2e-3, 1.25e6, clock, bucket)
+    monkeypatch.setattr("edged.exchanging.time.perf_counter", lambda: clock[0])
+    monkeypatch.setattr("edged.exchanging.time.sleep", link.pause)
+    found = measure_burst(link, 1, LinkCost(2e-3, 1.25e6))
+    assert found.burst_bytes == pytest.approx(burst)
 
 
 LINKS = {"k": "links", "l": [[1, 2, 1e-3, 1e6]]}
