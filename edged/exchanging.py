@@ -29,8 +29,9 @@ def measure_link(channel: Channel, other: int, wait_s: float) -> LinkCost:
 
 def measure_burst(channel: Channel, other: int, link: LinkCost) -> LinkCost:
     """`link`, with what passes at once after a pause; rank `other` measures at the same time."""
+    small = _exchange_s(channel, other, SMALL_BYTES, BURST_TIMES, PAUSE_S)  # waking up is in both
     burst = _exchange_s(channel, other, BURST_BYTES, BURST_TIMES, PAUSE_S)
-    at_once = BURST_BYTES - (burst - link.latency_s) * link.bytes_s
+    at_once = BURST_BYTES - SMALL_BYTES - (burst - small) * link.bytes_s
     return dataclasses.replace(link, burst_bytes=min(max(at_once, 0.0), BURST_BYTES))
 
 
