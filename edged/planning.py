@@ -19,6 +19,7 @@ from .types import (
     Range,
     Role,
     Strategy,
+    Zone,
 )
 
 Q8_0_BLOCK = 32  # elements that share a scale; a block lies within one head
@@ -43,13 +44,26 @@ def propose_local(
 def propose_remote(
     model: ModelDescription, nodes: Sequence[NodeView], request: PlanRequest
 ) -> list[Candidate]:
-    others = nodes if request.nodes else nodes[1:]
+    """Own nodes by itself; whoever names a guest by hand means it."""
+    others = nodes if request.nodes else [node for node in nodes[1:] if node.zone == "own"]
     if not others:
         raise PeerError("strategy remote needs another online node; there is none", code="no-peers")
     return [whole(node, model, "remote") for node in others]
 
 
-CORE_STRATEGIES = (Strategy("local", propose_local), Strategy("remote", propose_remote))
+def propose_cloud(
+    model: ModelDescription, nodes: Sequence[NodeView], request: PlanRequest
+) -> list[Candidate]:
+    """Each guest. What engines do outside the group is for `consider`, which knows them."""
+    return [whole(node, model, CLOUD) for node in nodes if node.zone == "guest"]
+
+
+CLOUD = "cloud"
+CORE_STRATEGIES = (
+    Strategy("local", propose_local),
+    Strategy("remote", propose_remote),
+    Strategy(CLOUD, propose_cloud),
+)
 NEEDS_SEVERAL = ("layers", "tensor", "hybrid")
 
 
@@ -77,7 +91,7 @@ def consider(
             )
     ordered = [by_id[node_id] for node_id in request.nodes] if request.nodes else list(nodes)
     if request.strategy == "auto":
-        names: Sequence[str] = _fitting(strategies, request, nodes[0].node_id)
+        names: Sequence[str] = _fitting(strategies, request, nodes[0].node_id, ordered[0].zone)
     elif request.strategy in strategies:
         _check_alone(request, nodes[0].node_id)
         names = (request.strategy,)
@@ -89,18 +103,19 @@ def consider(
     found: list[Candidate] = []
     for name in names:
         try:
-            engine = _engine_of(name, engines, request)
             proposed = [
-                dataclasses.replace(candidate, engine=engine)
-                for candidate in [
-                    *strategies[name].propose(model, ordered, request),
-                    *(searched or {}).get(name, ()),
-                ]
+                *strategies[name].propose(model, ordered, request),
+                *(searched or {}).get(name, ()),
             ]
+            engine = _engine_of(name, engines, request) if proposed else ""
+            proposed = [dataclasses.replace(c, engine=engine, stated=None) for c in proposed]
         except EdgedError as error:
             if request.strategy != "auto":
                 raise
             proposed = [Candidate(name, (), refused_because=_with_remedy(error))]
+        if name == CLOUD:
+            proposed += _outside(engines, nodes[0], request)
+            _check_cloud(proposed, request)
         windows = {entry.name: entry.window_bytes for entry in engines}
         found += [finish(c, model, by_id, request, windows.get(c.engine, 0)) for c in proposed]
     return found
@@ -110,7 +125,7 @@ def _engine_of(strategy: str, engines: Sequence[EngineEntry], request: PlanReque
     """The first engine that does the strategy with the numerics asked for, or PolicyViolation."""
     if not engines:
         return ""
-    able = [e for e in engines if e.strategies is None or strategy in e.strategies]
+    able = [e for e in engines if e.stated is None and (e.strategies is None or strategy in e.strategies)]
     if not able:
         said = "; ".join(f"{e.name} runs {' or '.join(e.strategies or ())}" for e in engines)
         raise PolicyViolation(
@@ -127,17 +142,50 @@ def _engine_of(strategy: str, engines: Sequence[EngineEntry], request: PlanReque
     )
 
 
+def _outside(engines: Sequence[EngineEntry], submitter: NodeView, request: PlanRequest) -> list[Candidate]:
+    """A candidate for each engine that computes outside the group: this node's worker holds no part of the
+    model, it only speaks with whoever computes."""
+    if request.nodes not in (None, (submitter.node_id,)):
+        return []
+    nothing = ((0, 0),) * 4
+    role = Role(0, submitter.node_id, 0, *nothing, share=1.0)
+    return [
+        Candidate(CLOUD, (role,), engine=e.name, stated=e.stated) for e in engines if e.stated is not None
+    ]
+
+
+def _check_cloud(proposed: Sequence[Candidate], request: PlanRequest) -> None:
+    """By hand it needs somebody; with `auto` it is one strategy that has nothing to propose."""
+    if proposed or request.strategy != CLOUD:
+        return
+    if request.nodes:
+        raise ConfigError(
+            "strategy cloud takes a guest, or this node where it knows an endpoint for the model",
+            remedy="use local or remote for own nodes",
+        )
+    raise PeerError(
+        "strategy cloud needs an online guest, or an endpoint that the profile names for this model; "
+        "there is neither",
+        remedy="pair one with `edged invite --zone guest`, or set [plugin.cloud]",
+        code="no-peers",
+    )
+
+
 def _with_remedy(error: EdgedError) -> str:
     return f"{error}; {error.remedy}" if error.remedy else str(error)
 
 
-def _fitting(strategies: Mapping[str, Strategy], request: PlanRequest, submitter: str) -> list[str]:
-    """The strategies that `auto` may ask, given the nodes named by hand."""
+def _fitting(
+    strategies: Mapping[str, Strategy], request: PlanRequest, submitter: str, zone: Zone
+) -> list[str]:
+    """The strategies that `auto` may ask, given the nodes named by hand, the first of them in `zone`."""
     if not request.nodes:
         return list(strategies)
     if len(request.nodes) > 1 or request.shares:
         return [name for name in strategies if name in NEEDS_SEVERAL]
-    return ["local"] if request.nodes == (submitter,) else ["remote"]
+    if request.nodes == (submitter,):
+        return ["local"]
+    return [CLOUD if zone == "guest" else "remote"]
 
 
 def _check_alone(request: PlanRequest, submitter: str) -> None:
@@ -146,8 +194,8 @@ def _check_alone(request: PlanRequest, submitter: str) -> None:
         return
     if request.strategy == "local" and request.nodes != (submitter,):
         raise ConfigError("strategy local runs on the submitting node", remedy="drop --nodes, or use remote")
-    if request.strategy == "remote" and len(request.nodes) != 1:
-        raise ConfigError(f"strategy remote takes one of --nodes; {len(request.nodes)} came")
+    if request.strategy in ("remote", CLOUD) and len(request.nodes) != 1:
+        raise ConfigError(f"strategy {request.strategy} takes one of --nodes; {len(request.nodes)} came")
     if request.strategy == "remote" and request.nodes == (submitter,):
         raise ConfigError("strategy remote runs on another node", remedy="name another, or use local")
 
@@ -172,7 +220,8 @@ def finish(
     roles = tuple(map(sized_role, candidate.roles))
     sized = dataclasses.replace(candidate, roles=roles)
     reason = validate(sized, model, nodes, request)
-    return dataclasses.replace(sized, predicted=price(sized, model, nodes, request), refused_because=reason)
+    predicted = sized.stated or price(sized, model, nodes, request)
+    return dataclasses.replace(sized, predicted=predicted, refused_because=reason)
 
 
 # --- the rules ------------------------------------------------------------------------------------
@@ -189,6 +238,8 @@ def validate(
         return "it is not on the nodes that were asked for, in their order"
     if len({role.node_id for role in roles}) != len(roles):
         return "a node has more than one role"
+    if candidate.stated is not None:
+        return _outside_refusal(candidate, nodes, request)
     reason = _coverage(stages_of(roles), model) or _cache_refusal(model, request)
     if reason:
         return reason
@@ -204,6 +255,27 @@ def validate(
     for a, b in itertools.combinations(roles, 2):
         if not _are_linked(nodes[a.node_id], nodes[b.node_id]):
             return f"{nodes[a.node_id].name} and {nodes[b.node_id].name} have no connection to each other"
+    return None
+
+
+def _outside_refusal(candidate: Candidate, nodes: Mapping[str, NodeView], request: PlanRequest) -> str | None:
+    """Of a plan whose tokens are computed outside the group. A submitter that saves its battery may ask all
+    the same: it does not compute."""
+    submitter, role = next(iter(nodes.values())), candidate.roles[0]
+    parts = (role.layers, role.heads, role.ffn, role.vocab)
+    if len(candidate.roles) != 1 or role.node_id != submitter.node_id:
+        return "what is computed outside has one role, on the node that the job was submitted to"
+    if any(part != (0, 0) for part in parts):
+        return "its role holds a part of the model, which is computed outside"
+    if request.private:
+        return "this job is private, and its prompt would leave the node"
+    if request.numerics != "fast":
+        return f"nobody can check the {request.numerics} numerics of what is computed outside"
+    if candidate.engine not in submitter.engines:
+        return f"{submitter.name}: it has no engine {candidate.engine!r}"
+    if submitter.memory_budget is not None and role.memory_bytes > submitter.memory_budget:
+        needed, given = role.memory_bytes / 2**20, submitter.memory_budget / 2**20
+        return f"{submitter.name}: its worker needs {needed:.0f} MiB and the budget is {given:.0f} MiB"
     return None
 
 
@@ -292,9 +364,10 @@ def choose(candidates: Sequence[Candidate]) -> int | None:
     return best
 
 
-def _distance(candidate: Candidate) -> tuple[int, bool]:
-    """How far work goes from where it was asked for: number of nodes, and whether it leaves this one."""
-    return len(candidate.roles), candidate.strategy != "local"
+def _distance(candidate: Candidate) -> tuple[int, int]:
+    """How far work goes from where it was asked for: number of nodes, and whether it leaves this one, or even
+    the owner's devices."""
+    return len(candidate.roles), {"local": 0, CLOUD: 2}.get(candidate.strategy, 1)
 
 
 LATENCY, BALANCE = "latency", "battery-balance"
@@ -338,6 +411,8 @@ def explain(candidates: Sequence[Candidate], chosen: int | None, nodes: Mapping[
 
 def _named(candidate: Candidate, nodes: Mapping[str, NodeView]) -> str:
     """Its strategy, and the nodes' names as far as they are known."""
+    if candidate.stated is not None:
+        return f"{candidate.strategy} by the endpoint in the profile"
     names = ", ".join(nodes[role.node_id].name for role in candidate.roles if role.node_id in nodes)
     return f"{candidate.strategy}{f' on {names}' if names else ''}"
 

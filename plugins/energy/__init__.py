@@ -71,6 +71,7 @@ def by_weights(weigh: Callable[[Sequence[NodeView]], list[float]]) -> Callable[[
     def choose(situation: Situation) -> int | None:
         able = allowed(situation)
         alone = [i for i in able if len(situation.candidates[i].roles) == 1]
+        alone = [i for i in alone if situation.candidates[i].stated is None] or alone
         if not alone:
             return min(able, key=lambda i: _time(situation.candidates[i]), default=None)
         nodes = [situation.nodes[situation.candidates[i].roles[0].node_id] for i in alone]
