@@ -1,5 +1,6 @@
 """edged makes the machines a person owns into one. What stands here is what plugins may use."""
 
+from .config import duration
 from .errors import (
     ConfigError,
     EdgedError,
@@ -82,6 +83,7 @@ __all__ = [
     "Strategy",
     "TensorEntry",
     "__version__",
+    "duration",
     "hookimpl",
     "hop_s",
     "link_cost",

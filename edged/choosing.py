@@ -407,10 +407,12 @@ class Chooser:
 
     def _engines_for(self, sha256: str) -> list[EngineEntry]:
         """Loaded engines that run a model: the one it is stored under, then those that take its models."""
-        stored = next((model.engine for model in self._models.list() if model.sha256 == sha256), None)
+        model = next((model for model in self._models.list() if model.sha256 == sha256), None)
+        stored, name = (model.engine, model.name) if model is not None else (None, "")
         loaded = sorted(self._engines.values(), key=lambda entry: len(entry.takes))
         able = [entry for entry in loaded if entry.name == stored]
         able += [entry for entry in loaded if stored in entry.takes]
+        able = [entry for entry in able if entry.models is None or name in entry.models]
         if able:
             return able
         architecture = self._models.manifest(sha256).model.architecture

@@ -517,7 +517,9 @@ class Coordinator:
         joules = _joules(run.group.candidate.predicted, tpot_ms)
         group = run.group
         if group.jobs == {run.job_id}:  # beside others a job takes longer than its plan
-            self._chooser.correct(group.load.manifest.sha256, group.candidate, tpot_ms)
+            # an endpoint's tokens come a word at once, so the median gap would be too good
+            took_ms = 1000 * span / len(gaps) if gaps and group.candidate.stated else tpot_ms
+            self._chooser.correct(group.load.manifest.sha256, group.candidate, took_ms)
             self._chooser.learn(group.asked.request, Outcome(group.candidate, joules, is_done=True))
         measured: dict[str, Any] = {
             "ttft_ms": (run.times[0] - run.accepted_at) * 1000 if run.times else None,

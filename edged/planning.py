@@ -20,6 +20,7 @@ from .types import (
     Predicted,
     Role,
     Strategy,
+    Zone,
 )
 
 # What must be gained to go further from where work was asked for, as a share of the time there (hysteresis).
@@ -45,13 +46,26 @@ def propose_local(
 def propose_remote(
     model: ModelDescription, nodes: Sequence[NodeView], request: PlanRequest
 ) -> list[Candidate]:
-    others = nodes if request.nodes else nodes[1:]
+    """Own nodes by itself; whoever names a guest by hand means it."""
+    others = nodes if request.nodes else [node for node in nodes[1:] if node.zone == "own"]
     if not others:
         raise PeerError("strategy remote needs another online node; there is none", code="no-peers")
     return [whole(node, model, "remote") for node in others]
 
 
-CORE_STRATEGIES = (Strategy("local", propose_local), Strategy("remote", propose_remote))
+def propose_cloud(
+    model: ModelDescription, nodes: Sequence[NodeView], request: PlanRequest
+) -> list[Candidate]:
+    """Each guest. What engines do outside the group is for `consider`, which knows them."""
+    return [whole(node, model, CLOUD) for node in nodes if node.zone == "guest"]
+
+
+CLOUD = "cloud"
+CORE_STRATEGIES = (
+    Strategy("local", propose_local),
+    Strategy("remote", propose_remote),
+    Strategy(CLOUD, propose_cloud),
+)
 NEEDS_SEVERAL = ("layers", "tensor", "hybrid")
 
 
@@ -79,7 +93,7 @@ def consider(
             )
     ordered = [by_id[node_id] for node_id in request.nodes] if request.nodes else list(nodes)
     if request.strategy == "auto":
-        names: Sequence[str] = _fitting(strategies, request, nodes[0].node_id)
+        names: Sequence[str] = _fitting(strategies, request, nodes[0].node_id, ordered[0].zone)
     elif request.strategy in strategies:
         _check_alone(request, nodes[0].node_id)
         names = (request.strategy,)
@@ -91,18 +105,19 @@ def consider(
     found: list[Candidate] = []
     for name in names:
         try:
-            engine = _engine_of(name, engines, request)
             proposed = [
-                dataclasses.replace(candidate, engine=engine)
-                for candidate in [
-                    *strategies[name].propose(model, ordered, request),
-                    *(searched or {}).get(name, ()),
-                ]
+                *strategies[name].propose(model, ordered, request),
+                *(searched or {}).get(name, ()),
             ]
+            engine = _engine_of(name, engines, request) if proposed else ""
+            proposed = [dataclasses.replace(c, engine=engine, stated=None) for c in proposed]
         except EdgedError as error:
             if request.strategy != "auto":
                 raise
             proposed = [Candidate(name, (), refused_because=_with_remedy(error), broken_rule="strategy")]
+        if name == CLOUD:
+            proposed += _outside(engines, nodes[0], request)
+            _check_cloud(proposed, request)
         windows = {entry.name: entry.window_bytes for entry in engines}
         found += [finish(c, model, by_id, request, windows.get(c.engine, 0)) for c in proposed]
     return found
@@ -112,7 +127,7 @@ def _engine_of(strategy: str, engines: Sequence[EngineEntry], request: PlanReque
     """The first engine that does the strategy with the numerics asked for, or PolicyViolation."""
     if not engines:
         return ""
-    able = [e for e in engines if e.strategies is None or strategy in e.strategies]
+    able = [e for e in engines if e.stated is None and (e.strategies is None or strategy in e.strategies)]
     if not able:
         said = "; ".join(f"{e.name} runs {' or '.join(e.strategies or ())}" for e in engines)
         raise PolicyViolation(
@@ -129,17 +144,50 @@ def _engine_of(strategy: str, engines: Sequence[EngineEntry], request: PlanReque
     )
 
 
+def _outside(engines: Sequence[EngineEntry], submitter: NodeView, request: PlanRequest) -> list[Candidate]:
+    """A candidate for each engine that computes outside the group: this node's worker holds no part of the
+    model, it only speaks with whoever computes."""
+    if request.nodes not in (None, (submitter.node_id,)):
+        return []
+    nothing = ((0, 0),) * 4
+    role = Role(0, submitter.node_id, 0, *nothing, share=1.0)
+    return [
+        Candidate(CLOUD, (role,), engine=e.name, stated=e.stated) for e in engines if e.stated is not None
+    ]
+
+
+def _check_cloud(proposed: Sequence[Candidate], request: PlanRequest) -> None:
+    """By hand it needs somebody; with `auto` it is one strategy that has nothing to propose."""
+    if proposed or request.strategy != CLOUD:
+        return
+    if request.nodes:
+        raise ConfigError(
+            "strategy cloud takes a guest, or this node where it knows an endpoint for the model",
+            remedy="use local or remote for own nodes",
+        )
+    raise PeerError(
+        "strategy cloud needs an online guest, or an endpoint that the profile names for this model; "
+        "there is neither",
+        remedy="pair one with `edged invite --zone guest`, or set [plugin.cloud]",
+        code="no-peers",
+    )
+
+
 def _with_remedy(error: EdgedError) -> str:
     return f"{error}; {error.remedy}" if error.remedy else str(error)
 
 
-def _fitting(strategies: Mapping[str, Strategy], request: PlanRequest, submitter: str) -> list[str]:
-    """The strategies that `auto` may ask, given the nodes named by hand."""
+def _fitting(
+    strategies: Mapping[str, Strategy], request: PlanRequest, submitter: str, zone: Zone
+) -> list[str]:
+    """The strategies that `auto` may ask, given the nodes named by hand, the first of them in `zone`."""
     if not request.nodes:
         return list(strategies)
     if len(request.nodes) > 1 or request.shares:
         return [name for name in strategies if name in NEEDS_SEVERAL]
-    return ["local"] if request.nodes == (submitter,) else ["remote"]
+    if request.nodes == (submitter,):
+        return ["local"]
+    return [CLOUD if zone == "guest" else "remote"]
 
 
 def _check_alone(request: PlanRequest, submitter: str) -> None:
@@ -148,8 +196,8 @@ def _check_alone(request: PlanRequest, submitter: str) -> None:
         return
     if request.strategy == "local" and request.nodes != (submitter,):
         raise ConfigError("strategy local runs on the submitting node", remedy="drop --nodes, or use remote")
-    if request.strategy == "remote" and len(request.nodes) != 1:
-        raise ConfigError(f"strategy remote takes one of --nodes; {len(request.nodes)} came")
+    if request.strategy in ("remote", CLOUD) and len(request.nodes) != 1:
+        raise ConfigError(f"strategy {request.strategy} takes one of --nodes; {len(request.nodes)} came")
     if request.strategy == "remote" and request.nodes == (submitter,):
         raise ConfigError("strategy remote runs on another node", remedy="name another, or use local")
 
@@ -177,7 +225,7 @@ def finish(
 
     sized = dataclasses.replace(candidate, roles=tuple(map(sized_role, candidate.roles)))
     judged = rules.refused(sized, model, nodes, request)
-    return dataclasses.replace(judged, predicted=price(sized, model, nodes, request))
+    return dataclasses.replace(judged, predicted=sized.stated or price(sized, model, nodes, request))
 
 
 def _well_typed(candidate: Candidate) -> Candidate:
@@ -210,9 +258,10 @@ def choose(candidates: Sequence[Candidate]) -> int | None:
     return best
 
 
-def _distance(candidate: Candidate) -> tuple[int, bool]:
-    """How far work goes from where it was asked for: number of nodes, and whether it leaves this one."""
-    return len(candidate.roles), candidate.strategy != "local"
+def _distance(candidate: Candidate) -> tuple[int, int]:
+    """How far work goes from where it was asked for: number of nodes, and whether it leaves this one, or even
+    the owner's devices."""
+    return len(candidate.roles), {"local": 0, CLOUD: 2}.get(candidate.strategy, 1)
 
 
 LATENCY, BALANCE = "latency", "battery-balance"
@@ -267,6 +316,8 @@ def _cost(predicted: Predicted) -> str:
 
 def _named(candidate: Candidate, nodes: Mapping[str, NodeView]) -> str:
     """Its strategy, and the nodes' names as far as they are known."""
+    if candidate.stated is not None:
+        return f"{candidate.strategy} by the endpoint in the profile"
     names = ", ".join(nodes[role.node_id].name for role in candidate.roles if role.node_id in nodes)
     return f"{candidate.strategy}{f' on {names}' if names else ''}"
 

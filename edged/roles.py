@@ -179,6 +179,8 @@ class Roles:
         if offer.engine not in self._engines:
             known = ", ".join(sorted(self._engines)) or "none"
             raise EngineError(f"{mine.name} has no engine {offer.engine!r}; loaded: {known}")
+        if self._engines[offer.engine].stated is not None and coordinator != mine.node_id:
+            raise PolicyViolation(f"{mine.name} asks its own endpoint for its own jobs only")
         memory_bytes = self._check_memory(offer, offer.model)
         role = dataclasses.replace(role, memory_bytes=memory_bytes)  # a guard judges what it will take
         reason = self._host.guard(
@@ -251,6 +253,7 @@ class Roles:
             str(self._device.cache_folder),
             offer.cache_tokens,
             offer.cache_type,
+            offer.model_name,
         )
         body = {
             "group": offer.group,

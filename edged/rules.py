@@ -2,7 +2,7 @@
 
 Each has a name, and says why a plan breaks it, or nothing. Those of form need the plan and the model alone
 and come first: what breaks one is neither sized nor priced. The others ask who may take part, and whether it
-fits.
+fits. A plan whose tokens are computed outside the group has rules of its own.
 """
 
 from __future__ import annotations
@@ -48,14 +48,19 @@ def refused(
     candidate: Candidate, model: ModelDescription, nodes: Mapping[str, NodeView], request: PlanRequest
 ) -> Candidate:
     """The candidate, with the first rule that it breaks and the reason, or as it was."""
-    return _refused(candidate, Case(candidate, model, nodes, request), FORM | PARTICIPATION)
+    form, participation = _rules_of(candidate)
+    return _refused(candidate, Case(candidate, model, nodes, request), form | participation)
 
 
 def malformed(
     candidate: Candidate, model: ModelDescription, nodes: Mapping[str, NodeView], request: PlanRequest
 ) -> Candidate:
     """The same by the rules of form alone, which need no sizes."""
-    return _refused(candidate, Case(candidate, model, nodes, request), FORM)
+    return _refused(candidate, Case(candidate, model, nodes, request), _rules_of(candidate)[0])
+
+
+def _rules_of(candidate: Candidate) -> tuple[dict[str, Rule], dict[str, Rule]]:
+    return (FORM, PARTICIPATION) if candidate.stated is None else (FORM_OUTSIDE, PARTICIPATION_OUTSIDE)
 
 
 def _refused(candidate: Candidate, case: Case, rules: Mapping[str, Rule]) -> Candidate:
@@ -127,6 +132,16 @@ def _shares(case: Case) -> str | None:
     return "expected shares above 0 and at most 1; others came"
 
 
+def _outside(case: Case) -> str | None:
+    """A submitter that saves its battery may ask all the same: it does not compute."""
+    role = case.roles[0]
+    if len(case.roles) != 1 or role.node_id != case.submitter:
+        return "what is computed outside has one role, on the node that the job was submitted to"
+    if any(part != (0, 0) for part in (role.layers, role.heads, role.ffn, role.vocab)):
+        return "its role holds a part of the model, which is computed outside"
+    return None
+
+
 def _cache(case: Case) -> str | None:
     model, request = case.model, case.request
     if request.numerics == "exact" or request.cache_type != "q8_0" or model.head_dim % Q8_0_BLOCK == 0:
@@ -175,7 +190,8 @@ def _rights(case: Case, role: Role, node: NodeView) -> str | None:
 
 
 def _privacy(case: Case, role: Role, node: NodeView) -> str | None:
-    if case.request.private and node.node_id != case.submitter:
+    is_outside = case.candidate.stated is not None
+    if case.request.private and (is_outside or node.node_id != case.submitter):
         return "this job is private, and its prompt would leave the node"
     return None
 
@@ -192,6 +208,12 @@ def _engine(case: Case, role: Role, node: NodeView) -> str | None:
     if not engine or engine in node.engines:
         return None
     return f"it has no engine {engine!r}; loaded: {', '.join(node.engines) or 'none'}"
+
+
+def _numerics(case: Case) -> str | None:
+    if case.request.numerics == "fast":
+        return None
+    return f"nobody can check the {case.request.numerics} numerics of what is computed outside"
 
 
 def _links(case: Case) -> str | None:
@@ -217,10 +239,17 @@ FORM: dict[str, Rule] = {
 PARTICIPATION: dict[str, Rule] = {
     "online": _of_each_node(_online),
     "saving": _of_each_node(_saving),
+    "privacy": _of_each_node(_privacy),
     "zone": _of_each_node(_zone),
     "rights": _of_each_node(_rights),
-    "privacy": _of_each_node(_privacy),
     "memory": _of_each_node(_memory),
     "engine": _of_each_node(_engine),
     "links": _links,
+}
+FORM_OUTSIDE: dict[str, Rule] = {"ranks": _ranks, "nodes": _nodes, "outside": _outside, "shares": _shares}
+PARTICIPATION_OUTSIDE: dict[str, Rule] = {
+    "privacy": _of_each_node(_privacy),
+    "numerics": _numerics,
+    "memory": _of_each_node(_memory),
+    "engine": _of_each_node(_engine),
 }

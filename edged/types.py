@@ -116,6 +116,7 @@ class Candidate:
     refused_because: str | None = None
     engine: str = ""  # that shall run it; filled in by the core
     broken_rule: str | None = None  # whose reason `refused_because` is, by its name in `edged.rules`
+    stated: Predicted | None = None  # where its engine computes outside the group; by the core
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,6 +284,7 @@ class EngineSpec:
     cache_folder: str = ""  # where an engine may keep what it makes of the model
     cache_tokens: int = 0
     cache_type: CacheType = "f16"
+    model_name: str = ""  # that it is stored under
 
     @property
     def role(self) -> Role:
@@ -353,7 +355,9 @@ class Engine(Protocol):
         ...
 
     def finish(self) -> list[int | None]:
-        """The next token of each step of the oldest unfinished batch; None without a sampling."""
+        """The next token of each step of the oldest unfinished batch; None without a sampling, and where an
+        engine that waits for somebody outside has no token yet: it is asked again, by a step without tokens.
+        """
         ...
 
     def release(self, sequence: int) -> None:
@@ -383,7 +387,10 @@ class EngineEntry:
     token (`EngineSpec.weights_bytes`); 0: they must all fit.
     A model is stored under the engine that described it first. `takes`: engines whose models this one
     runs too. `strategies`, `numerics`: what it can do (None: every strategy); `remedy`: what helps
-    whoever asked for more.
+    whoever asked for more. `models`: the names of those that it runs (None: any).
+    `stated`: what a token costs with an engine that computes outside the group: by the strategy `cloud`
+    alone, for this node's own jobs that are not private, in a role that holds no part of the model. None:
+    it computes here, and the core knows the price.
     """
 
     name: str
@@ -398,6 +405,8 @@ class EngineEntry:
     strategies: tuple[str, ...] | None = None
     numerics: tuple[Numerics, ...] = ("fast", "exact")
     remedy: str = ""
+    models: tuple[str, ...] | None = None
+    stated: Predicted | None = None
 
 
 class Propose(Protocol):

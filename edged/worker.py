@@ -116,7 +116,9 @@ class Worker:
                 self._inbox.put(message)
 
     def _usage(self) -> wire.Used:
-        return wire.Used(self._channel.bytes_sent if self._channel is not None else 0, _peak_bytes())
+        sent = self._channel.bytes_sent if self._channel is not None else 0
+        sent += getattr(self._engine, "bytes_sent", 0)  # of one that sends beside the channel
+        return wire.Used(sent, _peak_bytes())
 
     def _handle_requests(self) -> None:
         """Everything that waits; blocks while there is nothing else to do."""
@@ -289,7 +291,7 @@ class Worker:
         if sequence.is_cancelled:
             self._end(sequence, "cancelled")
             return
-        if token is None:  # its prompt goes on
+        if token is None:  # its prompt goes on, or whoever is outside has no token for it yet
             return
         sequence.pending = [token]
         request = sequence.request

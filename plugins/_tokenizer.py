@@ -15,6 +15,11 @@ from llama_cpp.llama_chat_format import Jinja2ChatFormatter
 from edged import EngineError
 
 PIECE_BYTES = 256
+SPECIAL = (
+    llama_cpp.LLAMA_TOKEN_ATTR_CONTROL
+    | llama_cpp.LLAMA_TOKEN_ATTR_USER_DEFINED
+    | llama_cpp.LLAMA_TOKEN_ATTR_UNKNOWN
+)  # tokens that a text is divided at before it is tokenised
 
 
 @llama_cpp.llama_log_callback
@@ -69,13 +74,35 @@ class Tokenizer:
     def decode(self, tokens: Sequence[int]) -> bytes:
         return b"".join(self._piece(token) for token in tokens)
 
-    def _tokenize(self, text: str, add_special: bool) -> list[int]:
+    def spell(self, text: str) -> list[int]:
+        """Tokens of ordinary text as it stands: nothing is added, and nothing in it is a special token."""
+        return self._tokenize(text, add_special=False, parse_special=False)
+
+    def text_of(self, tokens: Sequence[int]) -> str:
+        """The text that, tokenised as a raw prompt, gives these tokens: special ones written out, without
+        the BOS and the spaces that tokenising adds. EngineError where they end within a character."""
+        adds_bos = llama_cpp.llama_vocab_get_add_bos(self._vocab)
+        bos = llama_cpp.llama_vocab_bos(self._vocab) if adds_bos else None
+        adds_space = self.decode(self.spell("a")) == b" a"
+        pieces, is_start = [], True
+        for token in tokens[1:] if tokens and tokens[0] == bos else tokens:
+            piece = self._piece(token, special=True)
+            is_special = bool(llama_cpp.llama_vocab_get_attr(self._vocab, token) & SPECIAL)
+            is_added = adds_space and is_start and not is_special
+            pieces.append(piece.removeprefix(b" ") if is_added else piece)
+            is_start = is_special
+        try:
+            return b"".join(pieces).decode()
+        except UnicodeDecodeError as error:
+            raise EngineError("expected tokens of whole characters; they end within one") from error
+
+    def _tokenize(self, text: str, add_special: bool, parse_special: bool = True) -> list[int]:
         encoded = text.encode()
         room = len(encoded) + 8
         for _ in range(2):
             found = (llama_cpp.llama_token * room)()
             count = llama_cpp.llama_tokenize(
-                self._vocab, encoded, len(encoded), found, room, add_special, True
+                self._vocab, encoded, len(encoded), found, room, add_special, parse_special
             )
             if count >= 0:
                 return list(found[:count])

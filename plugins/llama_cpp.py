@@ -29,9 +29,9 @@ def edged_engines(settings: Mapping[str, Any]) -> Sequence[EngineEntry]:
             check="edged_plugins._llama_describe:check",
             settings=dataclasses.asdict(read("llama_cpp", settings, Settings)),
             takes=("shard",),
-            strategies=("local", "remote"),
+            strategies=("local", "remote", "cloud"),
             numerics=("fast",),
-            remedy='use --strategy local or remote, or load "llama_rpc" and set '
+            remedy='use --strategy local, remote or cloud, or load "llama_rpc" and set '
             "`[plugin.llama_rpc] allow = true` on every node",
         )
     ]

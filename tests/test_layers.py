@@ -73,7 +73,12 @@ PLUGIN_DOORS = {
     "psutil": ("monitor", "one reader of the device"),
     "zeroconf": ("mdns", "one speaker of multicast DNS"),
     "ifaddr": ("mdns", "interfaces, as zeroconf sees them"),
-    "socket": ("mdns _llama_tunnel", "a discoverer's, and loopback, where libllama knows nothing else"),
+    "socket": (
+        "mdns _llama_tunnel _cloud_stream",
+        "a discoverer's, loopback where libllama knows nothing else, and an endpoint's",
+    ),
+    "http": ("_cloud_stream", "one client decides what of a stranger's answer is believed"),
+    "ssl": ("_cloud_stream", "one client decides whom it speaks to"),
     "numpy": (
         "shard energy _placing _ring _search _sampling _llama_engine",
         "arrays live in an engine's worker",
@@ -290,7 +295,16 @@ def test_a_plugins_own_module_is_light(file: Path) -> None:
 
 
 def test_a_fresh_daemon_loads_nothing_heavy_and_no_plugin_that_was_not_named() -> None:
-    named = ["mdns", "monitor", "shard", "llama_cpp", "llama_rpc", "layer_parallel", "tensor_parallel"]
+    named = [
+        "mdns",
+        "monitor",
+        "shard",
+        "llama_cpp",
+        "llama_rpc",
+        "cloud",
+        "layer_parallel",
+        "tensor_parallel",
+    ]
     program = (
         "import sys, edged.daemon\n"
         "from edged.plugins import Host\n"

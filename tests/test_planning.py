@@ -589,7 +589,7 @@ def test_auto_asks_the_strategies_that_fit_the_named_nodes(
 @pytest.mark.parametrize(
     ("asked", "error", "says"),
     [
-        ({"strategy": "tenser"}, ConfigError, "no strategy 'tenser'; loaded: auto, hybrid, layers, local"),
+        ({"strategy": "tenser"}, ConfigError, "no strategy 'tenser'; loaded: auto, cloud, hybrid, layers"),
         ({"strategy": "local", "nodes": ("b",)}, ConfigError, "local runs on the submitting node"),
         ({"strategy": "remote", "nodes": ("a", "b")}, ConfigError, "remote takes one of --nodes; 2 came"),
         ({"strategy": "remote", "nodes": ("a",)}, ConfigError, "remote runs on another node"),

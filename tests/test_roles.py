@@ -24,7 +24,7 @@ from edged.plugins import Host
 from edged.roles import Roles
 from edged.supervisor import Supervisor
 from edged.transfers import Transfers
-from edged.types import DeviceState, EngineEntry, NodeView, PlanRequest, SensorEntry
+from edged.types import DeviceState, EngineEntry, NodeView, PlanRequest, Predicted, SensorEntry
 
 ECHO = echo.edged_engines({})[0]
 WINDOWED = dataclasses.replace(ECHO, window_bytes=1)
@@ -157,3 +157,14 @@ def test_memory_that_is_promised_and_not_touched_is_not_given_twice(tmp_path: Pa
         assert 0 <= rig.roles.memory_promised < rig.full
 
     run(tmp_path, test)
+
+
+def test_an_engine_that_asks_outside_does_so_for_nobody_else(tmp_path: Path) -> None:
+    """Whoever pays for an endpoint decides who uses it."""
+
+    async def test(rig: Rig) -> None:
+        with pytest.raises(PolicyViolation, match="phone asks its own endpoint for its own jobs only"):
+            await rig.offer()
+        assert rig.roles.memory_taken == 0
+
+    run(tmp_path, test, dataclasses.replace(ECHO, stated=Predicted(tpot_ms=1.0)))

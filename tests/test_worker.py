@@ -139,3 +139,24 @@ def test_a_flood_of_jobs_is_refused_and_harms_nobody(pipe: socket.socket) -> Non
     assert len(worker._waiting) == WAITING_MAX
     advance(worker, 2)
     assert engine.batches == [{1: 1}] * 3
+
+
+def test_an_engine_without_a_token_yet_is_asked_again_by_a_step_without_tokens(pipe: socket.socket) -> None:
+    class Waits(Lanes):
+        """Its answers come every third time."""
+
+        def finish(self) -> list[int | None]:
+            found = super().finish()
+            return found if len(self.batches) % 3 == 0 else [None] * len(found)
+
+    engine = Waits(1)
+    worker = worker_of(pipe, engine)
+    worker._begin(order("slow", "pp", tokens=3))
+    advance(worker, 5)
+    assert engine.batches == [{1: 2}, {1: 0}, {1: 0}, {1: 1}, {1: 0}]
+    assert worker._running["slow"].position == 3
+    worker._cancel("slow")
+    assert engine.positions == {}
+    worker._begin(order("whole", tokens=2))
+    advance(worker, 6)
+    assert engine.positions == {}

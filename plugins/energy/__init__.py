@@ -108,9 +108,12 @@ def _drawing(name: str, weigh: Weigh) -> Policy:
 
 
 def _alone(situation: Situation) -> dict[int, NodeView]:
-    """The nodes that could do the job alone, by the index of that plan."""
-    found = {i: situation.candidates[i].roles for i in allowed(situation)}
-    return {i: situation.nodes[roles[0].node_id] for i, roles in found.items() if len(roles) == 1}
+    """The nodes that could do the job alone, by the index of that plan; who only asks somebody outside
+    counts where no node can."""
+    able = {i: situation.candidates[i] for i in allowed(situation)}
+    alone = {i: each for i, each in able.items() if len(each.roles) == 1}
+    here = {i: each for i, each in alone.items() if each.stated is None}
+    return {i: situation.nodes[each.roles[0].node_id] for i, each in (here or alone).items()}
 
 
 def battery_weights(reserve: float) -> Callable[[Sequence[NodeView]], dict[str, float]]:

@@ -25,8 +25,8 @@ from edged_plugins.shard._links import (
 from edged_plugins.shard._reduce import Reducer, Terms, settle
 from shard_rig import MemoryChannel, connect
 
-from edged import LinkCost as Link
 from edged import LinkCost, ProtocolError, measure_link
+from edged import LinkCost as Link
 from edged.exchanging import (
     BURST_BYTES,
     LARGE_BYTES,
