@@ -435,9 +435,9 @@ class Policy:
     weigh(nodes) -> for each node id what part of its speed a plan should use; strategies divide by it
     learn(outcome): told of every job whose plan it chose
     fit: "package.module:attribute", called in a process of its own with descriptions of batteries (see
-        `edged.simulation.Simulated`) as dicts; what each bears, by name: `NodeView.bearable`
+        `edged.scenario.Simulated`) as dicts; what each bears, by name: `NodeView.bearable`
 
-    All are pure but for what `learn` keeps.
+    All are pure but for what `learn` keeps, and a policy of turns, which remembers its choices.
     """
 
     name: str

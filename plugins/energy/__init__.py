@@ -1,7 +1,8 @@
 """Policies that live within batteries, heat and carbon: which priced plan to take, and when.
 
 Provides `uniform`, `long-term`, `adaptive` (who gets the next job, by what the batteries bear),
-`battery-balance` (shares that drain batteries together) and `bandit` (learns which place costs least).
+`battery-balance` (shares that drain batteries together), `bandit` (learns which place costs least) and
+`round-robin` (each node in turn, the quick ones more often).
 
 It does not know prices: it chooses among plans that the core has priced and allowed. It does not read
 sensors (`monitor` does), and changes no power mode.
@@ -17,7 +18,7 @@ from typing import Any
 
 from edged import Candidate, ConfigError, NodeView, Outcome, Policy, Situation, hookimpl
 
-from . import _bandit, _weights
+from . import _bandit, _round_robin, _weights
 
 FIT = "edged_plugins.energy._semi_markov:fit"
 HORIZON = 1.10  # plans within a tenth of the least time are equals, of which the batteries may choose
@@ -57,6 +58,7 @@ def edged_policies(settings: Mapping[str, Any]) -> Sequence[Policy]:
         Policy("adaptive", by_weights(_weights.adaptive), fit=FIT, is_steady=False),
         Policy("battery-balance", longest_lived(chosen.reserve), weigh=battery_weights(chosen.reserve)),
         Policy("bandit", bandit.choose, learn=bandit.learn, is_steady=False),
+        Policy("round-robin", in_turn(), is_steady=False),
     ]
 
 
@@ -75,6 +77,31 @@ def by_weights(weigh: Callable[[Sequence[NodeView]], list[float]]) -> Callable[[
             return min(able, key=lambda i: _time(situation.candidates[i]), default=None)
         nodes = [situation.nodes[situation.candidates[i].roles[0].node_id] for i in alone]
         return alone[_weights.drawn(weigh(nodes), situation.draw)]
+
+    return choose
+
+
+def in_turn() -> Callable[[Situation], int | None]:
+    """Each node that could do the job alone has its turns, the quick more; else the fastest plan is taken.
+
+    Every choice counts as a job, one for `edged plan` too. A node whose time is unknown is as slow as the
+    slowest of the others.
+    """
+    turns = _round_robin.Turns()
+
+    def choose(situation: Situation) -> int | None:
+        able = allowed(situation)
+        times = {i: _time(situation.candidates[i]) for i in able}
+        alone: dict[str, int] = {}  # the quickest plan of each node
+        for i in able:
+            roles = situation.candidates[i].roles
+            if len(roles) == 1:
+                node_id = roles[0].node_id
+                alone[node_id] = min(alone.get(node_id, i), i, key=times.__getitem__)
+        if not alone:
+            return min(able, key=times.__getitem__, default=None)
+        slowest = max((times[i] for i in alone.values() if math.isfinite(times[i])), default=1.0)
+        return alone[turns.choose({node: min(times[i], slowest) for node, i in alone.items()})]
 
     return choose
 

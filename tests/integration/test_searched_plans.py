@@ -22,9 +22,9 @@ def test_a_plan_over_three_nodes_is_searched_priced_and_explained(nodes: Nodes, 
     layers = [c for c in priced if c["strategy"] == "layers"]
     pairs = {tuple(sorted(role["name"] for role in c["roles"])) for c in layers}
     assert pairs - {("jetson", "laptop"), ("jetson", "laptop", "phone")} or len(layers) > 2
-    for policy in ("uniform", "bandit", "battery-balance"):
+    for policy in ("uniform", "bandit", "battery-balance", "round-robin"):
         assert len(laptop.call("generate", ASKED | {"policy": policy})["tokens"]) == 4
     refused = laptop.error("generate", ASKED | {"policy": "greedy"})
-    assert "no policy 'greedy'; loaded: bandit, battery-balance, latency, uniform" in str(refused)
+    assert "no policy 'greedy'; loaded: bandit, battery-balance, " in str(refused)
     refused = laptop.error("generate", ASKED | {"policy": "adaptive"})
     assert "needs to know what batteries harvest" in str(refused)

@@ -101,7 +101,7 @@ def test_the_bandit_keeps_to_what_is_feasible():
 
 def test_edged_policies():
     names = [policy.name for policy in energy.edged_policies({})]
-    assert names == ["uniform", "long-term", "adaptive", "battery-balance", "bandit"]
+    assert names == ["uniform", "long-term", "adaptive", "battery-balance", "bandit", "round-robin"]
 
 
 @pytest.mark.parametrize("settings", [{"explore": -1}, {"reserve": 1.0}, {"explore": "much"}, {"x": 1}])
