@@ -19,7 +19,7 @@ from . import identity as ids
 from .config import Profile
 from .device import Device
 from .errors import EdgedError
-from .simulation import PowerMode, Simulated
+from .scenario import PowerMode, Simulated
 from .supervisor import Supervisor
 from .types import Battery
 

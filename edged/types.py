@@ -476,11 +476,11 @@ class Policy:
         while there is a `start_by`, and again when that time has come
     note(situation) -> what a person should know of its choice, a sentence; "" where there is nothing
     fit: "package.module:attribute", called in a process of its own with descriptions of batteries (see
-        `edged.simulation.Simulated`) as dicts; what each bears, by name: `NodeView.bearable`. A node calls
+        `edged.scenario.Simulated`) as dicts; what each bears, by name: `NodeView.bearable`. A node calls
         the one of its policies for its own battery. Jobs are refused where no node's is known
     refused_because: what this node lacks for it; jobs are refused with that reason
 
-    All are pure but for what `learn` keeps.
+    All are pure but for what `learn` keeps, and a policy of turns, which remembers its choices.
     """
 
     name: str

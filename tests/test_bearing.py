@@ -14,7 +14,7 @@ from edged.bearing import Bearing, Bears
 from edged.config import Device as Facts
 from edged.config import Energy, Profile
 from edged.device import Device
-from edged.simulation import PowerMode
+from edged.scenario import PowerMode
 from edged.supervisor import Supervisor
 from edged.types import Battery, DeviceState, SensorEntry
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,8 @@ from .. import config, simulation
 from ..errors import ConfigError
 from ..planning import CORE_POLICIES
 from ..plugins import Host
-from ..simulation import Result, Scenario
+from ..scenario import Scenario, check
+from ..simulation import Result
 from ..types import Policy
 from .detecting import first_party_plugins
 from .options import HomeOption, JsonOption
@@ -22,6 +24,13 @@ from .output import show
 from .tables import facts
 
 PLOTS = (".png", ".svg")
+UNITS = ("battery, %", "jobs", "devices, %")
+DOING = {
+    "busy": "busy",  # curves, and their legends
+    "saving": "down (saving power)",
+    "failed": "failed",
+    "in use": "in use by its owner",
+}
 
 
 def simulate(
@@ -41,7 +50,7 @@ def simulate(
             remedy="name it otherwise",
         )
     read = config.read_table(_file(scenario), Scenario)
-    simulation.check(read)
+    check(read)
     chosen = _policy(policy or read.policy)
     bearable = _fitted(chosen, read)
     result = simulation.run(read, chosen, seed, bearable)
@@ -96,9 +105,14 @@ def _document(scenario: Scenario, result: Result, seed: int) -> dict[str, Any]:
         "seed": seed,
         "runs": scenario.runs,
         "simulated_s": scenario.slots * scenario.slot_s,
+        "queue": scenario.queue,
         "jobs_done": result.jobs_done,
         "dropped": result.dropped,
+        "waiting": result.waiting,
         "moved": result.moved,
+        "waiting_mean_s": _seconds(simulation.mean(result.waits), scenario),
+        "waiting_p95_s": _seconds(simulation.percentile(result.waits, 0.95), scenario),
+        "turnaround_mean_s": _seconds(simulation.mean(result.turnarounds), scenario),
         "downtime": result.downtime,
         "mean_battery": result.mean_battery,
         "joules": result.joules,
@@ -106,24 +120,48 @@ def _document(scenario: Scenario, result: Result, seed: int) -> dict[str, Any]:
     }
 
 
+def _seconds(slots: float | None, scenario: Scenario) -> float | None:
+    return None if slots is None else slots * scenario.slot_s
+
+
 def _draw(path: Path, scenario: Scenario, result: Result) -> None:
+    """Batteries, the queue, and what devices do: three pictures over the hours of the last run."""
     try:
         pyplot = importlib.import_module("matplotlib.pyplot")
     except ImportError as error:
         raise ConfigError(
             f"expected matplotlib, which draws plots; {error}", remedy="pip install 'edged[plan]'"
         ) from error
-    curves = dict(result.curves)
-    hours = curves.pop("hours")
-    figure, (above, below) = pyplot.subplots(2, 1, sharex=True, figsize=(9, 6))
-    for name in [name for name in curves if name.startswith("battery ")]:
-        above.plot(hours, [100 * level for level in curves.pop(name)], label=name.removeprefix("battery "))
-    for name, values in curves.items():
-        below.plot(hours, values, label=name, drawstyle="steps-post")
-    above.set(ylabel="battery, %", title=f"{scenario.name}: {result.policy}")
-    below.set(ylabel="devices", xlabel="hours")
-    for axes in (above, below):
-        if axes.lines:
-            axes.legend()
-    figure.savefig(path)
+    curves, hours = result.curves, result.curves["hours"]
+    figure, several = pyplot.subplots(3, 1, sharex=True, figsize=(11, 8.6), layout="constrained")
+    percent = 100 / sum(device.count for device in scenario.devices)
+    for axes, unit, lines in zip(several, UNITS, _lines(scenario, curves), strict=True):
+        scale = {"battery, %": 100, "devices, %": percent}.get(unit, 1)
+        drawstyle = "default" if unit.startswith("battery") else "steps-post"
+        for label, name in lines.items():
+            values = [scale * value for value in curves[name]]
+            axes.plot(hours, values, label=label, linewidth=1.2, drawstyle=drawstyle)
+        top = 100 if unit.endswith("%") else max([1, *(max(curves[name]) for name in lines.values())])
+        axes.set(ylabel=unit, ylim=(-0.02 * top, 1.04 * top))
+        axes.grid(alpha=0.3)
+        if lines:
+            axes.legend(loc="upper left", bbox_to_anchor=(1.01, 1.0), borderaxespad=0.0, frameon=False)
+        else:
+            axes.set_title("every device is on mains", fontsize="medium")
+    several[-1].set(xlabel="time, hours", xlim=(0, scenario.slots * scenario.slot_s / 3600))
+    of = f"of {scenario.runs} runs, the last drawn" if scenario.runs > 1 else "of the time"
+    figure.suptitle(
+        f"{scenario.name}: policy {result.policy}, queue {scenario.queue}, down {result.downtime:.1%} {of}"
+    )
+    figure.savefig(path, dpi=120)
     pyplot.close(figure)
+
+
+def _lines(scenario: Scenario, curves: Mapping[str, Sequence[float]]) -> list[dict[str, str]]:
+    """For each picture the curves by their legends."""
+    batteries = {name.removeprefix("battery "): name for name in curves if name.startswith("battery ")}
+    hours = curves["hours"]
+    apart = f"{60 * (hours[1] - hours[0]):.3g} min" if len(hours) > 1 else "all the time"
+    jobs = {} if scenario.queue == "drop" else {"waiting": "waiting"}
+    doing = {label: name for name, label in DOING.items() if name in curves}
+    return [batteries, jobs | {f"dropped in {apart}": "dropped"}, doing]

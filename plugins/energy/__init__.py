@@ -1,8 +1,9 @@
 """Policies that live within batteries, heat and carbon: which priced plan to take, and when.
 
 Provides `uniform`, `long-term`, `adaptive` (who gets the next job, by what the batteries bear),
-`battery-balance` (shares that drain batteries together), `bandit` (learns which place costs least) and
-`carbon` (the fewest grams of CO2, and jobs that wait for a clean hour; see `_carbon` for the file).
+`battery-balance` (shares that drain batteries together), `bandit` (learns which place costs least),
+`round-robin` (each node in turn, the quick ones more often) and `carbon` (the fewest grams of CO2, and jobs
+that wait for a clean hour; see `_carbon` for the file).
 
 It does not know prices: it chooses among plans that the core has priced and allowed. It does not read
 sensors (`monitor` does), and changes no power mode.
@@ -19,7 +20,7 @@ from typing import Any
 
 from edged import Candidate, ConfigError, Deferral, NodeView, Outcome, Policy, Situation, hookimpl
 
-from . import _bandit, _carbon, _weights
+from . import _bandit, _carbon, _round_robin, _weights
 
 Weigh = Callable[[Sequence[NodeView]], list[float]]
 FILE_BYTES_MAX = 1 << 20  # of intensities; two years have 600 kB
@@ -64,6 +65,7 @@ def edged_policies(settings: Mapping[str, Any]) -> Sequence[Policy]:
         _drawing("adaptive", _weights.adaptive),
         Policy("battery-balance", longest_lived(chosen.reserve), weigh=battery_weights(chosen.reserve)),
         Policy("bandit", bandit.choose, learn=bandit.learn, is_steady=False),
+        Policy("round-robin", in_turn(), is_steady=False),
         _clean(chosen.carbon_file),
     ]
 
@@ -114,6 +116,31 @@ def _alone(situation: Situation) -> dict[int, NodeView]:
     alone = {i: each for i, each in able.items() if len(each.roles) == 1}
     here = {i: each for i, each in alone.items() if each.stated is None}
     return {i: situation.nodes[each.roles[0].node_id] for i, each in (here or alone).items()}
+
+
+def in_turn() -> Callable[[Situation], int | None]:
+    """Each node that could do the job alone has its turns, the quick more; else the fastest plan is taken.
+
+    Every choice counts as a job, one for `edged plan` too. A node whose time is unknown is as slow as the
+    slowest of the others.
+    """
+    turns = _round_robin.Turns()
+
+    def choose(situation: Situation) -> int | None:
+        able = allowed(situation)
+        times = {i: _time(situation.candidates[i]) for i in able}
+        alone: dict[str, int] = {}  # the quickest plan of each node
+        for i in able:
+            roles = situation.candidates[i].roles
+            if len(roles) == 1:
+                node_id = roles[0].node_id
+                alone[node_id] = min(alone.get(node_id, i), i, key=times.__getitem__)
+        if not alone:
+            return min(able, key=times.__getitem__, default=None)
+        slowest = max((times[i] for i in alone.values() if math.isfinite(times[i])), default=1.0)
+        return alone[turns.choose({node: min(times[i], slowest) for node, i in alone.items()})]
+
+    return choose
 
 
 def battery_weights(reserve: float) -> Callable[[Sequence[NodeView]], dict[str, float]]:

@@ -103,7 +103,7 @@ def bearable(device: Harvester, risk: float, limit: int | None = None) -> float:
 
 
 def fit(devices: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The arrival rate that each device bears, by name, at RISK; devices as `edged.simulation.Simulated`."""
+    """The arrival rate that each device bears, by name, at RISK; devices as `edged.scenario.Simulated`."""
     kinds = {device["name"]: harvester(device) for device in devices}
     rates = {kind: _rate(kind) for kind in set(kinds.values())}
     return {name: rates[kind] for name, kind in kinds.items()}

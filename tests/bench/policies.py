@@ -25,7 +25,7 @@ from edged_plugins.energy._semi_markov import fit
 
 from edged import config, simulation
 from edged.planning import CORE_POLICIES
-from edged.simulation import PowerMode, Scenario, Simulated
+from edged.scenario import PowerMode, Scenario, Simulated
 from edged.types import Policy
 
 PROFILES = Path(__file__).parents[2] / "profiles" / "scenarios"

@@ -12,6 +12,7 @@ SCENARIOS = sorted(
     file.stem for file in (Path(__file__).parents[2] / "profiles" / "scenarios").glob("*.toml")
 )
 FIELDS = {"policy", "jobs_done", "dropped", "downtime", "mean_battery", "joules", "first_dead_s", "seed"}
+QUEUE_FIELDS = ("queue", "waiting", "waiting_mean_s", "waiting_p95_s", "turnaround_mean_s")
 SMALL = """
 name = "two"
 arrival = 0.5
@@ -53,13 +54,43 @@ def test_a_policy_named_by_hand_takes_the_place_of_the_scenario_s(small: Path, e
     assert edged("simulate", str(small), "--policy", "latency", "--json").document["policy"] == "latency"
 
 
+def test_jobs_wait_where_the_scenario_has_a_queue(small: Path, edged: Any) -> None:
+    words = SMALL.replace("arrival = 0.5", 'arrival = 1.0\nqueue = "fcfs"\nqueue_max = 4')
+    small.write_text(words.replace("slots = 1,", "slots = 3,"))
+    found = edged("simulate", str(small), "--json").document
+    assert found["jobs_done"] + found["dropped"] + found["waiting"] == 50
+    queue, waiting, middle, most, turnaround = (found[name] for name in QUEUE_FIELDS)
+    assert (queue, waiting) == ("fcfs", 4)
+    assert 0 < middle <= most <= 4 * 3 / 2 * 100
+    assert turnaround == pytest.approx(middle + 300)
+
+
+def test_nothing_waited_where_nothing_ended(small: Path, edged: Any) -> None:
+    small.write_text(SMALL.replace("arrival = 0.5", "arrival = 0"))
+    found = edged("simulate", str(small), "--json").document
+    assert [found[name] for name in QUEUE_FIELDS] == ["drop", 0, None, None, None]
+
+
 @pytest.mark.parametrize("ending", ["png", "svg"])
-def test_a_run_is_drawn(small: Path, tmp_path: Path, ending: str, edged: Any) -> None:
+@pytest.mark.parametrize("kind", ["batteries", "mains", "one slot"])
+def test_a_run_is_drawn(kind: str, ending: str, small: Path, tmp_path: Path, edged: Any) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         pytest.skip("needs matplotlib, of the extra plan")
+    words = {
+        "batteries": SMALL.replace("slots = 50", 'slots = 50\nqueue = "skip-join"'),
+        "mains": SMALL.replace("capacity_joules = 10e3\nharvest_joules = [0, 2000]\n", "failure = 0.1\n"),
+        "one slot": SMALL.replace("slots = 50", "slots = 1"),
+    }
+    small.write_text(words[kind])
     path = tmp_path / f"plot.{ending}"
-    assert edged("simulate", str(small), "--plot", str(path), "--json").code == 0
-    assert path.read_bytes()[:5] in (b"\x89PNG\r", b"<?xml")
+    result = edged("simulate", str(small), "--plot", str(path), "--json")
+    assert result.code == 0, result.err
+    drawn = path.read_bytes()
+    assert drawn[:5] in (b"\x89PNG\r", b"<?xml")
+    if ending == "svg":
+        said = {"battery, %", "jobs", "devices, %", "time, hours", "busy"}
+        said |= {"waiting"} if kind == "batteries" else {"failed"} if kind == "mains" else set()
+        assert not {words for words in said if f"<!-- {words} -->" not in drawn.decode()}
 
 
 @pytest.mark.parametrize(
@@ -67,7 +98,18 @@ def test_a_run_is_drawn(small: Path, tmp_path: Path, ending: str, edged: Any) ->
     [
         (("arrival = 0.5", "arrival = 2"), (), "arrival from 0 to 1"),
         (("count = 2", "count = 0"), (), "at least one device"),
+        (("count = 2", "count = -2"), (), "count of 0 or more in scenario 'two'; -2 came"),
+        (("capacity_joules = 10e3", "capacity_joules = -1"), (), "capacity_joules of 0 or more"),
+        (("joules = 900", "joules = -900"), (), "joules of a job of 0 or more"),
+        (("slots = 50", "slots = -50"), (), "slots from 1 to ten million"),
         (("slots = 50", "slot = 50"), (), "did you mean slots"),
+        (("count = 2", "number = 2"), (), "no setting devices[1].number"),
+        (("joules = 900", "joule = 900"), (), "did you mean"),
+        (("slots = 50", 'slots = 50\nqueue = "lifo"'), (), "queue of drop, fcfs, mlfq, skip-join"),
+        (("slots = 50", "slots = 50\nqueue_max = -1"), (), "queue_max from 0"),
+        (("slots = 50", "slots = 50\nlengths = [[1, 0.8], [8, 0.1]]"), (), "lengths as pairs"),
+        (("slots = 50", "slots = 50\nlengths = [[1.5, 1]]"), (), "a whole number for lengths"),
+        (('policy = "uniform"', 'policy = "best"'), (), "no policy 'best'; loaded: adaptive"),
         (("arrival = 0.5", ""), (), "arrival"),
         (("[[devices]]", "[[devices"), (), "TOML"),
         (("[0, 2000]", "[0]"), (), "harvest_joules"),

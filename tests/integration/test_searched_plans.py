@@ -24,10 +24,10 @@ def test_a_plan_over_three_nodes_is_searched_priced_and_explained(nodes: Nodes, 
     layers = [c for c in priced if c["strategy"] == "layers"]
     pairs = {tuple(sorted(role["name"] for role in c["roles"])) for c in layers}
     assert pairs - {("jetson", "laptop"), ("jetson", "laptop", "phone")} or len(layers) > 2
-    for policy in ("adaptive", "bandit", "battery-balance"):
+    for policy in ("adaptive", "bandit", "battery-balance", "round-robin"):
         assert len(laptop.call("generate", ASKED | {"policy": policy})["tokens"]) == 4
     metrics = laptop.call("status")["metrics"]
-    assert metrics["edged_plan_jobs_total"] == 3
+    assert metrics["edged_plan_jobs_total"] == 4
     assert metrics["edged_plan_tpot_error_ratio"] >= 0
     refused = laptop.error("generate", ASKED | {"policy": "greedy"})
     assert "no policy 'greedy'; loaded: adaptive, bandit, battery-balance, " in str(refused)

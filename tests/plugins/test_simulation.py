@@ -10,7 +10,8 @@ from edged_plugins import energy
 from edged_plugins.energy._semi_markov import Harvester, Mode, bearable
 
 from edged import ConfigError
-from edged.simulation import PowerMode, Scenario, Simulated, run
+from edged.scenario import PowerMode, Scenario, Simulated
+from edged.simulation import run
 
 MODES = (PowerMode(3, 26e3), PowerMode(2, 22e3, 0.4), PowerMode(1, 23e3, 0.6))
 MEANS = (2, 5, 8)  # kJ a slot
@@ -62,8 +63,8 @@ def test_energy_is_accounted_for(name, rates):
     assert 0 <= found.mean_battery <= 1
 
 
-def downtimes(name, arrival, rates, seeds, runs):
-    return [run(field_of_nine(arrival, runs), POLICIES[name], seed, rates).downtime for seed in range(seeds)]
+def results(name, arrival, rates, seeds, runs):
+    return [run(field_of_nine(arrival, runs), POLICIES[name], seed, rates) for seed in range(seeds)]
 
 
 def interval(values):
@@ -73,13 +74,28 @@ def interval(values):
     return mean - half, mean, mean + half
 
 
-def test_uniform_is_down_longest_then_long_term_then_adaptive(rates):
-    found = {
-        name: interval(downtimes(name, 0.7, rates, seeds=6, runs=25))
-        for name in ("uniform", "long-term", "adaptive")
-    }
+@pytest.fixture(scope="module")
+def busiest(rates):
+    return {name: results(name, 0.7, rates, 6, 25) for name in ("uniform", "long-term", "adaptive")}
+
+
+@pytest.mark.parametrize("measure", ["downtime", "dropped"])
+def test_uniform_is_down_longest_and_drops_most_then_long_term_then_adaptive(busiest, measure):
+    found = {name: interval([getattr(one, measure) for one in each]) for name, each in busiest.items()}
     assert found["uniform"][0] > found["long-term"][2]
-    assert found["long-term"][0] > found["adaptive"][2]
+    if measure == "downtime":
+        assert found["long-term"][0] > found["adaptive"][2]
+    else:
+        assert found["long-term"][1] > found["adaptive"][1]
+
+
+@pytest.mark.parametrize("arrival", [0.5, 0.3])
+def test_uniform_is_down_longest_with_fewer_jobs_too(rates, arrival):
+    """Both others hardly ever are; the better of them is not reversed beyond its interval."""
+    names = ("uniform", "long-term", "adaptive")
+    found = {n: interval([one.downtime for one in results(n, arrival, rates, 4, 12)]) for n in names}
+    assert found["uniform"][0] > max(found["long-term"][2], found["adaptive"][2])
+    assert found["adaptive"][0] <= found["long-term"][2]
 
 
 def test_balanced_batteries_last_longer():

@@ -142,7 +142,15 @@ def test_the_weights_are_told_and_who_says_no_harvest():
 
 def test_edged_policies():
     names = [policy.name for policy in energy.edged_policies({})]
-    assert names == ["uniform", "long-term", "adaptive", "battery-balance", "bandit", "carbon"]
+    assert names == [
+        "uniform",
+        "long-term",
+        "adaptive",
+        "battery-balance",
+        "bandit",
+        "round-robin",
+        "carbon",
+    ]
 
 
 @pytest.mark.parametrize(

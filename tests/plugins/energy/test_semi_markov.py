@@ -9,6 +9,7 @@ import pytest
 from edged_plugins.energy._semi_markov import (
     Harvester,
     Mode,
+    _stationary,
     _transitions,
     bearable,
     even_law,
@@ -80,6 +81,34 @@ def test_a_job_of_parts_of_a_unit_costs_them_on_the_mean(cost):
     device = Harvester(100, 10, 20, even_law(0, 0.4), ((0.0, Mode(1, cost)),))
     spent = long_run(device, bearable(device, 0.01)).jobs_per_slot * cost
     assert 0.9 * 0.2 <= spent <= 0.2 * (1 + 1e-3)
+
+
+@pytest.mark.parametrize("arrival", [0.1, 0.5, 1.0])
+@pytest.mark.parametrize("device", [TINY, orin((0.0, ORIN_15), (0.4, ORIN_30), (0.6, ORIN_60))])
+def test_energy_is_spent_harvested_lost_at_a_full_battery_or_forgiven_at_an_empty_one(device, arrival):
+    """An exact balance of the long run, over the chain's own law, all in units a stage."""
+    size = device.capacity + 1
+    law = _stationary(_transitions(device, arrival)).reshape(2, 2, size)
+    harvested = spent = lost = forgiven = 0.0
+    for busy, active, energy in itertools.product((0, 1), (0, 1), range(size)):
+        mode = device.mode(energy) if busy and active else Mode(1, 0)
+        gains = np.array([1.0])
+        for _ in range(mode.slots):
+            gains = np.convolve(gains, device.harvest)
+        here = law[busy, active, energy]
+        reached = energy + np.arange(len(gains)) - mode.energy
+        harvested += here * (gains @ np.arange(len(gains)))
+        spent += here * mode.energy
+        lost += here * (gains @ (reached - device.capacity).clip(0))
+        forgiven += here * (gains @ (-reached).clip(0))
+    assert spent - forgiven == pytest.approx(harvested - lost)
+    assert spent > 0
+
+
+def test_the_small_chain_spends_what_it_harvests_but_for_what_is_clipped():
+    spent = long_run(TINY, 0.5).jobs_per_slot * 2
+    assert spent == pytest.approx(0.502857, abs=1e-6)
+    assert spent <= 0.5 * 1.01
 
 
 @pytest.mark.parametrize("arrival", [-0.1, 1.1, float("nan")])
