@@ -60,8 +60,17 @@ def simulate(
 
 
 def _file(name: str) -> Path:
-    shipped = Path(str(resources.files("edged_profiles"))) / "scenarios" / f"{name}.toml"
-    return shipped if shipped.is_file() else Path(name)
+    """One that edged brings, or any other file."""
+    folder = Path(str(resources.files("edged_profiles"))) / "scenarios"
+    shipped, other = folder / f"{name}.toml", Path(name)
+    if shipped.is_file():
+        return shipped
+    if not other.is_file():
+        brought = ", ".join(sorted(file.stem for file in folder.glob("*.toml")))
+        raise ConfigError(
+            f"no scenario {name!r}; edged brings: {brought}", remedy="name one of these, or a TOML file"
+        )
+    return other
 
 
 def _policy(name: str) -> Policy:

@@ -131,4 +131,5 @@ def test_a_wrong_scenario_says_what_is_wrong(
 def test_a_scenario_that_is_not_there_is_named(edged: Any) -> None:
     result = edged("simulate", "nowhere.toml", "--json")
     assert result.code == 2
-    assert "nowhere.toml" in result.document["error"]["message"]
+    message = "no scenario 'nowhere.toml'; edged brings: evening, harvest, home, phones, solar"
+    assert result.document["error"]["message"] == message
