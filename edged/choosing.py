@@ -289,6 +289,11 @@ class Chooser:
             self._device.keep_corrections(self._corrections.factors)
             log.info("predicted", extra={"strategy": candidate.strategy, "ratio": round(ratio, 3)})
 
+    def forget_corrections(self, node_id: str) -> None:
+        """A node sustains another part of its benchmark than before."""
+        self._corrections.forget(node_id)
+        self._device.keep_corrections(self._corrections.factors)
+
     def learn(self, request: PlanRequest, outcome: Outcome) -> None:
         """Tell the policy that chose a job's plan how it went."""
         policy = self._policies[request.policy or planning.LATENCY]

@@ -1,7 +1,8 @@
 """What a plan should cost: time to the first token, time per token, bytes. Pure.
 
 A rank's time per token is the bytes that it reads (weights, and the KV cache so far) over the measured
-bytes/s of that weight type, and the measured fixed cost of a token and of each layer. Ranks of a stage work
+bytes/s of that weight type, and the measured fixed cost of a token and of each layer, all of it over what the
+device sustains of its benchmark (`EngineSpeed.sustained`). Ranks of a stage work
 at once, so the slowest counts; stages work one after the other. An all-reduce, one or two a layer, is an
 exchange with every other rank of the stage; a hop hands a row of hidden states on, and the last stage sends
 its candidates back to the first. Links count as the data plane was measured, else as half a ping. Weights
@@ -96,17 +97,28 @@ def rank_times(
     weights = weight_bytes_of(role, model)
     of_model = weights / max(1, sum(model.layer_bytes) + model.head_bytes)
     operations = 2 * model.parameters * of_model * request.prompt_tokens
-    rereading_s = _rereading_s(role, model, request)
+    rereading_s = rereading_s_of(role, model, request)
     batches = -(-request.prompt_tokens // PROMPT_BATCH)
+    read_s, fixed_s = token_parts(role, model, speed, request, request.prompt_tokens)
+    prompt_s = operations / speed.prefill_flops_s + batches * fixed_s
+    decode_s = (read_s + fixed_s) / speed.sustained + rereading_s
+    return decode_s, prompt_s / speed.sustained + batches * rereading_s
+
+
+def token_parts(
+    role: Role, model: ModelDescription, speed: EngineSpeed, request: PlanRequest, tokens: int
+) -> tuple[float, float]:
+    """Seconds, by the benchmark, of reading what one token needs when so many stand before it, and the fixed
+    ones beside."""
+    read = weight_bytes_of(role, model) + cache_bytes_of(role, model, request, tokens)
     fixed_s = speed.token_s + (role.layers[1] - role.layers[0]) * speed.layer_s
-    read = weights + cache_bytes_of(role, model, request, request.prompt_tokens)
-    decode_s = read / speed.decode_bytes_s + fixed_s + rereading_s
-    return decode_s, operations / speed.prefill_flops_s + batches * (fixed_s + rereading_s)
+    return read / speed.decode_bytes_s, fixed_s
 
 
 def speed_of(node: NodeView, weight_type: str) -> EngineSpeed | None:
     """The measured speed of a weight type; mixed types ("Q4_K_M") count as their main one ("Q4_K")."""
     sound = [s for s in node.speeds if 0 < s.decode_bytes_s < INFINITE and 0 < s.prefill_flops_s < INFINITE]
+    sound = [s for s in sound if 0 < s.sustained <= 1]
     exact = next((s for s in sound if s.weight_type == weight_type), None)
     if exact is not None:
         return exact
@@ -180,12 +192,17 @@ def hop_s(link: LinkCost, model: ModelDescription, ranks: int, tokens: int) -> f
     return HOP_S + link.time_s(model.hidden * F32_BYTES * tokens * ranks)
 
 
+def reduce_s(link: LinkCost, size: float) -> float:
+    """Seconds of an all-reduce of `size` bytes between the two ends of a link."""
+    return REDUCE_S + link.time_s(size)
+
+
 def return_s(link: LinkCost) -> float:
     """Seconds of giving the last stage's candidates back to the first."""
     return HOP_S + link.time_s(CANDIDATES_BYTES)
 
 
-def _rereading_s(role: Role, model: ModelDescription, request: PlanRequest) -> float:
+def rereading_s_of(role: Role, model: ModelDescription, request: PlanRequest) -> float:
     """Seconds to read again what does not fit, on top of computing: an upper bound, since both overlap."""
     room = weights_room(role, model, request)
     return max(0, held_bytes_of(role, model, request) - room) / DISK_BYTES_S if room else 0.0

@@ -43,12 +43,14 @@ def profile_text(
     network: Mapping[str, Any] | None = None,
     jobs: Mapping[str, Any] | None = None,
     plugin: Mapping[str, Mapping[str, Any]] | None = None,
+    device: Mapping[str, Any] | None = None,
 ) -> str:
     """A profile with one thread a worker: several nodes share this machine's cores."""
     tables = {
         "budget": {"threads": 1, **(budget or {})},
         "network": {"interfaces": list(interfaces), **(network or {})},
         "jobs": dict(jobs or {}),
+        "device": dict(device or {}),
         **{f"plugin.{name}": dict(settings) for name, settings in (plugin or {}).items()},
     }
     lines = ["version = 1", f"plugins = {_toml(list(plugins))}"]
