@@ -385,6 +385,11 @@ class Chooser:
             "edged_plan_jobs_total": self._corrections.jobs,
         }
 
+    def forget_corrections(self, node_id: str) -> None:
+        """A node sustains another part of its benchmark than before."""
+        self._corrections.forget(node_id)
+        self._device.keep_corrections(self._corrections.factors)
+
     def learn(self, request: PlanRequest, outcome: Outcome) -> None:
         """Tell the policy that chose a job's plan how it went."""
         policy = self._policy(request)

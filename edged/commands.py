@@ -13,15 +13,16 @@ from typing import Any, Protocol
 import msgspec
 
 from . import identity as ids
-from . import plugins, requests, wire
+from . import plugins, pricing, requests, wire
 from .control import Emit
 from .errors import ConfigError, EdgedError, PeerError, ProtocolError
 from .jobs import rfc3339
 from .models import Model
 from .parts import Parts
-from .types import Sighting
+from .types import LinkCost, LinkState, Sighting
 from .version import PROTOCOL, VERSION
 
+REDUCED_BYTES = 8192  # of the all-reduce in a profile: a token's row of 2048 values in F32
 Document = dict[str, Any]
 
 
@@ -193,7 +194,7 @@ class Commands:
                 "is_metered": state.is_metered,
             },
             "engines": msgspec.to_builtins(self._parts.device.speeds()),
-            "links": msgspec.to_builtins(self._parts.peers.link_states()),
+            "links": [_link_row(link) for link in self._parts.peers.link_states()],
         }
 
     async def _list_plugins(self, request: Request) -> Document:
@@ -296,6 +297,15 @@ def rss_bytes() -> int | None:
 def _model_row(model: Model) -> Document:
     names = ("name", "sha256", "architecture", "parameters", "bytes", "layers", "weight_type", "complete")
     return {name: getattr(model, name) for name in names}
+
+
+def _link_row(link: LinkState) -> Document:
+    """As measured, and what one all-reduce costs there."""
+    reduce_ms = None
+    if link.latency_s is not None and link.bandwidth_bytes_s:
+        cost = LinkCost(link.latency_s, link.bandwidth_bytes_s)
+        reduce_ms = 1000 * pricing.reduce_s(cost, REDUCED_BYTES)
+    return {**msgspec.to_builtins(link), "all_reduce_ms": reduce_ms}
 
 
 def _seen_row(sighting: Sighting) -> Document:

@@ -17,7 +17,7 @@ from types import NoneType, UnionType
 from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from .errors import ConfigError
-from .types import CacheType
+from .types import WATTS_MAX, CacheType
 
 VERSION = 1
 DEFAULT_CLASS = "laptop-cpu"
@@ -36,7 +36,6 @@ class Size(int):
     """Bytes, written "512MiB", "4GiB", "10MB" or "4096B"."""
 
 
-WATTS_MAX = 10_000.0  # of one device; more is a slip
 ORPHAN_AFTER, WORKER_IDLE, KEEP = Duration(60), Duration(300), Duration(7 * 86400)
 
 

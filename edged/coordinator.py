@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
-from . import models, planning, wire
+from . import metering, models, planning, wire
 from .choosing import Chooser
 from .config import Profile
 from .control import Emit
@@ -54,7 +54,7 @@ class _Run:
     epoch: int = 0
     group: Group | None = None
     load_ms: float = 0.0
-    bytes_before: asyncio.Future[int] | None = None  # that the group had sent
+    used_before: asyncio.Future[tuple[wire.Used | None, ...]] | None = None  # of the group's roles
     tokens_before: int = 0  # that the group had made
     is_cancelled: bool = False
     news: asyncio.Event = field(default_factory=asyncio.Event)
@@ -65,10 +65,19 @@ class _Run:
     task: asyncio.Task[dict[str, Any]] | None = None
     move: _Move | None = None  # under way
     moves: list[_Move] = field(default_factory=list)
-    bytes_earlier: int = 0  # sent in earlier epochs
     start_by: float | None = None  # Unix time until which its start may wait
     waits: Deferral | None = None  # while it does
+    spent_earlier: list[_Spent] = field(default_factory=list)  # in earlier epochs
     seed: int = field(default_factory=lambda: secrets.randbits(32))  # where the request names none
+
+
+@dataclass(frozen=True, slots=True)
+class _Spent:
+    """By a job in one epoch. `joules`: None where not every node measured them all along."""
+
+    tokens: int
+    bytes_sent: int
+    joules: float | None
 
 
 @dataclass(slots=True)
@@ -96,6 +105,7 @@ class Coordinator:
         self._groups = Groups(peers, profile.jobs.worker_idle)
         self._groups.when_lost = self._group_lost
         self._groups.when_resting = self._group_resting
+        self._groups.when_rate_moved = chooser.forget_corrections
         self._moving: set[asyncio.Task[None]] = set()
         self._runs: dict[str, _Run] = {}
         self._slots = asyncio.Semaphore(RUNNING_MAX)
@@ -213,7 +223,7 @@ class Coordinator:
         finally:
             if run.group is not None:
                 self._groups.release(run.group, run.job_id)
-            for waiting in (run.orphan, run.bytes_before):
+            for waiting in (run.orphan, run.used_before):
                 if waiting is not None:
                     waiting.cancel()
             self._runs.pop(run.job_id, None)
@@ -260,9 +270,9 @@ class Coordinator:
         assert run.group is not None
         move.at_token = len(run.tokens)
         run.moves.append(move)
-        run.bytes_earlier += await self._bytes_of(run)
+        run.spent_earlier.append(await self._spent_of(run))
         self._groups.release(run.group, run.job_id)
-        run.group, run.move, run.bytes_before = None, None, None
+        run.group, run.move, run.used_before = None, None, None
         run.finished = asyncio.get_running_loop().create_future()
 
     def _group_resting(self, group: Group, node_id: str, reason: str) -> None:
@@ -311,7 +321,7 @@ class Coordinator:
         if run.is_cancelled:
             raise JobError("the job was cancelled", code="cancelled")
         run.tokens_before = run.group.tokens
-        run.bytes_before = asyncio.ensure_future(self._groups.bytes_sent(run.group))
+        run.used_before = asyncio.ensure_future(self._groups.used(run.group))
         await asyncio.sleep(0)  # the question goes out before the job does, and is not waited for
         self._peers.tell(run.group.rank_0, "generate", self._order(run))
         return await self._until_finished(run)
@@ -510,25 +520,28 @@ class Coordinator:
 
     async def _document(self, run: _Run, finished: wire.Finished) -> dict[str, Any]:
         assert run.group is not None
-        sent = await self._bytes_of(run)
+        spent = await self._spent_of(run)
         gaps = [b - a for a, b in zip(run.times, run.times[1:], strict=False)]
         span = run.times[-1] - run.times[0] if len(run.times) > 1 else 0.0
         tpot_ms = statistics.median(gaps) * 1000 if gaps else None
-        joules = _joules(run.group.candidate.predicted, tpot_ms)
+        estimated = _joules(run.group.candidate.predicted, tpot_ms)
         group = run.group
         if group.jobs == {run.job_id}:  # beside others a job takes longer than its plan
             # an endpoint's tokens come a word at once, so the median gap would be too good
             took_ms = 1000 * span / len(gaps) if gaps and group.candidate.stated else tpot_ms
-            self._chooser.correct(group.load.manifest.sha256, group.candidate, took_ms)
-            self._chooser.learn(group.asked.request, Outcome(group.candidate, joules, is_done=True))
+            if not group.has_moved_rate:  # the next prediction knows it
+                self._chooser.correct(group.load.manifest.sha256, group.candidate, took_ms)
+            each = estimated if spent.joules is None else spent.joules / max(1, spent.tokens)
+            self._chooser.learn(group.asked.request, Outcome(group.candidate, each, is_done=True))
+        joules, source = _joules_of([*run.spent_earlier, spent], estimated)
         measured: dict[str, Any] = {
             "ttft_ms": (run.times[0] - run.accepted_at) * 1000 if run.times else None,
             "load_ms": run.load_ms,
             "tpot_ms": tpot_ms,
             "tokens_per_s": len(gaps) / span if span else None,
-            "joules": None if joules is None else joules * len(run.tokens),
-            "joules_source": None if joules is None else "estimated",
-            "bytes_sent": run.bytes_earlier + sent,
+            "joules": joules,
+            "joules_source": source,
+            "bytes_sent": spent.bytes_sent + sum(earlier.bytes_sent for earlier in run.spent_earlier),
             "recoveries": [_recovery_row(move, run.times) for move in run.moves],
         }
         return {
@@ -540,13 +553,21 @@ class Coordinator:
             "measured": measured,
         }
 
-    async def _bytes_of(self, run: _Run) -> int:
-        """What the group sent since the job began, in proportion to the job's part of its tokens."""
+    async def _spent_of(self, run: _Run) -> _Spent:
+        """What the group sent and spent since the job began in it, in proportion to the job's part of its
+        tokens."""
         assert run.group is not None
-        assert run.bytes_before is not None
-        sent = await self._groups.bytes_sent(run.group) - await run.bytes_before
+        assert run.used_before is not None
+        after, before = await self._groups.used(run.group), await run.used_before
+        pairs = [(a, b) for a, b in zip(before, after, strict=True) if a is not None and b is not None]
+        sent = sum(max(0, b.bytes_sent - a.bytes_sent) for a, b in pairs)
+        each = [metering.spent(a.metered, b.metered) for a, b in pairs]
         made = run.group.tokens - run.tokens_before
-        return max(0, round(sent * len(run.tokens) / made)) if made else max(0, sent)
+        mine = len(run.tokens) - sum(earlier.tokens for earlier in run.spent_earlier)
+        part = mine / made if made else 1.0
+        known = [joules for joules in each if joules is not None]
+        joules = part * sum(known) if len(known) == len(run.group.load.roles) else None
+        return _Spent(mine, round(part * sent), joules)
 
     def _plan_row(self, run: _Run) -> dict[str, Any]:
         assert run.group is not None
@@ -559,6 +580,17 @@ def _joules(predicted: Predicted, tpot_ms: float | None) -> float | None:
     if predicted.joules_per_token is None or not predicted.tpot_ms or tpot_ms is None:
         return None
     return predicted.joules_per_token * tpot_ms / predicted.tpot_ms
+
+
+def _joules_of(epochs: Sequence[_Spent], estimated: float | None) -> tuple[float | None, str | None]:
+    """Of a job and where they are from: measured where every node of every epoch did that, else the estimate
+    of a token times all of them."""
+    measured = [spent.joules for spent in epochs if spent.joules is not None]
+    if len(measured) == len(epochs):
+        return sum(measured), "measured"
+    if estimated is None:
+        return None, None
+    return estimated * sum(spent.tokens for spent in epochs), "estimated"
 
 
 def _unbound(request: GenerateRequest) -> GenerateRequest:

@@ -61,6 +61,10 @@ class Corrections:
         self.errors.append(abs(tpot_ms - predicted.tpot_ms) / tpot_ms)
         return tpot_ms / predicted.tpot_ms
 
+    def forget(self, node_id: str) -> None:
+        """A node works at another rate, which predictions know: what its plans took before says nothing."""
+        self.factors = {key: factor for key, factor in self.factors.items() if node_id not in key[2:]}
+
     def corrected(self, model_sha256: str, candidates: Sequence[Candidate]) -> list[Candidate]:
         """The candidates, those that ran before with their prediction corrected."""
         return [self._corrected(model_sha256, candidate) for candidate in candidates]

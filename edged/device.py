@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -16,12 +17,14 @@ from typing import Any
 import msgspec
 
 from . import identity as ids
-from . import limits
+from . import limits, pricing
 from .config import Profile
 from .errors import EdgedError, EngineError
-from .saving import Levels, Saving
+from .metering import Meter
+from .saving import COOLER_CELSIUS, Levels, Saving
 from .supervisor import Supervisor
-from .types import DeviceState, EngineEntry, EngineSpeed, SensorEntry
+from .sustaining import Sustained
+from .types import DeviceState, EngineEntry, EngineSpeed, NodeView, SensorEntry
 
 log = logging.getLogger(__name__)
 MEASURE_S = 120.0  # the benchmark takes 3 s; a busy Raspberry Pi and a cold disk take longer
@@ -53,6 +56,9 @@ class Device:
             profile.energy.yield_to_owner,
         )
         self._saving = Saving(levels)
+        self.meter = Meter(profile.device.idle_watts)
+        self._sustained: dict[str, Sustained] = {}  # by weight type; of this run alone, as heat is
+        self.worked_at = time.monotonic()  # when a role last computed, as far as was looked
         self._lock = asyncio.Lock()  # two benchmarks at once would measure each other
 
     def read(self) -> DeviceState:
@@ -107,7 +113,10 @@ class Device:
 
     def watch(self) -> str:
         """Hear the sensors once more about that; called every few seconds."""
-        return self._saving.update(self.read())
+        state = self.read()
+        self.meter.quiet(state.power_watts, state.power_source)
+        self._rest(state)
+        return self._saving.update(state)
 
     @property
     def watts(self) -> tuple[float, float] | None:
@@ -125,7 +134,39 @@ class Device:
         return limits.memory_pressure(self._root)
 
     def speeds(self) -> tuple[EngineSpeed, ...]:
-        """What was measured before on this processor with these libraries; empty when never."""
+        """What was measured before on this processor with these libraries, empty when never; and what of it
+        the device sustains."""
+        return tuple(
+            dataclasses.replace(speed, sustained=self.sustained(speed.weight_type)) for speed in self._peaks()
+        )
+
+    def speed_of(self, weight_type: str) -> EngineSpeed | None:
+        """The speed that plans count with for weights of a type, mixed ones included."""
+        return pricing.speed_of(NodeView("", "", speeds=self.speeds()), weight_type)
+
+    def sustained(self, weight_type: str) -> float:
+        """Of the benchmark, what steady work got lately; 1 where nothing else was seen."""
+        exact = self._sustained.get(weight_type)
+        main = [kept for known, kept in self._sustained.items() if weight_type.startswith(known)]
+        return next((kept.kept for kept in (exact, *main) if kept is not None), 1.0)
+
+    def hear_rate(
+        self, weight_type: str, now: float, busy_s: float, measured_s: float, expected_s: float
+    ) -> None:
+        """Tokens of steady work, as `Sustained.hear`."""
+        kept = self._sustained.setdefault(weight_type, Sustained())
+        if kept.hear(now, busy_s, measured_s, expected_s):
+            ratio = round(kept.kept, 3)
+            log.warning("sustained rate moved", extra={"weight_type": weight_type, "ratio": ratio})
+
+    def _rest(self, state: DeviceState) -> None:
+        limit, celsius = self._profile.device.thermal_limit_celsius, state.temperature_celsius
+        is_warm = limit is not None and celsius is not None and celsius >= limit - COOLER_CELSIUS
+        for weight_type, kept in self._sustained.items():
+            if kept.rest(time.monotonic() - self.worked_at, is_warm or bool(state.is_throttled)):
+                log.info("rested: as fast as its benchmark", extra={"weight_type": weight_type})
+
+    def _peaks(self) -> tuple[EngineSpeed, ...]:
         found: list[EngineSpeed] = []
         for engine in self._engines.values():
             try:
@@ -143,6 +184,7 @@ class Device:
                 result = await self._supervisor.run_task("edged.worker:call", params, timeout_s=MEASURE_S)
                 speeds = msgspec.convert(result["answer"], list[EngineSpeed])
                 self._write("speed", engine, msgspec.to_builtins(speeds))
+            self._sustained.clear()  # they were of the benchmark before
         return self.speeds()
 
     async def ensure_measured(self) -> tuple[EngineSpeed, ...]:

@@ -82,6 +82,8 @@ class Group:
     made: asyncio.Task[None] | None = None  # until it is loaded
     heard_at: float = 0.0  # when its last token came, of whichever job
     tokens: int = 0  # that came, of all jobs
+    sustained: tuple[float, ...] = ()  # what its nodes sustained when they were first asked; 0: unknown
+    has_moved_rate: bool = False  # one of them sustains another part since
 
     @property
     def rank_0(self) -> str:
@@ -108,6 +110,7 @@ class Groups:
         self._groups: dict[str, Group] = {}
         self._by_key: dict[tuple[object, ...], Group] = {}
         self.when_lost: Callable[[Group], None] = lambda group: None
+        self.when_rate_moved: Callable[[str], None] = lambda node_id: None
         peers.takes("lost", self._told_lost)
         self.when_resting: Callable[[Group, str, str], None] = lambda group, node_id, reason: None
         peers.takes("draining", self._told_draining)
@@ -180,18 +183,41 @@ class Groups:
         for group in list(self._groups.values()):
             self.end(group)
 
-    async def bytes_sent(self, group: Group) -> int:
-        """What the workers of a group have handed to data-plane sockets so far."""
+    async def used(self, group: Group) -> tuple[wire.Used | None, ...]:
+        """What each role of a group has sent and spent so far; None where its node does not say.
+
+        A group of which a node sustains another part of its speed than when it was planned gets no new job:
+        the next one is planned anew.
+        """
         asked = [
             self._peers.ask(role.node_id, "usage", wire.Usage(group.group_id), 2.0)
             for role in group.load.roles
         ]
         answers = await asyncio.gather(*asked, return_exceptions=True)
-        total = 0
+        found = []
         for answer in answers:
+            used = None
             with contextlib.suppress(ProtocolError):
-                total += max(0, wire.read_body(wire.Used, answer).bytes_sent)
-        return total
+                used = wire.read_body(wire.Used, answer)
+            found.append(used)
+        self._hear_sustained(group, tuple(0.0 if used is None else used.sustained for used in found))
+        return tuple(found)
+
+    def _hear_sustained(self, group: Group, now: tuple[float, ...]) -> None:
+        before = group.sustained = group.sustained or now
+        moved = [
+            role.node_id
+            for role, a, b in zip(group.load.roles, before, now, strict=True)
+            if 0 < a <= 1 and 0 < b <= 1 and a != b
+        ]
+        if not moved or group.has_moved_rate:
+            return
+        names = ", ".join(node_id[:8] for node_id in moved)
+        log.info("rates moved: the next job is planned anew", extra={"group": group.group_id, "peers": names})
+        group.has_moved_rate = True
+        self.retire(group)
+        for node_id in moved:
+            self.when_rate_moved(node_id)
 
     # --- making one ---
 

@@ -1,7 +1,8 @@
 """What a plan should cost: time to the first token, time per token, bytes. Pure.
 
 A rank's time per token is the bytes that it reads (weights, and the KV cache so far) over the measured
-bytes/s of that weight type, and the measured fixed cost of a token and of each layer. Ranks of a stage work
+bytes/s of that weight type, and the measured fixed cost of a token and of each layer, all of it over what the
+device sustains of its benchmark (`EngineSpeed.sustained`). Ranks of a stage work
 at once, so the slowest counts; stages work one after the other. An all-reduce, one or two a layer, is an
 exchange with every other rank of the stage; a hop hands a row of hidden states on, and the last stage sends
 its candidates back to the first. Links count as the data plane was measured, else as half a ping. Weights
@@ -124,18 +125,29 @@ def rank_times(
     of_model = weights / max(1, sum(model.layer_bytes) + model.head_bytes)
     operations = 2 * model.parameters * of_model * request.prompt_tokens
     batches = -(-request.prompt_tokens // PROMPT_BATCH)
-    fixed_s = speed.token_s + (role.layers[1] - role.layers[0]) * speed.layer_s
-    read = weights + cache_bytes_of(role, model, request, request.prompt_tokens)
-    token_s, prompt_s = weights / speed.decode_bytes_s, operations / speed.prefill_flops_s
+    read_s, fixed_s = token_parts(role, model, speed, request, request.prompt_tokens)
+    token_s = weights / speed.decode_bytes_s / speed.sustained
+    prompt_s = operations / speed.prefill_flops_s / speed.sustained
     waiting_s = _rereading_s(role, model, request, token_s)
     batch_waiting_s = _rereading_s(role, model, request, prompt_s / max(1, batches))
-    decode_s = read / speed.decode_bytes_s + fixed_s + waiting_s
-    return decode_s, prompt_s + batches * (fixed_s + batch_waiting_s)
+    decode_s = (read_s + fixed_s) / speed.sustained + waiting_s
+    return decode_s, prompt_s + batches * (fixed_s / speed.sustained + batch_waiting_s)
+
+
+def token_parts(
+    role: Role, model: ModelDescription, speed: EngineSpeed, request: PlanRequest, tokens: int
+) -> tuple[float, float]:
+    """Seconds, by the benchmark, of reading what one token needs when so many stand before it, and the fixed
+    ones beside."""
+    read = weight_bytes_of(role, model) + cache_bytes_of(role, model, request, tokens)
+    fixed_s = speed.token_s + (role.layers[1] - role.layers[0]) * speed.layer_s
+    return read / speed.decode_bytes_s, fixed_s
 
 
 def speed_of(node: NodeView, weight_type: str) -> EngineSpeed | None:
     """The measured speed of a weight type; mixed types ("Q4_K_M") count as their main one ("Q4_K")."""
     sound = [s for s in node.speeds if 0 < s.decode_bytes_s < INFINITE and 0 < s.prefill_flops_s < INFINITE]
+    sound = [s for s in sound if 0 < s.sustained <= 1]
     exact = next((s for s in sound if s.weight_type == weight_type), None)
     if exact is not None:
         return exact
@@ -185,13 +197,12 @@ def _sums(
     layers = roles[0].layers[1] - roles[0].layers[0]
     batches = -(-tokens // PROMPT_BATCH)
     link, count = _worst(links), layers * model.reductions * batches
-    reduce_s = REDUCE_S + (SLEPT_REDUCE_S if link.latency_s > SLEPT_FROM_S else 0.0)
     idle_s = compute_s / count + link.latency_s  # of the link, from one sum to the next
     elements = ELEMENT_BYTES[:1] if request.numerics == "exact" else ELEMENT_BYTES
 
     def total(element: float) -> float:
         sent = element * model.hidden * tokens * (len(roles) - 1) / batches
-        return count * (link.time_s(sent, idle_s) + reduce_s)
+        return count * reduce_s(link, sent, idle_s)
 
     times = [total(element) for element in elements]
     best = times[0]
@@ -220,6 +231,12 @@ def _hops(
 def hop_s(link: LinkCost, model: ModelDescription, ranks: int, tokens: int) -> float:
     """Seconds of handing the hidden states of so many tokens to a stage of so many ranks."""
     return _waking_s(link) + link.time_s(model.hidden * F32_BYTES * tokens * ranks, INFINITE)
+
+
+def reduce_s(link: LinkCost, size: float, idle_s: float = 0.0) -> float:
+    """Seconds of an all-reduce of `size` bytes between the two ends of a link, `idle_s` after the last."""
+    slept_s = SLEPT_REDUCE_S if link.latency_s > SLEPT_FROM_S else 0.0
+    return REDUCE_S + slept_s + link.time_s(size, idle_s)
 
 
 def return_s(link: LinkCost) -> float:

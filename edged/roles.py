@@ -24,11 +24,11 @@ from .plugins import Host
 from .supervisor import Supervisor, WorkerHandle
 from .transfers import Transfers
 from .types import EngineEntry, EngineSpec, ModelDescription, PlanRequest
+from .watching import Watch, Watched
 
 log = logging.getLogger(__name__)
 LOAD_S = 60.0  # plus the time to read the weights
 LOAD_BYTES_S = 20e6  # a slow SD card
-USAGE_S = 5.0
 
 
 @dataclass(slots=True)
@@ -68,6 +68,7 @@ class Roles:
         self._profile, self._peers, self._host = profile, peers, host
         self._device, self._supervisor, self._transfers = device, supervisor, transfers
         self._engines = engines
+        self._watch = Watch(device)
         self._held: dict[str, _Held] = {}
         self._stopping: set[asyncio.Task[None]] = set()
         self._admitting: dict[str, _Admitting] = {}
@@ -130,6 +131,7 @@ class Roles:
     async def close(self) -> None:
         for group in [*self._admitting, *self._held]:
             self._end(group, "the node stops")
+        await self._watch.close()
         await asyncio.gather(*self._stopping, return_exceptions=True)
 
     # --- from the coordinator ---
@@ -209,6 +211,8 @@ class Roles:
         offer, group = admitting.offer, admitting.offer.group
         worker, path = await self._spawn(offer)
         self._held[group] = _Held(offer, admitting.coordinator, worker, path, model, admitting.memory_bytes)
+        role = dataclasses.replace(offer.roles[offer.rank], memory_bytes=admitting.memory_bytes)
+        self._watch.begin(group, Watched(worker, role, model, _request_of(offer)))
         admitting.memory_bytes = 0  # counted with the held ones from here on
         worker.on_exit = lambda reason: self._worker_ended(group, reason)
         try:
@@ -291,8 +295,8 @@ class Roles:
         self._end(group, reason)
 
     async def _usage(self, coordinator: str, body: wire.Usage) -> wire.Used:
-        answer = await self._of(coordinator, body.group).worker.call("usage", {}, USAGE_S)
-        return wire.read_body(wire.Used, answer)
+        self._of(coordinator, body.group)
+        return await self._watch.used(body.group)
 
     def _cancel(self, coordinator: str, body: wire.Cancel) -> None:
         self._of(coordinator, body.group).worker.send("cancel", {"job": body.job})
@@ -326,6 +330,7 @@ class Roles:
 
     def _pop(self, group: str) -> _Held | None:
         held = self._held.pop(group, None)
+        self._watch.end(group)
         if not self._held:
             self._emptied.set()
         return held

@@ -19,6 +19,7 @@ Numerics = Literal["fast", "exact"]
 CacheType = Literal["f32", "f16", "q8_0"]
 
 RIGHTS: tuple[Right, ...] = ("submit", "serve", "train")
+WATTS_MAX = 10_000.0  # of one device; more is a slip
 
 
 # --- the model ----------------------------------------------------------------------------------
@@ -129,6 +130,7 @@ class EngineSpeed:
     prefill_flops_s: float
     layer_s: float = 0.0  # of a token, in each layer, beside reading its weights
     token_s: float = 0.0  # of a token, beside its layers
+    sustained: float = 1.0  # of this peak, what the device gave in steady work; above 0, at most 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +293,32 @@ class EngineSpec:
         return self.roles[self.rank]
 
 
+@dataclass(frozen=True, slots=True)
+class Computed:
+    """What one rank computed since it was loaded, waits for other ranks left out.
+
+    `compute_s`: seconds, of every batch. The others are of single tokens, batches of one, as many as the
+    engine timed: how many, the seconds that they took by the clock and in the computing thread's own time
+    (less where other processes had the core), and the sum of their positions.
+    """
+
+    compute_s: float = 0.0
+    tokens: int = 0
+    token_s: float = 0.0
+    token_cpu_s: float = 0.0
+    positions: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Metered:
+    """What a device spent on one role since it holds it, beyond its idle draw, as far as its sensor saw.
+    `metered_s`: how much of `elapsed_s` that was."""
+
+    joules: float
+    metered_s: float
+    elapsed_s: float
+
+
 class Channel(Protocol):
     """A worker's encrypted connections to the other ranks of its plan.
 
@@ -333,6 +361,9 @@ class Engine(Protocol):
 
     Rank 0 calls everything but `follow`; it drives the other ranks over the channel, which call
     `follow` in a loop. `decode` gives bytes, since a token may be part of a character.
+
+    An engine that counts what it computes has `computed`, a Computed, replaced after each batch; without
+    it nobody learns what its device sustains.
     """
 
     end_tokens: frozenset[int]

@@ -31,7 +31,7 @@ key `pair` is the only kind that is read.
     start       coordinator -> member   connect and load                  answer: started, or error
     stop        coordinator -> member   end the role
     lost        member -> coordinator   a worker of this group ended
-    usage       coordinator -> member   what its worker sent and holds    answer: used
+    usage       coordinator -> member   what its role sent, holds, spent  answer: used
     draining    member -> coordinator   give my roles no new job; I leave when they are done
     resting     member -> coordinator   I save energy: move what runs here elsewhere if you can
     short       member -> coordinator   end my roles that no job uses; I have little memory
@@ -60,9 +60,11 @@ import msgspec
 from .errors import EdgedError, ProtocolError, by_code
 from .types import (
     CacheType,
+    Computed,
     DeviceState,
     EngineSpeed,
     LinkState,
+    Metered,
     ModelDescription,
     Numerics,
     Right,
@@ -248,8 +250,22 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Used:
+    """`metered`: None where the node meters nothing. `sustained`: of the role's weight type, as in
+    EngineSpeed."""
+
     bytes_sent: int
     memory_bytes: int
+    metered: Metered | None = None
+    sustained: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """A worker's answer to its own daemon. `computed`: None where its engine does not count it."""
+
+    bytes_sent: int
+    memory_bytes: int
+    computed: Computed | None = None
 
 
 @dataclass(frozen=True, slots=True)

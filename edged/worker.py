@@ -11,7 +11,7 @@ process when the daemon is gone. A request is one of
     probe     {group, ends, may_spin}   connect to one other rank, measure, answer {LinkCost}, end
     generate  {wire.Generate}        rank 0 only: begin a sequence; events tokens, finished follow
     cancel    {job}
-    usage     {}                     answer {bytes_sent, memory_bytes}, also during a computation
+    usage     {}                     answer {wire.Spent}, also during a computation
     stop      {}
 """
 
@@ -40,7 +40,17 @@ from .channel import End, ZmqChannel
 from .errors import ConfigError, EdgedError, EngineError, PeerError, PolicyViolation, ProtocolError
 from .exchanging import measure_burst, measure_link
 from .streams import Streams
-from .types import Channel, Engine, EngineSpec, LinkCost, ModelDescription, NodeView, PlanRequest, Step
+from .types import (
+    Channel,
+    Computed,
+    Engine,
+    EngineSpec,
+    LinkCost,
+    ModelDescription,
+    NodeView,
+    PlanRequest,
+    Step,
+)
 
 log = logging.getLogger(__name__)
 OOM_SCORE_ABOVE_DAEMON = 300  # of 1000: the kernel ends a worker before anything of the device's own
@@ -83,6 +93,7 @@ class Worker:
         self._waiting: deque[_Sequence] = deque()
         self._flights: deque[list[_Sequence]] = deque()  # begun and not finished, the oldest first
         self._numbers = 0
+        self._busy_s = 0.0  # on rank 0 within the engine
         self._stopped = False
 
     def run(self) -> None:
@@ -115,10 +126,19 @@ class Worker:
             else:
                 self._inbox.put(message)
 
-    def _usage(self) -> wire.Used:
+    def _usage(self) -> wire.Spent:
         sent = self._channel.bytes_sent if self._channel is not None else 0
         sent += getattr(self._engine, "bytes_sent", 0)  # of one that sends beside the channel
-        return wire.Used(sent, _peak_bytes())
+        return wire.Spent(sent, _peak_bytes(), self._computed())
+
+    def _computed(self) -> Computed | None:
+        """As the engine counts it; else rank 0's time within it. None while it loads: that is work too."""
+        if self._engine is None:
+            return None
+        counted = getattr(self._engine, "computed", None)
+        if isinstance(counted, Computed):
+            return counted
+        return Computed(self._busy_s) if self._rank == 0 else None
 
     def _handle_requests(self) -> None:
         """Everything that waits; blocks while there is nothing else to do."""
@@ -213,6 +233,7 @@ class Worker:
         if self._rank:
             engine.follow(FOLLOW_S)
             return
+        began = time.monotonic()
         self._admit(engine)
         lanes = engine.lanes(len(self._running)) if self._running else 0
         while len(self._flights) < lanes and (batch := self._next_batch(lanes)):
@@ -223,6 +244,7 @@ class Worker:
         batch = self._flights.popleft()
         for sequence, token in zip(batch, engine.finish(), strict=True):
             self._take(engine, sequence, token)
+        self._busy_s += time.monotonic() - began
 
     def _begin(self, request: wire.Generate) -> None:
         if self._engine is None:

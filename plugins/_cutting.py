@@ -103,14 +103,14 @@ def weights_of(model: ModelDescription, nodes: Sequence[NodeView], request: Plan
 
 
 def _speed(node: NodeView, weight_type: str) -> float:
-    """The best engine's decode bytes a second; 0 where unmeasured.
+    """The best engine's decode bytes a second, as the device sustains them; 0 where unmeasured.
 
     A mixed type ("Q4_K_M") that was not measured itself counts as its main one ("Q4_K").
     """
-    sound = [speed for speed in node.speeds if 0 < speed.decode_bytes_s < math.inf]
+    sound = [s for s in node.speeds if 0 < s.decode_bytes_s < math.inf and 0 < s.sustained <= 1]
     same = [speed for speed in sound if speed.weight_type == weight_type]
     main = [speed for speed in sound if weight_type.startswith(speed.weight_type)]
-    return max((speed.decode_bytes_s for speed in same or main), default=0.0)
+    return max((speed.decode_bytes_s * speed.sustained for speed in same or main), default=0.0)
 
 
 def groups(

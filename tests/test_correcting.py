@@ -46,6 +46,14 @@ def test_what_is_unknown_teaches_nothing(predicted: float | None, measured: floa
     assert not known.factors
 
 
+def test_of_a_node_whose_rate_moved_only_others_plans_stay_corrected() -> None:
+    known = Corrections()
+    for plan in (candidate(10.0, "a", "b"), candidate(10.0, "b"), candidate(10.0, "c")):
+        known.learn("b", plan, 20.0)
+    known.forget("b")
+    assert [key[2:] for key in known.factors] == [("c",)]
+
+
 def test_factors_and_their_number_are_bounded() -> None:
     known = Corrections()
     known.learn("m", candidate(1.0, "a"), 1e9)

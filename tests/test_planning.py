@@ -364,6 +364,21 @@ def test_what_was_not_measured_has_no_price(nodes: dict[str, NodeView]) -> None:
     assert price == Predicted(bytes_per_token=512, bytes_per_link=(LinkTraffic(("a", "b"), 512),))
 
 
+def test_a_device_takes_longer_by_what_it_sustains_of_its_benchmark() -> None:
+    speeds = (EngineSpeed("shard", "Q4_K", 1e6, 1e6, 1e-3, 2e-3),)
+    hot = tuple(dataclasses.replace(speed, sustained=0.5) for speed in speeds)
+    nodes = node("a", speeds=speeds), node("a", speeds=hot)
+    cool, slow = (pricing.rank_times(LOCAL.roles[0], MODEL, each, PlanRequest()) for each in nodes)
+    assert cool is not None
+    assert slow == pytest.approx([2 * seconds for seconds in cool])
+
+
+@pytest.mark.parametrize("sustained", [0.0, -0.5, 1.5, float("nan")])
+def test_a_part_of_a_benchmark_that_cannot_be_counts_as_unmeasured(sustained: float) -> None:
+    speeds = (EngineSpeed("shard", "Q4_K", 1e6, 1e6, sustained=sustained),)
+    assert pricing.speed_of(node("a", speeds=speeds), "Q4_K") is None
+
+
 @pytest.mark.parametrize(
     ("weight_type", "found"), [("Q4_K", 2.0), ("Q4_K_M", 2.0), ("Q4_K_S", 3.0), ("Q8_0", None), ("Q4", None)]
 )

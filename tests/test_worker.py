@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import pytest
 
 from edged import wire
-from edged.types import Sampling, Step
+from edged.types import Computed, Sampling, Step
 from edged.worker import PIECE_TOKENS, PIECE_TOKENS_SHARED, WAITING_MAX, Worker
 
 GREEDY = Sampling(temperature=0)
@@ -126,6 +126,23 @@ def test_a_cancelled_job_leaves_its_lane_to_the_others(pipe: socket.socket) -> N
     advance(worker, 3)
     assert set(engine.positions) == {1, 3, 4}
     assert sorted(len(batch) for batch in engine.batches[-2:]) == [1, 2]
+
+
+def test_what_was_computed_is_the_engines_word_else_rank_0s_time_within_it(pipe: socket.socket) -> None:
+    engine = Lanes(1)
+    worker = worker_of(pipe, engine)
+    worker._begin(order("a"))
+    advance(worker, 3)
+    found = worker._computed()
+    assert found is not None
+    assert found.compute_s > 0
+    assert found.tokens == 0
+    worker._rank = 1
+    assert worker._computed() is None
+    engine.computed = Computed(3.0, 2, 1.0)  # type: ignore[attr-defined]
+    assert worker._computed() == Computed(3.0, 2, 1.0)
+    worker._engine = None
+    assert worker._computed() is None
 
 
 def test_a_flood_of_jobs_is_refused_and_harms_nobody(pipe: socket.socket) -> None:

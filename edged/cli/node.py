@@ -106,13 +106,14 @@ def _show_profile(profile: Document) -> None:
     print()
     engines = profile.get("engines") or ()
     table(
-        ("engine", "weights", "decode", "prefill"),
+        ("engine", "weights", "decode", "prefill", "sustained"),
         [
             (
                 engine.get("name"),
                 engine.get("weight_type"),
                 _with_unit(sized(engine.get("decode_bytes_s")), "/s", ""),
                 _with_unit(engine.get("prefill_flops_s"), "FLOP/s"),
+                _percent(engine.get("sustained")),
             )
             for engine in engines
         ],
@@ -122,17 +123,22 @@ def _show_profile(profile: Document) -> None:
     if links:
         print()
         table(
-            ("link to", "ping", "exchange", "bandwidth"),
+            ("link to", "ping", "exchange", "bandwidth", "all-reduce"),
             [
                 (
                     link.get("name") or short(link.get("node_id")),
                     _with_unit(link.get("rtt_ms"), "ms"),
                     _with_unit(_milli(link.get("latency_s")), "ms"),
                     _with_unit(sized(link.get("bandwidth_bytes_s")), "/s", ""),
+                    _with_unit(link.get("all_reduce_ms"), "ms"),
                 )
                 for link in links
             ],
         )
+
+
+def _percent(part: Any) -> str | None:
+    return f"{100 * part:.0f} %" if isinstance(part, float) else None
 
 
 def _milli(seconds: Any) -> float | None:

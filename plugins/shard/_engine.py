@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edged import Channel, EngineError, EngineSpec, ProtocolError, Sampling, Step
+from edged import Channel, Computed, EngineError, EngineSpec, ProtocolError, Sampling, Step
 
 from .._gguf import ggml_type
 from .._sampling import KEEP_ALL, are_of, best, choose, keep_of, kept
@@ -24,7 +24,7 @@ from .._tokenizer import Tokenizer
 from . import Settings, _ggml, _pace
 from ._admission import Admission
 from ._cache import BUCKET, Cache, round_up
-from ._graph import Graph, Graphs
+from ._graph import Graph, Graphs, Times
 from ._layers import Shard, Span
 from ._messages import (
     BATCH_TOKENS,
@@ -44,6 +44,7 @@ from ._sequences import Sequences
 from ._weights import Limit, Weights
 
 Candidates = tuple[np.ndarray, np.ndarray]  # ids, logits
+TIMED_EACH = 8  # of so many single tokens one, in the thread's own time as well: 0.6 us for each segment
 SLOW_DISK_BYTES_S = 20e6  # an SD card's: a rank that reads its weights again for each token is alive
 
 
@@ -116,6 +117,7 @@ class ShardEngine:
         if place.rank == 0 and place.stages > 1:
             self._times = _pace.measure(self._shard, self._cache)
         self._lanes: dict[int, int] = {}  # by sequences; asked for before every batch
+        self.computed, self._singles = Computed(), 0  # what was computed, and how many batches of one token
         self.hidden: np.ndarray | None = None  # the last batch's, which all ranks of a group agree on
         self._is_closed = False
 
@@ -366,7 +368,9 @@ class ShardEngine:
         def reduce(partial: np.ndarray, hidden: np.ndarray) -> None:
             hidden += self._reduce(partial)
 
-        graph.run([piece.position for piece in batch], given, reduce)
+        times = self._times_of(graph, work)
+        graph.run([piece.position for piece in batch], given, reduce, times)
+        self._count(times, batch[0].position)
         if len(place.group) > 1:
             self.hidden = graph.hidden.copy()
         if place.targets:
@@ -374,6 +378,26 @@ class ShardEngine:
             for rank in place.targets:
                 self._channel.send(rank, {"k": "hidden"}, [frame])
         return graph
+
+    def _times_of(self, graph: Graph, work: Work) -> Times:
+        """Of a batch: of single tokens every so many one is looked at closely."""
+        if graph.count != 1 or work.count != 1:
+            return Times()
+        self._singles += 1
+        return Times(is_timed=self._singles % TIMED_EACH == 0)
+
+    def _count(self, times: Times, position: int) -> None:
+        done = self.computed
+        if times.is_timed:
+            self.computed = Computed(
+                done.compute_s + times.clock_s,
+                done.tokens + 1,
+                done.token_s + times.clock_s,
+                done.token_cpu_s + times.cpu_s,
+                done.positions + position,
+            )
+        else:
+            self.computed = dataclasses.replace(done, compute_s=done.compute_s + times.clock_s)
 
 
 def _choose(candidates: Candidates, step: Step, sampling: Sampling) -> int:

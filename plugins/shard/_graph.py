@@ -12,6 +12,7 @@ states. Batch sizes and KV lengths are llama.cpp's, so that a lone rank's logits
 
 from __future__ import annotations
 
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -37,6 +38,24 @@ class Segment:
     graph: int
     result: int
     target: int | None
+
+
+class Times:
+    """Seconds of computing, by the clock, and where `is_timed` in the computing thread's own time, which
+    costs a system call."""
+
+    def __init__(self, is_timed: bool = False) -> None:
+        self.is_timed, self.clock_s, self.cpu_s = is_timed, 0.0, 0.0
+
+    def begin(self) -> None:
+        if self.is_timed:
+            self.cpu_s -= time.thread_time()
+        self.clock_s -= time.perf_counter()
+
+    def end(self) -> None:
+        self.clock_s += time.perf_counter()
+        if self.is_timed:
+            self.cpu_s += time.thread_time()
 
 
 class Graph:
@@ -86,9 +105,16 @@ class Graph:
             self._lib.free(context)
         self._segments = []
 
-    def run(self, starts: Sequence[int], given: np.ndarray, reduce: Reduce | None = None) -> None:
+    def run(
+        self,
+        starts: Sequence[int],
+        given: np.ndarray,
+        reduce: Reduce | None = None,
+        times: Times | None = None,
+    ) -> None:
         """Compute each span from its start on. `given`: token ids (count) on the first stage, else
-        hidden states (count, hidden)."""
+        hidden states (count, hidden). What it takes, `reduce` left out, comes on top of `times`."""
+        times = times or Times()
         assert given.shape[0] == self.count
         at = 0
         for start, span, masks in zip(starts, self.spans, self._mask_arrays, strict=True):
@@ -101,9 +127,11 @@ class Graph:
             at += span.count
         (self._tokens if self._place.is_first else self._x)[...] = given
         for graph, partial, target in self._steps:
+            times.begin()
             if self._lib.backend_graph_compute(self._shard.backend, graph) != _ggml.STATUS_SUCCESS:
                 raise EngineError("ggml could not compute a graph; memory may be short")
             self._shard.weights.settle()
+            times.end()
             if partial is not None:
                 assert reduce is not None
                 if self._has_post_norms:

@@ -100,8 +100,16 @@ PROFILE = {
     "battery": None,
     "power": None,
     "thermal": None,
-    "engines": [{"name": "shard", "weight_type": "Q4_1", "decode_bytes_s": 2e10, "prefill_flops_s": 1e11}],
-    "links": [{"node_id": "b" * 52, "rtt_ms": 1.0, "bandwidth_bytes_s": 1e8}],
+    "engines": [
+        {
+            "name": "shard",
+            "weight_type": "Q4_1",
+            "decode_bytes_s": 2e10,
+            "prefill_flops_s": 1e11,
+            "sustained": 0.62,
+        }
+    ],
+    "links": [{"node_id": "b" * 52, "rtt_ms": 1.0, "bandwidth_bytes_s": 1e8, "all_reduce_ms": 0.7}],
 }
 PLAN_BODY = {
     "model": "m",
@@ -179,7 +187,7 @@ COMMANDS: list[tuple[list[str], str, dict[str, Any], dict[str, Any], list[str]]]
         "profile",
         {"measure": False},
         PROFILE,
-        ["Some CPU", "4 GiB free of 8 GiB, 3 GiB for edged", "18.63 GiB/s", "bbbbbbbb"],
+        ["Some CPU", "4 GiB free of 8 GiB, 3 GiB for edged", "18.63 GiB/s", "62 %", "bbbbbbbb", "0.7 ms"],
     ),
     (["profile", "--measure"], "profile", {"measure": True}, PROFILE | {"engines": []}, ["--measure"]),
     (["models", "ls"], "models.ls", {}, {"models": [MODEL]}, ["smollm2", "134.5 M", "98 MiB", "yes"]),

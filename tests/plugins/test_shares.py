@@ -1,5 +1,6 @@
 """Shares by measured speed and by what each budget holds, against brute force."""
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -50,6 +51,12 @@ def test_what_a_capped_rank_cannot_take_the_others_share_by_speed(units, speeds,
 def test_a_mixed_type_counts_as_its_main_one():
     nodes = [view(0, ("Q4_K", 3e9)), view(1, ("Q4_K", 1e9))]
     assert _cutting.weights_of(model(weight_type="Q4_K_M"), nodes, PlanRequest()) == (3e9, 1e9)
+
+
+def test_a_rank_gets_as_much_as_its_device_sustains():
+    cool, hot = view(0, ("Q4_K", 3e9)), view(1, ("Q4_K", 3e9))
+    hot = replace(hot, speeds=tuple(replace(speed, sustained=0.5) for speed in hot.speeds))
+    assert _cutting.weights_of(model(weight_type="Q4_K"), [cool, hot], PlanRequest()) == (3e9, 1.5e9)
 
 
 # --- budgets --------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 from typing import Any
 
 import llama_cpp
@@ -17,7 +18,7 @@ import pytest
 from edged_plugins import _libraries, shard
 from edged_plugins.shard import _check, _ggml, _measure, _messages
 from edged_plugins.shard._architectures import ARCHITECTURES
-from edged_plugins.shard._engine import load
+from edged_plugins.shard._engine import TIMED_EACH, load
 from edged_plugins.shard._measure import WEIGHT_TYPES
 from edged_plugins.shard._random import Shape, write_model
 from shard_rig import GREEDY, connect, greedy_run, loaded, running, specs_of
@@ -397,3 +398,22 @@ def test_quantised_benchmark_weights_are_real_ones() -> None:
     back = np.empty((64, 256), np.float32)
     lib.get_type_traits(12).contents.to_float(packed.ctypes.data, back.ctypes.data, back.size)
     assert np.abs(back - weights[:64]).max() < 0.5
+
+
+# --- what is counted -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("stages", [[(1,)], [(2, 1)], [(1,), (1,)]], ids=str)
+def test_every_rank_counts_what_it_computes_and_times_single_tokens(
+    random_model: str, stages: list[tuple[int, ...]]
+) -> None:
+    with running(specs_of(random_model, stages)) as engines:
+        started = time.perf_counter()
+        greedy_run(engines[0], [1, 2, 3], 2 * TIMED_EACH + 1)  # the first runs the prompt
+        took = time.perf_counter() - started
+        for engine in engines:
+            done = engine.computed
+            assert done.tokens == 2
+            assert done.positions == (2 + TIMED_EACH) + (2 + 2 * TIMED_EACH)
+            assert 0 < done.token_s < done.compute_s < took
+            assert done.token_cpu_s > 0
