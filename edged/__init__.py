@@ -11,7 +11,8 @@ from .errors import (
 )
 from .exchanging import measure_link
 from .hookspecs import hookimpl
-from .pricing import hop_s, link_cost, price, rank_times, return_s
+from .planning import unwilling
+from .pricing import codec_of, hop_s, link_cost, price, rank_times, return_s, sums_s
 from .sizes import memory_of
 from .types import (
     RIGHTS,
@@ -80,6 +81,7 @@ __all__ = [
     "Strategy",
     "TensorEntry",
     "__version__",
+    "codec_of",
     "hookimpl",
     "hop_s",
     "link_cost",
@@ -88,4 +90,6 @@ __all__ = [
     "price",
     "rank_times",
     "return_s",
+    "sums_s",
+    "unwilling",
 ]

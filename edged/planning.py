@@ -217,6 +217,16 @@ def _cache_refusal(model: ModelDescription, request: PlanRequest) -> str | None:
 
 
 def _refusal(node: NodeView, role: Role, request: PlanRequest, *, is_submitter: bool) -> str | None:
+    if reason := unwilling(node, request, is_submitter=is_submitter):
+        return reason
+    if node.memory_budget is not None and role.memory_bytes > node.memory_budget:
+        needed, given = role.memory_bytes / 2**20, node.memory_budget / 2**20
+        return f"its part needs {needed:.0f} MiB and the budget is {given:.0f} MiB"
+    return None
+
+
+def unwilling(node: NodeView, request: PlanRequest, *, is_submitter: bool) -> str | None:
+    """Why a node may have no role at all in a plan for this request, or None."""
     if not node.online:
         return "it is offline"
     if node.refuses and not (is_submitter and request.nodes):  # whoever names it here means it
@@ -227,9 +237,6 @@ def _refusal(node: NodeView, role: Role, request: PlanRequest, *, is_submitter: 
         return "it has no right to serve"
     if not is_submitter and request.private:
         return "this job is private, and its prompt would leave the node"
-    if node.memory_budget is not None and role.memory_bytes > node.memory_budget:
-        needed, given = role.memory_bytes / 2**20, node.memory_budget / 2**20
-        return f"its part needs {needed:.0f} MiB and the budget is {given:.0f} MiB"
     return None
 
 

@@ -142,20 +142,27 @@ def _sums(
     if len(roles) == 1:
         return 0.0
     layers = roles[0].layers[1] - roles[0].layers[0]
+    worst = LinkCost(max(link.latency_s for link in links), min(link.bytes_s for link in links))
+    times = [layers * time for time in sums_s(worst, model, request, len(roles), tokens)]
+    return times[codec_of(times, compute_s)]
+
+
+def sums_s(
+    link: LinkCost, model: ModelDescription, request: PlanRequest, ranks: int, tokens: int
+) -> list[float]:
+    """Seconds of one layer's all-reduces over a stage's worst link, with each codec, the widest first."""
     batches = -(-tokens // PROMPT_BATCH)
-    latency = max(link.latency_s for link in links)
-    bytes_s = min(link.bytes_s for link in links)
     elements = ELEMENT_BYTES[:1] if request.numerics == "exact" else ELEMENT_BYTES
+    sent = [element * model.hidden * tokens * (ranks - 1) for element in elements]
+    return [model.reductions * (batches * (link.latency_s + REDUCE_S) + size / link.bytes_s) for size in sent]
 
-    def total(element: float) -> float:
-        sent = element * model.hidden * tokens * (len(roles) - 1)
-        return layers * model.reductions * (batches * (latency + REDUCE_S) + sent / bytes_s)
 
-    times = [total(element) for element in elements]
-    best = times[0]
-    for time in times[1:]:
-        if compute_s + time < (compute_s + best) * (1 - NARROWER_SAVES):
-            best = time
+def codec_of(times: Sequence[float], compute_s: float) -> int:
+    """Which codec the engine takes, given a stage's seconds of all-reduces with each, the widest first."""
+    best = 0
+    for codec, time in enumerate(times):
+        if compute_s + time < (compute_s + times[best]) * (1 - NARROWER_SAVES):
+            best = codec
     return best
 
 
