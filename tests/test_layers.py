@@ -74,7 +74,8 @@ PLUGIN_DOORS = {
     "ifaddr": ("mdns", "interfaces, as zeroconf sees them"),
     "socket": ("mdns _llama_tunnel", "a discoverer's, and loopback, where libllama knows nothing else"),
     "numpy": (
-        "shard energy _placing _ring _search _sampling _llama_engine",
+        "shard energy _grouping _paths _placing _pool _ring _search _staging _sweep _tables _sampling "
+        "_llama_engine",
         "arrays live in an engine's worker",
     ),
     "llama_cpp": (
