@@ -12,7 +12,8 @@ from .errors import (
 )
 from .exchanging import measure_link
 from .hookspecs import hookimpl
-from .pricing import hop_s, link_cost, price, rank_times, return_s
+from .pricing import codec_of, hop_s, link_cost, price, rank_times, return_s, sums_s
+from .rules import unwilling
 from .sizes import memory_of
 from .types import (
     RIGHTS,
@@ -85,6 +86,7 @@ __all__ = [
     "Strategy",
     "TensorEntry",
     "__version__",
+    "codec_of",
     "duration",
     "hookimpl",
     "hop_s",
@@ -94,4 +96,6 @@ __all__ = [
     "price",
     "rank_times",
     "return_s",
+    "sums_s",
+    "unwilling",
 ]

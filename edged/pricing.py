@@ -195,20 +195,34 @@ def _sums(
     if len(roles) == 1:
         return 0.0
     layers = roles[0].layers[1] - roles[0].layers[0]
+    link, batches = _worst(links), -(-tokens // PROMPT_BATCH)
+    idle_s = compute_s / (layers * model.reductions * batches) + link.latency_s  # from one sum to the next
+    times = [layers * time for time in sums_s(link, model, request, len(roles), tokens, idle_s)]
+    return times[codec_of(times, compute_s)]
+
+
+def sums_s(
+    link: LinkCost,
+    model: ModelDescription,
+    request: PlanRequest,
+    ranks: int,
+    tokens: int,
+    idle_s: float = 0.0,
+) -> list[float]:
+    """Seconds of one layer's all-reduces over a stage's worst link, with each codec, the widest first;
+    `idle_s` from one to the next. A link without bursts may have arrays for figures."""
     batches = -(-tokens // PROMPT_BATCH)
-    link, count = _worst(links), layers * model.reductions * batches
-    idle_s = compute_s / count + link.latency_s  # of the link, from one sum to the next
     elements = ELEMENT_BYTES[:1] if request.numerics == "exact" else ELEMENT_BYTES
+    sent = [element * model.hidden * tokens * (ranks - 1) / batches for element in elements]
+    return [model.reductions * batches * reduce_s(link, size, idle_s) for size in sent]
 
-    def total(element: float) -> float:
-        sent = element * model.hidden * tokens * (len(roles) - 1) / batches
-        return count * reduce_s(link, sent, idle_s)
 
-    times = [total(element) for element in elements]
-    best = times[0]
-    for time in times[1:]:
-        if compute_s + time < (compute_s + best) * (1 - NARROWER_SAVES):
-            best = time
+def codec_of(times: Sequence[float], compute_s: float) -> int:
+    """Which codec the engine takes, given a stage's seconds of all-reduces with each, the widest first."""
+    best = 0
+    for codec, time in enumerate(times):
+        if compute_s + time < (compute_s + times[best]) * (1 - NARROWER_SAVES):
+            best = codec
     return best
 
 
@@ -230,12 +244,13 @@ def _hops(
 
 def hop_s(link: LinkCost, model: ModelDescription, ranks: int, tokens: int) -> float:
     """Seconds of handing the hidden states of so many tokens to a stage of so many ranks."""
-    return _waking_s(link) + link.time_s(model.hidden * F32_BYTES * tokens * ranks, INFINITE)
+    size = model.hidden * F32_BYTES * tokens
+    return _waking_s(link) + link.time_s(size, INFINITE) + (ranks - 1) * size / link.bytes_s
 
 
 def reduce_s(link: LinkCost, size: float, idle_s: float = 0.0) -> float:
     """Seconds of an all-reduce of `size` bytes between the two ends of a link, `idle_s` after the last."""
-    slept_s = SLEPT_REDUCE_S if link.latency_s > SLEPT_FROM_S else 0.0
+    slept_s = SLEPT_REDUCE_S * (link.latency_s > SLEPT_FROM_S)
     return REDUCE_S + slept_s + link.time_s(size, idle_s)
 
 

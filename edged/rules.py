@@ -167,33 +167,46 @@ def _of_each_node(judge: Callable[[Case, Role, NodeView], str | None]) -> Rule:
     return rule
 
 
-def _online(case: Case, role: Role, node: NodeView) -> str | None:
+def unwilling(node: NodeView, request: PlanRequest, *, is_submitter: bool) -> str | None:
+    """Why a node may have no role at all in a plan for this request, or None: what searches leave out."""
+    return next((reason for rule in WILLING.values() if (reason := rule(node, request, is_submitter))), None)
+
+
+def _online(node: NodeView, request: PlanRequest, is_submitter: bool) -> str | None:
     return None if node.online else "it is offline"
 
 
-def _saving(case: Case, role: Role, node: NodeView) -> str | None:
+def _saving(node: NodeView, request: PlanRequest, is_submitter: bool) -> str | None:
     """Battery, heat, owner; whoever names a node on that node itself means it."""
-    is_meant = node.node_id == case.submitter and case.request.nodes
+    is_meant = is_submitter and request.nodes
     return f"it takes no new roles: {node.refuses}" if node.refuses and not is_meant else None
 
 
-def _zone(case: Case, role: Role, node: NodeView) -> str | None:
-    if node.zone == "guest" and not case.request.allow_guest:
+def _privacy(node: NodeView, request: PlanRequest, is_submitter: bool) -> str | None:
+    if not is_submitter and request.private:
+        return "this job is private, and its prompt would leave the node"
+    return None
+
+
+def _zone(node: NodeView, request: PlanRequest, is_submitter: bool) -> str | None:
+    if node.zone == "guest" and not request.allow_guest:
         return "it is a guest, and this job uses own nodes only"
     return None
 
 
-def _rights(case: Case, role: Role, node: NodeView) -> str | None:
-    if node.node_id != case.submitter and "serve" not in node.rights:
-        return "it has no right to serve"
-    return None
+def _rights(node: NodeView, request: PlanRequest, is_submitter: bool) -> str | None:
+    return None if is_submitter or "serve" in node.rights else "it has no right to serve"
 
 
-def _privacy(case: Case, role: Role, node: NodeView) -> str | None:
-    is_outside = case.candidate.stated is not None
-    if case.request.private and (is_outside or node.node_id != case.submitter):
-        return "this job is private, and its prompt would leave the node"
-    return None
+WILLING = {"online": _online, "saving": _saving, "privacy": _privacy, "zone": _zone, "rights": _rights}
+
+
+def _is_willing(judge: Callable[[NodeView, PlanRequest, bool], str | None]) -> Rule:
+    return _of_each_node(lambda case, role, node: judge(node, case.request, node.node_id == case.submitter))
+
+
+def _outside_privacy(case: Case, role: Role, node: NodeView) -> str | None:
+    return _privacy(node, case.request, is_submitter=False)
 
 
 def _memory(case: Case, role: Role, node: NodeView) -> str | None:
@@ -237,18 +250,14 @@ FORM: dict[str, Rule] = {
     "cache": _cache,
 }
 PARTICIPATION: dict[str, Rule] = {
-    "online": _of_each_node(_online),
-    "saving": _of_each_node(_saving),
-    "privacy": _of_each_node(_privacy),
-    "zone": _of_each_node(_zone),
-    "rights": _of_each_node(_rights),
+    **{name: _is_willing(judge) for name, judge in WILLING.items()},
     "memory": _of_each_node(_memory),
     "engine": _of_each_node(_engine),
     "links": _links,
 }
 FORM_OUTSIDE: dict[str, Rule] = {"ranks": _ranks, "nodes": _nodes, "outside": _outside, "shares": _shares}
 PARTICIPATION_OUTSIDE: dict[str, Rule] = {
-    "privacy": _of_each_node(_privacy),
+    "privacy": _of_each_node(_outside_privacy),
     "numerics": _numerics,
     "memory": _of_each_node(_memory),
     "engine": _of_each_node(_engine),

@@ -144,6 +144,8 @@ class LinkCost:
 
     def time_s(self, size: float, idle_s: float = 0.0) -> float:
         """Seconds of sending `size` bytes each way, again and again with `idle_s` between."""
+        if not self.burst_bytes:
+            return self.latency_s + size / self.bytes_s
         queued_s = max(size / self.bytes_s - idle_s, (size - self.burst_bytes) / self.bytes_s, 0.0)
         return self.latency_s + queued_s
 

@@ -1,4 +1,4 @@
-"""Where the layers go: exact and approximate placement of a chain of layers on devices.
+"""Where the layers go: a chain of layers on devices, its prices, and its exact placement.
 
 One cost model for all: device d runs layer i in `compute[d][i]` seconds (infinity: never) and needs
 `memory[d][i]` of its `room[d]` for it; a device that has any layer pays `base[d]` of its room. Going from
@@ -18,8 +18,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from . import _sweep
+
 INFINITE = float("inf")
-IMPROVED = 8  # greedy paths that are worth trying swaps on
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,20 @@ class Chain:
         return self.compute.shape[1]
 
     @functools.cached_property
-    def partners(self) -> list[int]:
+    def together(self) -> np.ndarray:
+        """(devices, devices) bool: may they be in one plan? Each with itself."""
+        everyone = np.ones((self.devices, self.devices), bool) if self.linked is None else self.linked
+        return everyone | np.eye(self.devices, dtype=bool)
+
+    @functools.cached_property
+    def partners(self) -> np.ndarray:
         """For each device the set, as bits, of those that may be in a plan with it, and itself."""
-        if self.linked is None:
-            return [(1 << self.devices) - 1] * self.devices
-        return [
-            sum(1 << other for other in range(self.devices) if other == device or self.linked[device, other])
-            for device in range(self.devices)
-        ]
+        return np.array((self.together * self.bits).sum(axis=1), np.uint64)
+
+    @functools.cached_property
+    def bits(self) -> np.ndarray:
+        """Of each device."""
+        return np.array([1 << device for device in range(self.devices)], np.uint64)
 
     @functools.cached_property
     def run_costs(self) -> np.ndarray:
@@ -64,6 +71,21 @@ class Chain:
         memory = needed[:, None, :] - needed[:, :, None] + self.base[:, None, None]
         fits = memory <= self.room[:, None, None] * (1 + 1e-12)
         return np.where(fits & np.triu(np.ones((edges, edges), bool), 1), cost, INFINITE)
+
+    @functools.cached_property
+    def stops(self) -> _sweep.Stops:
+        """Each device as a stop of its own."""
+        return _sweep.Stops(
+            self.run_costs,
+            self.hop,
+            self.back,
+            self.bits,
+            self.partners,
+            np.concatenate([np.zeros((self.devices, 1)), self.compute.cumsum(axis=1)], axis=1)
+            if np.isfinite(self.compute).all()
+            else None,
+            self.first,
+        )
 
     @functools.cached_property
     def reach(self) -> np.ndarray:
@@ -104,184 +126,29 @@ def _links_of(chain: Chain, runs: Sequence[tuple[int, tuple[int, int]]]) -> list
     return [*hops, float(chain.back[stops[-1], stops[0]])]
 
 
-def fastest(chain: Chain, least: int = 1) -> Placement | None:
-    """The exact optimum of `latency` over runs on at least `least` devices; None where memory holds none.
+def fastest(chain: Chain, least: int = 1, known: float = INFINITE) -> Placement | None:
+    """The exact optimum of `latency` over runs on at least `least` devices; None where memory holds none, or
+    none takes less than `known` seconds.
 
-    Over states (used devices, last device) it keeps, for each first device and number of placed layers, the
-    least time: O(2^M M^2 L^2) with M devices and L layers.
+    Over states (used devices, first, last) and numbers of placed layers: O(2^M M^3 L log L) with M devices
+    and L layers, less what the bound saves.
     """
-    return _exact(chain, least, np.add)
+    return _placed(_sweep.shortest(chain.stops, least, known=known))
+
+
+def fastest_near(chain: Chain, width: int, least: int = 1, known: float = INFINITE) -> Placement | None:
+    """As `fastest`, with the `width` most promising states of each number of devices: for many devices, and
+    not always the optimum."""
+    return _placed(_sweep.shortest(chain.stops, least, known=known, width=width))
 
 
 def highest_throughput(chain: Chain, least: int = 1) -> Placement | None:
     """The exact optimum of `bottleneck`; `seconds` is the bottleneck."""
-    return _exact(chain, least, np.maximum)
+    return _placed(_sweep.shortest(chain.stops, least, join=np.maximum))
 
 
-def _exact(chain: Chain, least: int, join: np.ufunc) -> Placement | None:
-    size, layers = chain.devices, chain.layers
-    run = chain.run_costs
-    # (first, placed layers) -> seconds, by (set, last)
-    best: dict[tuple[int, int], np.ndarray] = {}
-    came: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
-    for device in range(size):
-        if chain.first is None or device == chain.first:
-            table = np.full((size, layers + 1), INFINITE)
-            table[device] = run[device][0]
-            best[1 << device, device] = table
-    found: tuple[float, int, int, int] | None = None
-    for used in range(1, 1 << size):
-        lasts = [device for device in range(size) if (used, device) in best]
-        if not lasts:
-            continue
-        if used.bit_count() >= least:
-            for last in lasts:
-                closed = join(best[used, last][:, layers], chain.back[last])
-                first = int(closed.argmin())
-                if closed[first] < (INFINITE if found is None else found[0]):
-                    found = (float(closed[first]), used, last, first)
-        for device in range(size):
-            if used >> device & 1 or used & ~chain.partners[device]:
-                continue
-            arriving = np.stack([join(best[used, last], chain.hop[last, device]) for last in lasts])
-            via = arriving.argmin(axis=0)
-            reached = np.take_along_axis(arriving, via[None], 0)[0]
-            whole = join(reached[:, :, None], run[device][None])  # (first, from, to)
-            start = whole.argmin(axis=1)
-            best[used | 1 << device, device] = np.take_along_axis(whole, start[:, None], 1)[:, 0]
-            came[used | 1 << device, device] = (start, np.array(lasts)[via])
-    return None if found is None else _walk_back(found, came, layers)
-
-
-def _walk_back(
-    found: tuple[float, int, int, int],
-    came: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]],
-    layers: int,
-) -> Placement:
-    seconds, used, device, first = found
-    runs, end = [], layers
-    while device != first or used.bit_count() > 1:
-        starts, lasts = came[used, device]
-        start = int(starts[first, end])
-        runs.append((device, (start, end)))
-        used, device, end = used & ~(1 << device), int(lasts[first, start]), start
-    runs.append((device, (0, end)))
-    return Placement(tuple(reversed(runs)), seconds)
-
-
-def by_recurrence(chain: Chain) -> Placement | None:
-    """EdgeShard's recurrence over (layer, device): O(L M^2), for many devices; not always the optimum.
-
-    A device may come up twice only where it is the last one, since the runs of one path are kept.
-    """
-    size = chain.devices
-    # by last device: seconds, the device of each layer, bytes of its run so far, the devices as bits
-    paths: dict[int, tuple[float, list[int], float, int]] = {}
-    for device in range(size) if chain.first is None else (chain.first,):
-        memory = float(chain.base[device] + chain.memory[device, 0])
-        if memory <= chain.room[device] * (1 + 1e-12):
-            paths[device] = (float(chain.compute[device, 0]), [device], memory, 1 << device)
-    for layer in range(1, chain.layers):
-        further: dict[int, tuple[float, list[int], float, int]] = {}
-        for device in range(size):
-            best: tuple[float, int, float] | None = None
-            for last, (seconds, _, run, used) in paths.items():
-                stays = last == device
-                if not stays and (used >> device & 1 or used & ~chain.partners[device]):
-                    continue
-                memory = float(chain.memory[device, layer]) + (run if stays else float(chain.base[device]))
-                if memory > chain.room[device] * (1 + 1e-12):
-                    continue
-                reached = seconds + (0.0 if stays else float(chain.hop[last, device]))
-                if best is None or reached < best[0]:
-                    best = (reached, last, memory)
-            if best is not None:
-                reached, last, memory = best
-                path, used = [*paths[last][1], device], paths[last][3] | 1 << device
-                further[device] = (reached + float(chain.compute[device, layer]), path, memory, used)
-        paths = further
-    ended = [
-        (seconds + float(chain.back[last, path[0]]), path) for last, (seconds, path, _, _) in paths.items()
-    ]
-    if not ended:
-        return None
-    seconds, path = min(ended, key=lambda option: option[0])
-    return Placement(runs_of(path), seconds)
-
-
-def greedy(chain: Chain) -> Placement | None:
-    """A shortest path by greedy steps, from the best start, with pairs swapped while that helps: O(M^3).
-
-    After the idea of Ren, "Task Scheduling for Decentralized LLM Serving" (UCB/EECS-2024-111), whose text
-    was not at hand: from each device on to the one that adds the least time for each layer it can hold.
-    """
-    starts = range(chain.devices) if chain.first is None else (chain.first,)
-    found = [order for order in (_greedy_order(chain, start) for start in starts) if order]
-    found.sort(key=lambda order: _filled_s(chain, order))
-    improved = [_swapped(chain, order) for order in found[:IMPROVED]]
-    return min(improved, key=lambda placement: placement.seconds, default=None)
-
-
-def _greedy_order(chain: Chain, start: int) -> list[int]:
-    order, placed = [start], _reach(chain, start, 0)
-    if not placed:
-        return []
-    while placed < chain.layers:
-        options = []
-        for device in range(chain.devices):
-            end = _reach(chain, device, placed)
-            is_partner = all(chain.partners[device] >> other & 1 for other in order)
-            if device not in order and end > placed and is_partner:
-                time = float(chain.compute[device, placed:end].sum() + chain.hop[order[-1], device])
-                options.append((time / (end - placed), device, end))
-        if not options:
-            return []
-        _, device, placed = min(options)
-        order.append(device)
-    return order
-
-
-def _swapped(chain: Chain, order: list[int]) -> Placement:
-    best = fill(chain, order)
-    assert best is not None  # the order was made by filling
-    improved = True
-    while improved:
-        improved = False
-        for a, b in itertools.combinations(range(0 if chain.first is None else 1, len(order)), 2):
-            swapped = order.copy()
-            swapped[a], swapped[b] = swapped[b], swapped[a]
-            other = fill(chain, swapped)
-            if other is not None and other.seconds < best.seconds - 1e-12:
-                best, order, improved = other, swapped, True
-    return best
-
-
-def _filled_s(chain: Chain, order: Sequence[int]) -> float:
-    found = fill(chain, order)
-    return INFINITE if found is None else found.seconds
-
-
-def fill(chain: Chain, order: Sequence[int]) -> Placement | None:
-    """The best runs on these devices in this order, none left out: O(M L^2)."""
-    run, layers = chain.run_costs, chain.layers
-    table, starts = run[order[0]][0], []
-    for device in order[1:]:
-        whole = table[:, None] + run[device]
-        starts.append(whole.argmin(axis=0))
-        table = whole.min(axis=0)
-    if not np.isfinite(table[layers]):
-        return None
-    ends = [layers]
-    for start in reversed(starts):
-        ends.append(int(start[ends[-1]]))
-    edges = [0, *reversed(ends)]
-    runs = tuple((device, (a, b)) for device, (a, b) in zip(order, itertools.pairwise(edges), strict=True))
-    return Placement(runs, latency(chain, runs))
-
-
-def _reach(chain: Chain, device: int, start: int) -> int:
-    """The last layer's end that a run from `start` fits to."""
-    return int(chain.reach[device, start])
+def _placed(found: tuple[float, _sweep.Path] | None) -> Placement | None:
+    return None if found is None else Placement(found[1], found[0])
 
 
 def runs_of(path: Sequence[int]) -> tuple[tuple[int, tuple[int, int]], ...]:

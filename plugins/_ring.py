@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import optimize, sparse
+import scipy  # its parts load where they are used: half a second that few searches need
 
 KINDS = 5  # variables of a device: layers, accelerated layers, used, short, seconds of reading again
 TIME_S = 0.7  # of one programme; the best found by then counts
@@ -98,13 +98,13 @@ def _solve(devices: Sequence[Device], layers: int, rounds: int, is_choosing: boo
     )
     can_reread = np.isfinite(reread_s)
     most = np.where(can_reread, reread_s, 0) * layers
-    zero, one = sparse.csr_matrix((size, size)), sparse.identity(size, format="csr")
+    zero, one = scipy.sparse.csr_matrix((size, size)), scipy.sparse.identity(size, format="csr")
 
-    def rows(*blocks: object) -> sparse.csr_matrix:
-        return sparse.hstack([zero if block is None else block for block in blocks], format="csr")
+    def rows(*blocks: object) -> scipy.sparse.csr_matrix:
+        return scipy.sparse.hstack([zero if block is None else block for block in blocks], format="csr")
 
-    def scaled(values: np.ndarray) -> sparse.spmatrix:
-        return sparse.diags(values)
+    def scaled(values: np.ndarray) -> scipy.sparse.spmatrix:
+        return scipy.sparse.diags(values)
 
     limits = [
         (rows(-one, one, None, None, None), 0.0),  # accelerated <= layers
@@ -125,19 +125,19 @@ def _solve(devices: Sequence[Device], layers: int, rounds: int, is_choosing: boo
             most,
         ),
     ]
-    total = sparse.csr_matrix(np.concatenate([np.ones(size), np.zeros((KINDS - 1) * size)])[None])
-    constraints = [optimize.LinearConstraint(matrix, -np.inf, bound) for matrix, bound in limits]
-    constraints.append(optimize.LinearConstraint(total, window, window))
+    total = scipy.sparse.csr_matrix(np.concatenate([np.ones(size), np.zeros((KINDS - 1) * size)])[None])
+    constraints = [scipy.optimize.LinearConstraint(matrix, -np.inf, bound) for matrix, bound in limits]
+    constraints.append(scipy.optimize.LinearConstraint(total, window, window))
     cost = np.concatenate([layer_s * rounds, gain_s * rounds, hop_s * rounds, np.zeros(size), np.ones(size)])
     lower = np.zeros(KINDS * size)
     if not is_choosing:
         lower[2 * size : 3 * size] = 1
     upper = np.concatenate([np.full(2 * size, window), np.ones(size), can_reread, np.full(size, np.inf)])
     integrality = np.concatenate([np.ones(4 * size), np.zeros(size)])
-    answer = optimize.milp(
+    answer = scipy.optimize.milp(
         cost,
         integrality=integrality,
-        bounds=optimize.Bounds(lower, upper),
+        bounds=scipy.optimize.Bounds(lower, upper),
         constraints=constraints,
         options={"time_limit": TIME_S},
     )

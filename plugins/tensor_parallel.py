@@ -27,7 +27,7 @@ NAME = "tensor"
 def edged_strategies(settings: Mapping[str, Any]) -> Sequence[Strategy]:
     return [
         Strategy(NAME, propose, search="edged_plugins._search:tensor"),
-        Strategy(_hybrid.NAME, _hybrid.propose),
+        Strategy(_hybrid.NAME, _hybrid.propose, search="edged_plugins._search:hybrid"),
     ]
 
 

@@ -80,7 +80,8 @@ PLUGIN_DOORS = {
     "http": ("_cloud_stream", "one client decides what of a stranger's answer is believed"),
     "ssl": ("_cloud_stream", "one client decides whom it speaks to"),
     "numpy": (
-        "shard energy _placing _ring _search _sampling _llama_engine",
+        "shard energy _grouping _paths _placing _pool _ring _search _staging _sweep _tables _sampling "
+        "_llama_engine",
         "arrays live in an engine's worker",
     ),
     "llama_cpp": (

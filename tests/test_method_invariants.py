@@ -8,7 +8,7 @@ import random
 
 import numpy as np
 import pytest
-from edged_plugins import _cut_layer, _cutting, _placing, _ring, _sampling, tensor_parallel
+from edged_plugins import _cut_layer, _cutting, _paths, _placing, _ring, _sampling, tensor_parallel
 from edged_plugins._tensor_group import Group
 from edged_plugins.shard._links import RING, time_s
 from hypothesis import given, settings
@@ -140,7 +140,7 @@ def test_the_exact_search_and_the_integer_programme_agree(seed: int) -> None:
 def test_a_plan_has_each_layer_once_and_begins_at_the_source(seed: int) -> None:
     it = anything(seed, 4, 6)
     best = _placing.fastest(it)
-    for found in (best, _placing.highest_throughput(it), _placing.by_recurrence(it), _placing.greedy(it)):
+    for found in (best, _placing.highest_throughput(it), _paths.by_recurrence(it), _paths.greedy(it)):
         if found is None:
             continue
         assert [start for _, (start, _) in found.runs] == [0, *(end for _, (_, end) in found.runs[:-1])]

@@ -8,7 +8,7 @@ import statistics
 
 import numpy as np
 import pytest
-from edged_plugins import _cutting, _placing, _ring
+from edged_plugins import _cutting, _paths, _placing, _ring
 
 INFINITE = float("inf")
 
@@ -69,6 +69,19 @@ def test_the_exact_search_finds_what_brute_force_finds(seed):
         assert it.first is None or found.runs[0][0] == it.first
 
 
+@pytest.mark.parametrize("seed", range(20))
+def test_what_is_known_is_not_searched_for_again_and_bounds_lose_nothing(seed):
+    it = anything(seed, devices=5, layers=7)
+    best = _placing.fastest(it)
+    if best is None:
+        return
+    assert _placing.fastest(it, known=best.seconds) is None
+    assert _placing.fastest(it, known=best.seconds * 1.001).seconds == pytest.approx(best.seconds)
+    narrow, wide = (_placing.fastest_near(it, width) for width in (1, 1000))
+    assert wide.seconds == pytest.approx(best.seconds)
+    assert narrow is None or narrow.seconds >= best.seconds - 1e-9
+
+
 def test_at_least_so_many_devices_take_part():
     it = chain([[1] * 4, [2] * 4], [[1] * 4] * 2, [[0, 0.5], [0.5, 0]], [9, 9])
     assert _placing.fastest(it).per_layer == [0] * 4
@@ -121,7 +134,7 @@ def test_the_recurrence_alone_misses_what_going_back_would_win():
     """Going back to a device is no plan of edged's; the example says what that costs."""
     hops = [[0, 5, 0], [5, 0, 6], [0, 6, 0]]
     it = chain([[6] * 5, [3] * 5, [6] * 5], [[1] * 5] * 3, hops, [2, 1, 2], first=0)
-    assert _placing.by_recurrence(it).seconds == pytest.approx(38)
+    assert _paths.by_recurrence(it).seconds == pytest.approx(38)
     assert _placing.fastest(it).seconds == pytest.approx(38)
     paths = itertools.product(range(3), repeat=4)
     free = [(0, *rest) for rest in paths if all((0, *rest).count(d) <= (2, 1, 2)[d] for d in range(3))]
@@ -151,7 +164,7 @@ def test_heuristics_are_valid_and_the_better_of_them_is_near() -> None:
     for seed in range(200):
         it = anything(seed, 5, 8)
         best = _placing.fastest(it)
-        found = [each for each in (_placing.by_recurrence(it), _placing.greedy(it)) if each]
+        found = [each for each in (_paths.by_recurrence(it), _paths.greedy(it)) if each]
         for each in found:
             assert each.seconds == pytest.approx(_placing.latency(it, each.runs))
             assert each.seconds >= best.seconds - 1e-9
