@@ -7,8 +7,8 @@ of its benchmark (`EngineSpeed.sustained`). Ranks of a stage work at once, so th
 one after the other. An all-reduce, one or two a layer, is an exchange with every other rank of the stage; a
 hop hands a row of hidden states on, and the last stage sends its candidates back to the first. Links count as
 the data plane was measured, else as half a ping. Weights that pass through a window because a budget does not
-hold them are read again for every token, on top. Source of the form: TPI-LLM (arXiv:2410.00531). The constants
-are measured; see docs/log.md.
+hold them are read again for every token, on top. Source of the form: TPI-LLM (arXiv:2410.00531). The
+constants are measured; see docs/log.md.
 """
 
 from __future__ import annotations
