@@ -1,13 +1,13 @@
 """What a plan should cost: time to the first token, time per token, bytes. Pure.
 
-A rank's time per token is the bytes that it reads (weights, and the KV cache so far) over the measured
-bytes/s of that weight type, and the measured fixed cost of a token and of each layer, all of it over what the
-device sustains of its benchmark (`EngineSpeed.sustained`). Ranks of a stage work
-at once, so the slowest counts; stages work one after the other. An all-reduce, one or two a layer, is an
-exchange with every other rank of the stage; a hop hands a row of hidden states on, and the last stage sends
-its candidates back to the first. Links count as the data plane was measured, else as half a ping. Weights
-that pass through a window because a budget does not hold them are read again for every token, while others
-compute; what that takes longer comes on top.
+A rank's time per token is the bytes of its weights over the measured bytes/s of that weight type, the
+measured time of attending to the tokens before it (where an engine measures none, the KV cache counts as
+weights do), and the measured fixed cost of a token and of each layer, all of it over what the device sustains
+of its benchmark (`EngineSpeed.sustained`). Ranks of a stage work at once, so the slowest counts; stages work
+one after the other. An all-reduce, one or two a layer, is an exchange with every other rank of the stage; a
+hop hands a row of hidden states on, and the last stage sends its candidates back to the first. Links count as
+the data plane was measured, else as half a ping. Weights that pass through a window because a budget does not
+hold them are read again for every token, while others compute; what that takes longer comes on top.
 Sources of the form: TPI-LLM (arXiv:2410.00531); for loading ServerlessLLM (arXiv:2401.14351). The constants
 are measured; see docs/log.md.
 """
@@ -125,23 +125,26 @@ def rank_times(
     of_model = weights / max(1, sum(model.layer_bytes) + model.head_bytes)
     operations = 2 * model.parameters * of_model * request.prompt_tokens
     batches = -(-request.prompt_tokens // PROMPT_BATCH)
-    read_s, fixed_s = token_parts(role, model, speed, request, request.prompt_tokens)
-    token_s = weights / speed.decode_bytes_s / speed.sustained
+    weights_s, beside_s = token_parts(role, model, speed, request, request.prompt_tokens)
+    fixed_s = speed.token_s + (role.layers[1] - role.layers[0]) * speed.layer_s
     prompt_s = operations / speed.prefill_flops_s / speed.sustained
-    waiting_s = _rereading_s(role, model, request, token_s)
+    waiting_s = _rereading_s(role, model, request, weights_s / speed.sustained)
     batch_waiting_s = _rereading_s(role, model, request, prompt_s / max(1, batches))
-    decode_s = (read_s + fixed_s) / speed.sustained + waiting_s
+    decode_s = (weights_s + beside_s) / speed.sustained + waiting_s
     return decode_s, prompt_s + batches * (fixed_s / speed.sustained + batch_waiting_s)
 
 
 def token_parts(
     role: Role, model: ModelDescription, speed: EngineSpeed, request: PlanRequest, tokens: int
 ) -> tuple[float, float]:
-    """Seconds, by the benchmark, of reading what one token needs when so many stand before it, and the fixed
-    ones beside."""
-    read = weight_bytes_of(role, model) + cache_bytes_of(role, model, request, tokens)
-    fixed_s = speed.token_s + (role.layers[1] - role.layers[0]) * speed.layer_s
-    return read / speed.decode_bytes_s, fixed_s
+    """Seconds, by the benchmark, of reading the weights for one token, and those beside: the fixed ones, and
+    attending to so many tokens before it."""
+    layers = role.layers[1] - role.layers[0]
+    cache_s = cache_bytes_of(role, model, request, tokens) / speed.decode_bytes_s
+    if speed.attend_s:
+        cache_s = layers * (role.heads[1] - role.heads[0]) * model.head_dim * tokens * speed.attend_s
+    weights_s = weight_bytes_of(role, model) / speed.decode_bytes_s
+    return weights_s, speed.token_s + layers * speed.layer_s + cache_s
 
 
 def speed_of(node: NodeView, weight_type: str) -> EngineSpeed | None:

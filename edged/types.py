@@ -130,6 +130,7 @@ class EngineSpeed:
     prefill_flops_s: float
     layer_s: float = 0.0  # of a token, in each layer, beside reading its weights
     token_s: float = 0.0  # of a token, beside its layers
+    attend_s: float = 0.0  # of a token, for each position before it and element of its queries, in each layer
     sustained: float = 1.0  # of this peak, what the device gave in steady work; above 0, at most 1
 
 

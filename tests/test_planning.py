@@ -373,6 +373,17 @@ def test_a_device_takes_longer_by_what_it_sustains_of_its_benchmark() -> None:
     assert slow == pytest.approx([2 * seconds for seconds in cool])
 
 
+@pytest.mark.parametrize("tokens", [1, 100])
+def test_a_token_attends_to_those_before_it_with_this_ranks_query_heads(tokens: int) -> None:
+    (plain,) = node("a").speeds
+    attending = dataclasses.replace(plain, attend_s=1e-6)
+    part = TENSOR.roles[1]
+    asked = PlanRequest(prompt_tokens=tokens)
+    weights_s, beside_s = pricing.token_parts(part, MODEL, attending, asked, tokens)
+    assert weights_s == pricing.token_parts(part, MODEL, plain, asked, tokens)[0]
+    assert beside_s == pytest.approx(MODEL.layers * 2 * MODEL.head_dim * tokens * 1e-6)
+
+
 @pytest.mark.parametrize("sustained", [0.0, -0.5, 1.5, float("nan")])
 def test_a_part_of_a_benchmark_that_cannot_be_counts_as_unmeasured(sustained: float) -> None:
     speeds = (EngineSpeed("shard", "Q4_K", 1e6, 1e6, sustained=sustained),)

@@ -24,20 +24,20 @@ from edged import EngineError, EngineSpec, EngineSpeed, ModelDescription, Role, 
 from . import Settings, _ggml
 from ._check import Alone
 from ._describe import describe
-from ._engine import load
+from ._engine import ShardEngine, load
 from ._random import Shape, write_model
 from ._weights import takes_weight
 
 WEIGHT_TYPES = ("Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q6_K", "F16", "F32")
 WIDTH, ROWS = 2048, 1024
 DECODED_BYTES = 48 << 20  # of weights in one run
-EVICTED_BYTES = (
-    192 << 20
-)  # that pass through the caches between two runs, where a quarter of memory holds them
+EVICTED_BYTES = 192 << 20  # that pass through the caches between two runs, or a quarter of the free memory
 DECODE_RUNS = 5
 BATCH = 64
 FIXED_SHAPE = Shape(hidden=64, heads=2, kv_heads=2, ffn=64, vocab=64, context_tokens=256)
 FIXED_LAYERS, FIXED_TOKENS = (2, 12), 40
+ATTENDING_SHAPE = Shape(hidden=512, heads=8, kv_heads=2, ffn=64, vocab=64, layers=2, context_tokens=1024)
+ATTENDED, ATTENDING_TOKENS = 960, 8  # positions before a token that attends to many
 GREEDY = Sampling(temperature=0)
 PART_S = 0.08  # measuring time of prefill; placing the weights takes about as long
 
@@ -55,9 +55,8 @@ def measure(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     finally:
         lib.backend_free(backend)
     layer_s, token_s = fixed_costs(settings, threads)
-    return [
-        dataclasses.asdict(dataclasses.replace(speed, layer_s=layer_s, token_s=token_s)) for speed in speeds
-    ]
+    beside = {"layer_s": layer_s, "token_s": token_s, "attend_s": attending_s(settings, threads)}
+    return [dataclasses.asdict(dataclasses.replace(speed, **beside)) for speed in speeds]
 
 
 def fixed_costs(settings: Mapping[str, Any], threads: int) -> tuple[float, float]:
@@ -78,19 +77,50 @@ def fixed_costs(settings: Mapping[str, Any], threads: int) -> tuple[float, float
 
 
 def _token_s(path: str, settings: Mapping[str, Any], threads: int) -> float:
+    engine = _alone(path, settings, threads, FIXED_SHAPE.context_tokens)
+    try:
+        return _least_s(engine, 0, FIXED_TOKENS)
+    finally:
+        engine.close()
+
+
+def attending_s(settings: Mapping[str, Any], threads: int) -> float:
+    """Seconds that a token takes for each position before it, of each element of its queries in a layer.
+
+    From one model of next to no weights: tokens late in a sequence against tokens at its beginning. Reading
+    the keys and values is the least of it: their products take several times as long.
+    """
+    shape = ATTENDING_SHAPE
+    with tempfile.TemporaryDirectory(prefix="edged-measure-") as folder:
+        path = os.path.join(folder, "attending.gguf")
+        write_model(path, shape, "Q8_0")
+        engine = _alone(path, settings, threads, shape.context_tokens)
+        try:
+            early = _least_s(engine, 0, ATTENDING_TOKENS)
+            engine.step([Step(0, [1] * (ATTENDED - ATTENDING_TOKENS), ATTENDING_TOKENS, GREEDY)])
+            late = _least_s(engine, ATTENDED, ATTENDING_TOKENS)
+        finally:
+            engine.close()
+    return max(0.0, (late - early) / (ATTENDED * shape.layers * shape.hidden))
+
+
+def _alone(path: str, settings: Mapping[str, Any], threads: int, context_tokens: int) -> ShardEngine:
+    """An engine with the whole of a model."""
     model = msgspec.convert(describe(path), ModelDescription)
     whole = ((0, model.layers), (0, model.heads), (0, model.ffn), (0, model.vocab))
     role = Role(0, "self", 0, *whole, share=1.0)
-    engine = load(EngineSpec(path, model, (role,), 0, 256, threads=threads, settings=settings), Alone())
-    try:
-        times = []
-        for position in range(FIXED_TOKENS):
-            start = time.perf_counter()
-            engine.step([Step(0, [1], position, GREEDY)])
-            times.append(time.perf_counter() - start)
-        return min(times)
-    finally:
-        engine.close()
+    spec = EngineSpec(path, model, (role,), 0, context_tokens, threads=threads, settings=settings)
+    return load(spec, Alone())
+
+
+def _least_s(engine: ShardEngine, start: int, count: int) -> float:
+    """The least time of so many tokens from a position on."""
+    times = []
+    for position in range(start, start + count):
+        began = time.perf_counter()
+        engine.step([Step(0, [1], position, GREEDY)])
+        times.append(time.perf_counter() - began)
+    return min(times)
 
 
 def _measure_type(

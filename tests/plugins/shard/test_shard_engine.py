@@ -388,6 +388,7 @@ def test_the_benchmark_gives_two_speeds_per_weight_type() -> None:
     found = [msgspec.convert(m, EngineSpeed) for m in _measure.measure({"threads": 1})]
     assert tuple(s.weight_type for s in found) == WEIGHT_TYPES
     assert all(s.decode_bytes_s > 1e6 and s.prefill_flops_s > 1e6 for s in found)
+    assert all(0 < s.attend_s < 1e-6 for s in found)  # a multiplication and an addition, twice
 
 
 def test_quantised_benchmark_weights_are_real_ones() -> None:
