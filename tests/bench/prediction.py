@@ -31,7 +31,7 @@ from edged.cli.demo_nodes import Node
 RTTS_MS = quick((0.05, 1), (0.05, 1, 5, 20))
 MBITS = quick((100,), (10, 100, 1000))
 MODELS = quick((SMALL,), (SMALL, "1.1b"))
-ROUNDS, TOKENS, PROMPT = quick(2, 5), quick(4, 12), 16
+ROUNDS, TOKENS, PROMPT = quick(2, 5), quick(4, 6), 16
 TOLERANCE = 0.05
 HELD_OUT = {(0.05, 10), (0.05, 1000), (1, 100), (5, 10), (20, 100), (20, 1000)}  # (RTT ms, Mbit/s)
 TARGET_ERROR, TARGET_RIGHT = 0.15, 0.90
