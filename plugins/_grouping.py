@@ -16,6 +16,7 @@ from ._tables import Tables
 from ._tensor_group import groups_max
 
 GROUPS_IMPROVED = 8  # of each number of members
+ROOM_MAX = 1e15  # bytes: more than any, where a budget is unknown
 
 
 def all_groups(tables: Tables) -> Iterator[np.ndarray]:
@@ -25,26 +26,35 @@ def all_groups(tables: Tables) -> Iterator[np.ndarray]:
 
 
 def promising_groups(tables: Tables) -> Iterator[np.ndarray]:
-    """As `all_groups`, those around each node: grown by whom it gains most from; and the best of them with
-    one node in another's place."""
-    everyone = np.arange(tables.size)
-    groups = everyone[:, None]
-    grown = []
-    for _ in range(2, min(tables.size, groups_max(tables.model)) + 1):
-        wider = np.concatenate(
-            [np.repeat(groups, tables.size, axis=0), np.tile(everyone, len(groups))[:, None]], axis=1
-        )
-        bounds = least_s(tables, wider, has_room=False)
-        bounds[(wider[:, :-1] == wider[:, -1:]).any(axis=1)] = np.inf
-        bounds = bounds.reshape(len(groups), tables.size)
-        may = np.isfinite(bounds.min(axis=1))
-        groups = np.concatenate([groups, bounds.argmin(axis=1)[:, None]], axis=1)[may]
-        grown.append(np.unique(np.sort(groups), axis=0))
-    for each in grown:
-        if len(each):
-            yield each
-            best = each[np.argsort(least_s(tables, each), kind="stable")[:GROUPS_IMPROVED]]
+    """As `all_groups`, those around each node: grown by whom it gains most from, and by who has most room;
+    and the best of them with one node in another's place."""
+    grown: dict[int, list[np.ndarray]] = {}
+    for is_by_room in (False, True):
+        groups = np.arange(tables.size)[:, None]
+        while len(groups) and groups.shape[1] < min(tables.size, groups_max(tables.model)):
+            groups = _grown(tables, groups, is_by_room)
+            grown.setdefault(groups.shape[1], []).append(np.sort(groups))
+    for each in grown.values():
+        found = np.unique(np.concatenate(each), axis=0)
+        if len(found):
+            yield found
+            best = found[np.argsort(least_s(tables, found), kind="stable")[:GROUPS_IMPROVED]]
             yield _exchanged(tables.size, best)
+
+
+def _grown(tables: Tables, groups: np.ndarray, is_by_room: bool) -> np.ndarray:
+    """(groups, members + 1) with one more node each; without those that no node is linked to."""
+    everyone = np.arange(tables.size)
+    wider = np.concatenate(
+        [np.repeat(groups, tables.size, axis=0), np.tile(everyone, len(groups))[:, None]], axis=1
+    )
+    cost = least_s(tables, wider, has_room=False)
+    cost[(wider[:, :-1] == wider[:, -1:]).any(axis=1)] = np.inf
+    cost = cost.reshape(len(groups), tables.size)
+    if is_by_room:
+        cost = np.where(np.isfinite(cost), -np.minimum(tables.room, ROOM_MAX), np.inf)
+    may = np.isfinite(cost.min(axis=1))
+    return np.concatenate([groups, cost.argmin(axis=1)[:, None]], axis=1)[may]
 
 
 def _exchanged(size: int, groups: np.ndarray) -> np.ndarray:

@@ -33,6 +33,7 @@ from ._tensor_group import Group
 EXACT_NODES = 12
 KNOWN_FROM = 9  # nodes from which a placement to begin with saves the exact search more than it costs
 WIDTH = 48  # states of the beam
+WIDTH_LOST = 500  # where nothing was found: little room and few links
 TENSOR_NODES = 12
 FAR_S = 1e6  # of a link that is not there, for the integer programme
 GROUPS_TRIED = 200  # of many nodes
@@ -102,6 +103,7 @@ def _near(chain: _placing.Chain) -> _placing.Placement | None:
     best = min(found, key=lambda placement: placement.seconds, default=None)
     known = best.seconds if best else _placing.INFINITE
     better = _placing.fastest_near(chain, WIDTH, least=2, known=known) or best
+    better = better or _placing.fastest_near(chain, WIDTH_LOST, least=2)
     return better and _paths.improve(chain, better, least=2)
 
 

@@ -25,6 +25,7 @@ from ._tables import Tables
 from ._tensor_group import groups_max
 
 EXACT_NODES = 5
+EVERY_NODES = 6  # up to which every group is one to begin with
 GROUPS = 40  # to begin with
 AROUND = 2  # groups around each node
 SINGLES = 24  # nodes that may be a stage alone
@@ -34,6 +35,7 @@ LOOKS = 12  # paths that have a run whose division was not known, for one pool
 ROUNDS = 3  # of changing the best path's groups
 CHANGES = 160  # groups near those of a path
 JOINING = 16  # nodes without a part that are tried in every group
+SMALLER_S = 1e-9  # of latency, which a node more in a group weighs
 SECONDS = 0.5  # after which the best path so far counts
 
 
@@ -101,10 +103,11 @@ def _first_by_time(tables: Tables, groups: Iterable[Members], count: int) -> lis
 
 
 def _promising(tables: Tables) -> list[Members]:
-    """Groups that would run the model soonest, some around each node."""
+    """Groups that would run the model soonest, some around each node; those that leave each of these the
+    others; and nodes joined by their best links, more and more of them."""
+    if tables.size <= EVERY_NODES:
+        return [members for members in _subsets(tables) if len(members) > 1]
     groups = [each for each in promising_groups(tables) if len(each) and each.shape[1] <= _most(tables)]
-    if not groups:
-        return []
     members = [tuple(row) for each in groups for row in each.tolist()]
     ordered = _first_by_time(tables, members, len(members))
     of_nodes = [
@@ -112,7 +115,28 @@ def _promising(tables: Tables) -> list[Members]:
         for node in range(tables.size)
         for each in itertools.islice((each for each in ordered if node in each), AROUND)
     ]
-    return list(dict.fromkeys([*ordered[: GROUPS // 2], *of_nodes]))[:GROUPS]
+    first = list(dict.fromkeys([*ordered[: GROUPS // 2], *of_nodes]))[:GROUPS]
+    others = [tuple(node for node in range(tables.size) if node not in each) for each in first]
+    return list(dict.fromkeys([*first, *_joined_by_links(tables), *others]))
+
+
+def _joined_by_links(tables: Tables) -> Iterator[Members]:
+    """Two groups after two made one, over the least latency between any of both; of equal ones the smallest.
+    What is one group at some time leaves the others whole groups too."""
+    groups: dict[int, Members] = {node: (node,) for node in range(tables.size)}
+    apart, sizes = tables.latency.copy(), np.ones(tables.size)
+    np.fill_diagonal(apart, np.inf)
+    while True:
+        together = sizes[:, None] + sizes
+        cost = np.where(together <= _most(tables), apart + SMALLER_S * together, np.inf)
+        one, two = (int(index) for index in np.unravel_index(int(cost.argmin()), cost.shape))
+        if not np.isfinite(cost[one, two]):
+            return
+        groups[one] = tuple(sorted(groups[one] + groups.pop(two)))
+        sizes[one] += sizes[two]
+        apart[one] = apart[:, one] = np.maximum(apart[one], apart[two])
+        apart[two] = apart[:, two] = apart[one, one] = np.inf
+        yield groups[one]
 
 
 def _led_well(tables: Tables, members: Members) -> list[Members]:

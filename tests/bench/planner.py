@@ -183,9 +183,10 @@ def _put_heuristic(
         asked=FORCED,
         with_a_plan=len(gaps),
         nodes_and_layers=[list(each) for each in asked],
+        missed=gaps.count(float("inf")),
         median=statistics.median(gaps),
         percentile_95=gaps[int(0.95 * len(gaps))],
-        largest=gaps[-1],
+        largest=max(gap for gap in gaps if gap < float("inf")),
         target_median=0.05,
         target_percentile_95=0.15,
     )
@@ -199,5 +200,5 @@ def _hybrid(tables: Tables, exact_nodes: int) -> Found:
 HEURISTICS: dict[str, tuple[Callable[[Tables, int], Found], list[tuple[int, int]]]] = {
     "layers": (_search.best_runs, [(5, 6), (6, 12), (7, 30), (12, 30)]),
     "tensor": (_search.best_group, [(7, 6), (9, 12), (12, 30)]),
-    "hybrid": (_hybrid, [(5, 4), (6, 6), (5, 16), (6, 30)]),
+    "hybrid": (_hybrid, [(5, 16), (6, 6), (7, 6), (8, 12)]),
 }
