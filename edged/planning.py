@@ -105,12 +105,16 @@ def consider(
     found: list[Candidate] = []
     for name in names:
         try:
+            # who has nobody to propose needs no engine of ours: an endpoint may have the model
+            has_engine = name != CLOUD or any(node.zone == "guest" for node in ordered)
+            engine = _engine_of(name, engines, request) if has_engine else ""
             proposed = [
-                *strategies[name].propose(model, ordered, request),
-                *(searched or {}).get(name, ()),
+                dataclasses.replace(candidate, engine=engine, stated=None)
+                for candidate in [
+                    *strategies[name].propose(model, ordered, request),
+                    *(searched or {}).get(name, ()),
+                ]
             ]
-            engine = _engine_of(name, engines, request) if proposed else ""
-            proposed = [dataclasses.replace(c, engine=engine, stated=None) for c in proposed]
         except EdgedError as error:
             if request.strategy != "auto":
                 raise
