@@ -163,8 +163,8 @@ class Chooser:
             "explanation": planning.explain(candidates, chosen, by_id) + notes,
         }
 
-    def asked(self, request: GenerateRequest, sha256: str) -> Asked:
-        """What is to be planned, and among whom."""
+    def asked(self, request: GenerateRequest, sha256: str, may_leave: bool = True) -> Asked:
+        """What is to be planned, and among whom. `may_leave`: as PlanRequest."""
         found = [m for m in self._peers.membership.members.values() if self._peers.is_online(m.node_id)]
         members = {Member(m.node_id, m.zone, m.rights) for m in found}
         members.add(Member(self._peers.identity.node_id, "own", RIGHTS))
@@ -191,6 +191,7 @@ class Chooser:
             context * self._profile.jobs.sequences,
             self._profile.jobs.cache_type,
             self._policy_of(request),
+            may_leave,
         )
         return Asked(sha256, wanted, frozenset(members))
 
@@ -249,7 +250,7 @@ class Chooser:
             rows.update(answer["found"])
         except EdgedError as error:
             log.warning("plans not searched to the end", extra={"reason": str(error)})
-            notes = [_cut_off(list(rows))]
+            notes = [_cut_off([name for name, found in rows.items() if found])]
         try:
             found = {name: wire.read_body(Found, {"candidates": each}) for name, each in rows.items()}
         except EdgedError as error:

@@ -290,7 +290,7 @@ class Coordinator:
             return
         try:
             model = self._models.find(run.request.model)
-            asked = self._chooser.asked(_unbound(run.request), model.sha256)
+            asked = self._chooser.asked(_unbound(run.request), model.sha256, run.request.may_leave)
             nodes = await self._chooser.views(measure=False)
             _, _, chosen, _ = await self._chooser.choose(model.sha256, nodes, asked.request)
         except EdgedError as error:
@@ -309,7 +309,7 @@ class Coordinator:
         """Plan, load and generate once. What binds the plan binds the first one, unless it is strict."""
         model = self._models.find(run.request.model)
         request = _unbound(run.request) if run.moves and not run.request.strict else run.request
-        asked = self._chooser.asked(request, model.sha256)
+        asked = self._chooser.asked(request, model.sha256, request is run.request or run.request.may_leave)
         async with self._planning:
             standing = self._groups.standing(asked) if self._chooser.is_steady(asked.request) else None
             run.group = standing or await self._plan(run, model, asked)

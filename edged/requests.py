@@ -45,6 +45,11 @@ class GenerateRequest:
     deferrable_s: float | None = None  # so long its start may wait, where the policy knows a better time
 
     @property
+    def may_leave(self) -> bool:
+        """May a later epoch of this job go to somebody outside the group? Where its first one might have."""
+        return self.strategy == "cloud" or (self.strategy == "auto" and not self.nodes)
+
+    @property
     def prompt_bytes(self) -> int:
         texts = [self.prompt or "", *(m.get("content", "") for m in self.messages or ())]
         return sum(len(text.encode()) for text in texts)

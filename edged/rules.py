@@ -223,6 +223,11 @@ def _engine(case: Case, role: Role, node: NodeView) -> str | None:
     return f"it has no engine {engine!r}; loaded: {', '.join(node.engines) or 'none'}"
 
 
+def _bound(case: Case) -> str | None:
+    """A job that somebody bound to nodes may move among nodes, and no further."""
+    return None if case.request.may_leave else "this job was bound to nodes, and would leave them all"
+
+
 def _numerics(case: Case) -> str | None:
     if case.request.numerics == "fast":
         return None
@@ -258,6 +263,7 @@ PARTICIPATION: dict[str, Rule] = {
 FORM_OUTSIDE: dict[str, Rule] = {"ranks": _ranks, "nodes": _nodes, "outside": _outside, "shares": _shares}
 PARTICIPATION_OUTSIDE: dict[str, Rule] = {
     "privacy": _of_each_node(_outside_privacy),
+    "bound": _bound,
     "numerics": _numerics,
     "memory": _of_each_node(_memory),
     "engine": _of_each_node(_engine),

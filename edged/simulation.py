@@ -302,6 +302,7 @@ class _Run:
         first, left = self._drawn(self._scenario.prompts), self._drawn(self._scenario.lengths)
         if self._waits and len(self._queue) >= self._room + self._spare():
             self._result.dropped += 1
+            self._serve()
             return
         job = Job(first, arrived=self._slot, left=left)
         self._queue.join(job, self._slot)

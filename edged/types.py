@@ -238,6 +238,7 @@ class PlanRequest:
     cache_tokens: int = 0  # of all sequences together; at least one context
     cache_type: CacheType = "f16"
     policy: str = ""  # what chooses; "": the default
+    may_leave: bool = True  # may somebody outside the group compute it? Not where its first plan was bound
 
 
 # --- running ------------------------------------------------------------------------------------

@@ -21,6 +21,7 @@ from ._cloud_stream import End, News, Stream
 from ._settling import Settling
 from ._tokenizer import Tokenizer
 
+END_S = 1.0  # for the threads of all closed streams together
 WAIT_S = 0.05  # for the first token of a batch, before the worker looks at its daemon's requests
 
 
@@ -92,6 +93,7 @@ class CloudEngine:
         self._begun: deque[Sequence[Step]] = deque()
         self._news: queue.SimpleQueue[tuple[Stream, News]] = queue.SimpleQueue()
         self._bytes_earlier = 0  # by streams that are closed
+        self._ending: list[Stream] = []  # closed, their threads perhaps not over
 
     @property
     def bytes_sent(self) -> int:
@@ -138,6 +140,9 @@ class CloudEngine:
         """Hang up everywhere; a second call does nothing."""
         for sequence in list(self._sequences):
             self.release(sequence)
+        deadline = time.monotonic() + END_S
+        for stream in self._ending:
+            stream.join(max(0.0, deadline - time.monotonic()))
         self._text.close()
 
     # --- asking ---
@@ -174,6 +179,7 @@ class CloudEngine:
     def _hang_up(self, found: _Sequence) -> None:
         if found.stream is not None:
             found.stream.close()
+            self._ending = [*(each for each in self._ending if each.is_alive), found.stream]
             del self._owners[found.stream]
             self._bytes_earlier += found.stream.bytes_sent
             found.stream = None

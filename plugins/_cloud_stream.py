@@ -25,7 +25,6 @@ from ._cloud_settings import Address, is_loopback
 
 LINE_BYTES_MAX = 1 << 18
 ANSWER_BYTES_MAX, TOKEN_BYTES_MAX = 1 << 20, 1 << 12  # of an answer, and more for each token asked for
-JOIN_S = 1.0  # for a thread whose connection was shut down
 EVENTS = "text/event-stream"
 MEDIA = ("application/json", "text/html", "text/plain")  # that an error may name
 SAID = {
@@ -97,7 +96,14 @@ class Stream:
             if self._socket is not None:
                 with contextlib.suppress(OSError):
                     self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads
-        self._thread.join(JOIN_S)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def join(self, timeout_s: float) -> None:
+        """Wait for the thread of a closed stream; one that still connects ends with its own timeout."""
+        self._thread.join(timeout_s)
 
     # --- the thread ---
 

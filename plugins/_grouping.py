@@ -74,7 +74,7 @@ def least_s(tables: Tables, groups: np.ndarray, has_room: bool = True) -> np.nda
         return np.zeros(0)
     model, kinds = tables.model, tables.kind_of
     parts = tables.seconds[:, kinds].sum(axis=1)
-    kept, cut = tables.token_s + parts[:, 0], parts[:, 1] + parts[:, 2] + tables.head_s
+    kept, cut = tables.token_s + parts[:, 0], _cheapest(np.stack([parts[:, 1], parts[:, 2], tables.head_s]))
     compute = (1 + (kept / cut)[groups].sum(axis=1)) / (1 / cut)[groups].sum(axis=1)
     latency, bytes_s, burst = (
         np.zeros(len(groups)),
@@ -97,3 +97,11 @@ def least_s(tables: Tables, groups: np.ndarray, has_room: bool = True) -> np.nda
     each = sums_s(links, model, tables.request, groups.shape[1], 1)
     found[may] = compute[may] + model.layers * np.minimum.reduce(each)
     return found
+
+
+def _cheapest(parts: np.ndarray) -> np.ndarray:
+    """(nodes,) seconds of all that is cut, given (parts, nodes), as if it consisted of the part in which each
+    node is the cheapest against the first: nodes attend and read at ratios of their own."""
+    share = parts[:, :1] / parts[:, :1].sum()
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.maximum(np.where(share > 0, parts / share, np.inf).min(axis=0), 1e-15)

@@ -23,6 +23,7 @@ from ._tables import Tables
 from ._tensor_group import Group
 
 INFINITE = float("inf")
+TINY_S = 1e-15  # of a part that costs a node nothing
 Members = tuple[int, ...]  # the leader, its first rank, first
 Steps = list[tuple[Members, tuple[int, int]]]  # stages and their layers, in order
 Found = tuple[float, Steps]  # seconds of a token
@@ -110,7 +111,7 @@ class Pool:
         much as it is done with in time, and no more than its budget holds. Infinite where that is not all."""
         tables, ranks = self.tables, list(members)
         kept = np.array([tables.rank_seconds(member, 0, 0, 0) for member in members])
-        cut = np.array([tables.rank_seconds(member, 1, 1, 1) for member in members]) - kept
+        cut = self._cheapest(members, kept)
         layers = tables.runs[:, :-1].sum(axis=1)
         bare, whole = tables.rank_bytes(0, 0, 0), tables.rank_bytes(1, 1, 1)
         room = tables.room[ranks, None] - bare + layers + 1
@@ -129,9 +130,20 @@ class Pool:
         compute = np.maximum(compute, (kept + np.where(capped, cap * cut, 0)).max(axis=0))
         return np.where(may, compute + layers * tables.least_sums(members), INFINITE)
 
+    def _cheapest(self, members: Members, kept: np.ndarray) -> np.ndarray:
+        """(members, runs) seconds of all that is cut, on each, as if it consisted of the part in which that
+        member is the cheapest against the leader: members attend and read at ratios of their own."""
+        tables = self.tables
+        parts = np.array([[tables.rank_seconds(m, *part) for part in np.eye(3)] for m in members])
+        parts = parts - kept[:, None]
+        share = parts[0] / parts[0].sum(axis=0)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratio = np.where(share > 0, parts / share, INFINITE)
+        return np.maximum(ratio.min(axis=1), TINY_S)
+
     def _densest(self, member: int, seconds: np.ndarray, bytes_: np.ndarray) -> np.ndarray:
         """(runs,) seconds for a byte of the part that has most, over seconds for a byte of all parts: at
-        least 1. The same for each node, since what is read is."""
+        least 1. Of the leader, whose seconds say what part of all a part is."""
         tables = self.tables
         most = np.ones(len(tables.runs))
         for part in np.eye(3):

@@ -36,6 +36,7 @@ ROUNDS = 3  # of changing the best path's groups
 CHANGES = 160  # groups near those of a path
 JOINING = 16  # nodes without a part that are tried in every group
 SMALLER_S = 1e-9  # of latency, which a node more in a group weighs
+EXACT_SECONDS = 1.0  # of the exact search, after which the best so far counts
 SECONDS = 0.5  # after which the best path so far counts
 
 
@@ -46,7 +47,7 @@ def best(tables: Tables, exact_nodes: int = EXACT_NODES) -> tuple[Role, ...] | N
         return None
     if tables.size > exact_nodes:
         return _near(tables)
-    pool = Pool(tables)
+    pool = Pool(tables, until=time.monotonic() + EXACT_SECONDS)
     pool.add(group for members in _subsets(tables) for group in _led(members))
     return pool.roles(pool.solve(None, None))
 

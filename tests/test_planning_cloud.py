@@ -101,6 +101,7 @@ def test_jobs_correct_what_was_stated() -> None:
         ({"private": True}, {}, "A: this job is private, and its prompt would leave the node"),
         ({"private": True, "allow_guest": True}, {}, "A: this job is private"),
         ({"numerics": "exact"}, {}, "nobody can check the exact numerics"),
+        ({"may_leave": False}, {}, "this job was bound to nodes"),
         ({}, {"engines": ("here",)}, "A: it has no engine 'outside'"),
         ({}, {"memory_budget": 50 << 20}, "A: its part needs 96 MiB and the budget is 50 MiB"),
         ({}, {"refuses": "the battery is at 3 %"}, None),  # it does not compute

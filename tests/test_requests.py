@@ -103,3 +103,20 @@ def test_an_invite_gives_every_right_unless_it_says_less() -> None:
 def test_trust_changes_what_is_named() -> None:
     assert requests.read(Trust, {"node": "phone"}) == Trust("phone", None, None)
     assert requests.read(Trust, {"node": "phone", "rights": []}).rights == ()
+
+
+@pytest.mark.parametrize(
+    ("strategy", "nodes", "may_leave"),
+    [
+        ("auto", None, True),
+        ("cloud", None, True),
+        ("local", None, False),
+        ("remote", ["pi"], False),
+        ("auto", ["laptop"], False),
+        ("layers", None, False),
+    ],
+)
+def test_a_job_bound_to_nodes_moves_to_nobody_outside(
+    strategy: str, nodes: list[str] | None, may_leave: bool
+) -> None:
+    assert GenerateRequest("m", "p", strategy=strategy, nodes=nodes).may_leave == may_leave

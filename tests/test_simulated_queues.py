@@ -106,6 +106,16 @@ def test_a_full_queue_drops_who_comes(room):
 
 
 @pytest.mark.parametrize("queue", WAITING)
+@pytest.mark.parametrize("room", [1, 2, 5])
+def test_a_full_queue_stops_no_service(queue, room):
+    """A job of three iterations a slot: the server is never idle, so it ends one in three slots."""
+    scenario = Scenario("s", (server(),), 1.0, 300, queue=queue, queue_max=room, lengths=((3, 1.0),))
+    found = run(scenario, LATENCY, 1)
+    iterations = 3 * found.jobs_done
+    assert 300 - 3 * (room + 2) <= iterations <= 300
+
+
+@pytest.mark.parametrize("queue", WAITING)
 def test_a_job_that_nothing_disturbs_stays_where_it_began(queue):
     scenario = Scenario("s", (server(count=40),), 0.5, 500, queue=queue, lengths=((8, 1.0),))
     found = run(scenario, LATENCY, 3)

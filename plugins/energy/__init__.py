@@ -75,6 +75,12 @@ def allowed(situation: Situation) -> list[int]:
     return [i for i, candidate in enumerate(situation.candidates) if candidate.refused_because is None]
 
 
+def within(situation: Situation) -> list[int]:
+    """Of these, the ones that the group computes itself; where there are none, all."""
+    able = allowed(situation)
+    return [i for i in able if situation.candidates[i].stated is None] or able
+
+
 def by_weights(weigh: Weigh) -> Callable[[Situation], int | None]:
     """A node is drawn by weight among those that could do the job alone; else the fastest plan is taken."""
 
@@ -112,10 +118,10 @@ def _drawing(name: str, weigh: Weigh) -> Policy:
 def _alone(situation: Situation) -> dict[int, NodeView]:
     """The nodes that could do the job alone, by the index of that plan; who only asks somebody outside
     counts where no node can."""
-    able = {i: situation.candidates[i] for i in allowed(situation)}
-    alone = {i: each for i, each in able.items() if len(each.roles) == 1}
-    here = {i: each for i, each in alone.items() if each.stated is None}
-    return {i: situation.nodes[each.roles[0].node_id] for i, each in (here or alone).items()}
+    able = allowed(situation)
+    alone = [i for i in able if len(situation.candidates[i].roles) == 1]
+    here = [i for i in alone if situation.candidates[i].stated is None]
+    return {i: situation.nodes[situation.candidates[i].roles[0].node_id] for i in here or alone}
 
 
 def in_turn() -> Callable[[Situation], int | None]:
@@ -127,7 +133,7 @@ def in_turn() -> Callable[[Situation], int | None]:
     turns = _round_robin.Turns()
 
     def choose(situation: Situation) -> int | None:
-        able = allowed(situation)
+        able = within(situation)
         times = {i: _time(situation.candidates[i]) for i in able}
         alone: dict[str, int] = {}  # the quickest plan of each node
         for i in able:
@@ -179,7 +185,7 @@ class Places:
         self._worst = 0.0  # joules of a token so far
 
     def choose(self, situation: Situation) -> int | None:
-        arms = {_arm(situation.candidates[i]): i for i in allowed(situation)}
+        arms = {_arm(situation.candidates[i]): i for i in within(situation)}
         arm = self._bandit.choose(list(arms))
         return None if arm is None else arms[arm]
 
@@ -199,26 +205,33 @@ class Grid:
     def __init__(self, path: Path) -> None:
         """ConfigError where it cannot be read."""
         self._path = path
-        self._stamp = self._stat()
+        self._stamp: tuple[int, int] | None = self._stat()
         self._last = self._parsed()
         self.trouble = ""  # with the file as it is now, while an earlier reading is used
 
     def read(self) -> _carbon.Intensities:
         try:
-            stamp = self._stat()
-            if stamp != self._stamp:
-                self._last, self._stamp = self._parsed(), stamp
-            self.trouble = ""
+            stamp: tuple[int, int] | None = self._stat()
+            if stamp != self._stamp:  # whatever it holds now, it is read once
+                self._stamp, self.trouble = stamp, ""
+                self._last = self._parsed()
         except ConfigError as error:
             self.trouble = f"An earlier reading of the intensities is used: {error}."
+            if not self._path.exists():
+                self._stamp = None
         return self._last
 
     def _parsed(self) -> _carbon.Intensities:
         try:
             with self._path.open("rb") as file:
-                text = file.read(FILE_BYTES_MAX).decode()
+                text = file.read(FILE_BYTES_MAX + 1).decode()
         except (OSError, UnicodeDecodeError) as error:
             raise self._unreadable(error) from error
+        if len(text) > FILE_BYTES_MAX or not text.endswith("\n"):
+            raise ConfigError(
+                f"energy: expected whole lines, at most {FILE_BYTES_MAX} bytes, in {self._path}; others came",
+                remedy="write it elsewhere and rename it, so that nobody reads half of it",
+            )
         return _carbon.parse(text, str(self._path))
 
     def _stat(self) -> tuple[int, int]:

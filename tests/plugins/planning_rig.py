@@ -73,12 +73,13 @@ def nodes_of(seed: int, count: int, kind: str = "mixed", total_mib: float = 600.
         )
         decode, token_s, layer_s = 10 ** chance.uniform(9, 10.5), 10 ** chance.uniform(-6, -4), 1e-4
         budget = chance.choice([None, int(chance.uniform(0.25, 1.2) * total_mib * MIB) + 96 * MIB])
+        attend_s = chance.choice([0.0, 10 ** chance.uniform(-10, -8)])
         if kind == "alike":
-            decode, token_s = 5e9, 1e-4
+            decode, token_s, attend_s = 5e9, 1e-4, 1e-9
         if kind in ("alike", "tight"):
             share = (chance.uniform(1.1, 3) if kind == "tight" else 2) / min(count, 16)
             budget = int(share * total_mib * MIB) + 96 * MIB
-        speed = EngineSpeed("shard", "Q4_K", decode, 1e11, token_s, layer_s)
+        speed = EngineSpeed("shard", "Q4_K", decode, 1e11, token_s, layer_s, attend_s=attend_s)
         node = NodeView(name, name, engines=("shard",), speeds=(speed,), links=links, memory_budget=budget)
         if kind == "strangers" and index and chance.random() < 0.4:
             strange = chance.choice(

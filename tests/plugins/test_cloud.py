@@ -471,12 +471,12 @@ def test_a_slow_sequence_holds_up_no_other_and_is_given_up_in_time(engine_of: Ca
         else:
             saying(" and on", " and on.")(answer)
 
-    with serving(script) as endpoint, engine_of(endpoint.address, settings={"timeout": "1s"}) as engine:
+    with serving(script) as endpoint, engine_of(endpoint.address, settings={"timeout": "3s"}) as engine:
         slow = engine.encode("slow", raw=True)
         engine.open(1, slow, 20)
         assert step(engine, Step(1, slow, 0, GREEDY)) == [None]
         assert engine.decode(generate(engine, engine.encode("fast", raw=True), 20, 2)) == b" and on and on."
-        with pytest.raises(EngineError, match=r"a word of the endpoint within 1 s|nothing came in time"):
+        with pytest.raises(EngineError, match=r"a word of the endpoint within 3 s|nothing came in time"):
             generate(engine, slow, 20)
 
 

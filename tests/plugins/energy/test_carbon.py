@@ -186,7 +186,9 @@ def test_a_file_that_grows_is_read_again_and_one_that_breaks_is_not_believed(tmp
     [
         (None, "hourly intensities at .*; .*No such file"),
         (b"\xff", "hourly intensities"),
-        (b"x", "the header"),
+        (b"x\n", "the header"),
+        (NIGHT.encode()[:-2], "whole lines"),  # half of 200 grams would be the cleanest hour there is
+        (NIGHT.encode() + b"\n" * (1 << 20), "at most 1048576 bytes"),
     ],
 )
 def test_a_node_does_not_start_with_a_file_that_it_cannot_read(content, says: str, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from edged_plugins import energy
 from edged_plugins.energy._round_robin import NODES, Turns
@@ -89,3 +91,15 @@ def test_the_table_of_turns_is_bounded(first, second, most):
 def test_turns_are_among_plans_of_one_node_that_nothing_refuses(candidates, order):
     policy = fresh()
     assert [policy.choose(situation(*candidates)) for _ in order] == order
+
+
+@pytest.mark.parametrize("name", ["uniform", "bandit", "round-robin"])
+def test_nobody_outside_gets_a_job_that_a_node_of_the_group_can_do(name):
+    policy = next(policy for policy in energy.edged_policies({}) if policy.name == name)
+    here = candidate("a", tpot_ms=50.0)
+    outside = dataclasses.replace(
+        candidate("a", tpot_ms=5.0), strategy="cloud", stated=Predicted(tpot_ms=5.0)
+    )
+    assert [policy.choose(situation(here, outside)) for _ in range(10)] == [0] * 10
+    refused = dataclasses.replace(here, refused_because="too hot")
+    assert policy.choose(situation(refused, outside)) == 1
