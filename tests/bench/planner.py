@@ -147,7 +147,7 @@ def _put_exact(record: Record) -> None:
         model, nodes = rig.instance(seed, count, layers=3 + seed % 3)
         for name, every in (("layers", rig.all_runs), ("tensor", rig.all_groups), ("hybrid", rig.all_stages)):
             if name != "hybrid" or count <= 4:
-                found = getattr(_search, name)(model, nodes, rig.REQUEST)
+                found = SETTLED[name](model, nodes, rig.REQUEST)
                 lost[name].append(rig.regret(found, [*every(model, nodes)], model, nodes))
     for name, row in rows.items():
         record.put(row, instances=INSTANCES, **_regrets(lost[name]), target=0)
