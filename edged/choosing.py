@@ -283,11 +283,11 @@ class Chooser:
     ) -> tuple[list[Candidate], int | None]:
         """The candidates under a policy, and its choice; edged's own where it fails or names none of them."""
         candidates = self._candidates(policy, sha256, nodes, request, searched)
-        answer = self._host.decide("edged_select_plan", candidates=candidates, request=request)
+        answer = self._host.decide("edged_select_plan", candidates=tuple(candidates), request=request)
         if _may_run(answer, candidates):
             return candidates, answer
         by_id = {node.node_id: node for node in nodes}
-        situation = Situation(candidates, by_id, request, random.random(), time.time())
+        situation = Situation(tuple(candidates), by_id, request, random.random(), time.time())
         try:
             answer = policy.choose(situation)
         except Exception:  # a plugin's policy: the job must run all the same, and the log says why so
@@ -351,7 +351,7 @@ class Chooser:
         candidates = self._candidates(policy, sha256, nodes, asked, {})
         by_id = {node.node_id: node for node in nodes}
         now, draw = time.time(), random.random()
-        situation = Situation(candidates, by_id, asked, draw, now, start_by, request.n)
+        situation = Situation(tuple(candidates), by_id, asked, draw, now, start_by, request.n)
         try:
             found = policy.defer(situation)
         except Exception:  # a plugin's policy: the job must run all the same
@@ -542,7 +542,7 @@ def _is_on_battery(candidate: Candidate, nodes: Sequence[NodeView]) -> bool:
     """Does any of its nodes live on its battery now?"""
     members = {role.node_id for role in candidate.roles}
     batteries = [node.device.battery for node in nodes if node.node_id in members]
-    return any(b is not None and b.plugged is False and not b.charging for b in batteries)
+    return any(battery is not None and bearing.lives_on(battery) for battery in batteries)
 
 
 def _sound_watts(watts: tuple[float, float] | None) -> tuple[float, float] | None:

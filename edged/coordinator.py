@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import logging
 import secrets
 import statistics
@@ -33,6 +34,7 @@ STALL_S = 120.0  # without a token for so long (and ten times the predicted pref
 CANCEL_S = 5.0
 TOKEN_MAX = 1 << 31  # ids are int32 in every engine
 TEXT_CHARS_MAX = 4096  # of one message of tokens
+CONSIDER_S = 30.0  # between two looks for another plan, each of which may search for seconds
 MOVE_WORTH_S = 5.0  # what is left of a job, before another plan is worth its loading
 INFINITE_MS = 1e12  # of a token, where no price says
 CLOCK_S = 60.0  # between looks at the clock: it may be set, and a device may sleep
@@ -64,6 +66,7 @@ class _Run:
     orphan: asyncio.TimerHandle | None = None
     task: asyncio.Task[dict[str, Any]] | None = None
     move: _Move | None = None  # under way
+    considered_until: float = 0.0  # monotonic; before that no other move is looked for
     moves: list[_Move] = field(default_factory=list)
     start_by: float | None = None  # Unix time until which its start may wait
     waits: Deferral | None = None  # while it does
@@ -277,7 +280,10 @@ class Coordinator:
 
     def _group_resting(self, group: Group, node_id: str, reason: str) -> None:
         for run in self._runs.values():
-            if run.group is group and run.move is None and not run.finished.done() and not run.request.strict:
+            if run.group is not group or run.move is not None or run.finished.done() or run.request.strict:
+                continue
+            if time.monotonic() >= run.considered_until:  # a resting node says so every few seconds
+                run.considered_until = time.monotonic() + CONSIDER_S
                 task = asyncio.get_running_loop().create_task(self._move(run, group, node_id, reason))
                 self._moving.add(task)
                 task.add_done_callback(self._moving.discard)
@@ -521,14 +527,13 @@ class Coordinator:
     async def _document(self, run: _Run, finished: wire.Finished) -> dict[str, Any]:
         assert run.group is not None
         spent = await self._spent_of(run)
-        gaps = [b - a for a, b in zip(run.times, run.times[1:], strict=False)]
-        span = run.times[-1] - run.times[0] if len(run.times) > 1 else 0.0
-        tpot_ms = statistics.median(gaps) * 1000 if gaps else None
-        estimated = _joules(run.group.candidate.predicted, tpot_ms)
-        group = run.group
+        tpot_ms, span = _pace(run.times)
+        group, here = run.group, run.times[len(run.times) - spent.tokens :]  # of the last epoch
+        here_ms, here_span = _pace(here)
+        estimated = _joules(run.group.candidate.predicted, here_ms)
         if group.jobs == {run.job_id}:  # beside others a job takes longer than its plan
             # an endpoint's tokens come a word at once, so the median gap would be too good
-            took_ms = 1000 * span / len(gaps) if gaps and group.candidate.stated else tpot_ms
+            took_ms = 1000 * here_span / (len(here) - 1) if here_span and group.candidate.stated else here_ms
             if not group.has_moved_rate:  # the next prediction knows it
                 self._chooser.correct(group.load.manifest.sha256, group.candidate, took_ms)
             each = estimated if spent.joules is None else spent.joules / max(1, spent.tokens)
@@ -538,7 +543,7 @@ class Coordinator:
             "ttft_ms": (run.times[0] - run.accepted_at) * 1000 if run.times else None,
             "load_ms": run.load_ms,
             "tpot_ms": tpot_ms,
-            "tokens_per_s": len(gaps) / span if span else None,
+            "tokens_per_s": (len(run.times) - 1) / span if span else None,
             "joules": joules,
             "joules_source": source,
             "bytes_sent": spent.bytes_sent + sum(earlier.bytes_sent for earlier in run.spent_earlier),
@@ -573,6 +578,12 @@ class Coordinator:
         assert run.group is not None
         row = self._chooser.row_of(run.group.candidate)
         return {key: row[key] for key in ("strategy", "roles", "predicted")} | {"epoch": run.epoch}
+
+
+def _pace(times: Sequence[float]) -> tuple[float | None, float]:
+    """The median gap between tokens in ms, None of fewer than two; seconds from the first to the last."""
+    gaps = [b - a for a, b in itertools.pairwise(times)]
+    return (statistics.median(gaps) * 1000, times[-1] - times[0]) if gaps else (None, 0.0)
 
 
 def _joules(predicted: Predicted, tpot_ms: float | None) -> float | None:

@@ -42,7 +42,7 @@ class Corrections:
         """Hear of a job that took `tpot_ms`. How wrong the prediction was, measured over predicted; None
         where either is unknown."""
         predicted = candidate.predicted
-        if not predicted.tpot_ms or not tpot_ms:
+        if not predicted.tpot_ms or not tpot_ms or not 0 < predicted.tpot_ms < math.inf:
             return None
         raw = predicted.tpot_ms / predicted.correction
         ratio = tpot_ms / raw

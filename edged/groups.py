@@ -204,7 +204,8 @@ class Groups:
         return tuple(found)
 
     def _hear_sustained(self, group: Group, now: tuple[float, ...]) -> None:
-        before = group.sustained = group.sustained or now
+        known = group.sustained or now
+        before = group.sustained = tuple(a or b for a, b in zip(known, now, strict=True))
         moved = [
             role.node_id
             for role, a, b in zip(group.load.roles, before, now, strict=True)

@@ -9,7 +9,8 @@ profile's is of the whole device, so it is too high for a sensor that sees but a
 processor); what runs beside edged makes the other too high.
 
 Energy of a time in which several roles computed is divided by how long each did. Where one of them does not
-say, that time is not metered.
+say, that time is not metered. A role says how long it computed when a batch ends, so a time in which none
+ended waits: a batch that then ends and took as long has it, else nothing computed.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from .types import WATTS_MAX, Metered
 GAP_S = 4.0  # readings come every second; of more than this nobody knows what happened
 QUIET_READINGS = 30
 JOB_S = 3.0  # a shorter job lies between too few readings: its ends alone are as long as one of them
+BATCH_S = 120.0  # a longer batch counts as idle before
 COVERED = 0.95  # of a job's time, before its energy is known
 Busy = Mapping[str, float | None]  # by role, seconds computed so far; None where it does not say
 
@@ -32,6 +34,15 @@ class _Account:
     since: float
     joules: float = 0.0
     metered_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Silence:
+    """Time between two readings in which no batch ended: its length, mean watts and the second reading."""
+
+    seconds: float
+    mean_watts: float
+    watts: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +63,7 @@ class Meter:
         self._source: str | None = None
         self._last: _Reading | None = None
         self._accounts: dict[str, _Account] = {}
+        self._silent: deque[_Silence] = deque()
 
     @property
     def idle_watts(self) -> float | None:
@@ -75,17 +87,40 @@ class Meter:
         self._change_source(source)
         last, self._last = self._last, _Reading(now, watts, source, dict(busy))
         if last is None or not 0 < now - last.at <= GAP_S:
+            self._settle(0.0)
             return
-        shares = _shares(last.busy, busy)
-        if shares == {}:
-            self._quiet.append(watts)
-        idle, seconds = self.idle_watts, now - last.at
-        if idle is None or shares is None:
+        shares, seconds = _shares(last.busy, busy), now - last.at
+        between = _Silence(seconds, (watts + last.watts) / 2, watts)
+        if shares is None:
+            self._settle(0.0)
             return
-        spent = ((watts + last.watts) / 2 - idle) * seconds
+        if shares:
+            self._charge([between, *self._settle(_computed(last.busy, busy) - seconds)], shares)
+        else:
+            self._silent.append(between)
+            if sum(silence.seconds for silence in self._silent) > BATCH_S:
+                self._quiet.append(self._silent.popleft().watts)
+        if self.idle_watts is not None:
+            for account in self._accounts.values():
+                account.metered_s += min(seconds, now - account.since)
+
+    def _settle(self, computed_s: float) -> list[_Silence]:
+        """Of the silent time, the last `computed_s`, which a batch took; in the rest nothing computed."""
+        of_batch: list[_Silence] = []
+        while self._silent and computed_s > 0:
+            of_batch.append(self._silent.pop())
+            computed_s -= of_batch[-1].seconds
+        self._quiet.extend(silence.watts for silence in self._silent)
+        self._silent.clear()
+        return of_batch
+
+    def _charge(self, times: list[_Silence], shares: Mapping[str, float]) -> None:
+        idle = self.idle_watts
+        if idle is None:
+            return
+        spent = sum((each.mean_watts - idle) * each.seconds for each in times)
         for role, account in self._accounts.items():
             account.joules += shares.get(role, 0.0) * spent
-            account.metered_s += min(seconds, now - account.since)
 
     def of(self, role: str, now: float) -> Metered | None:
         """What `role` spent since it was first heard of; None for a role that never was."""
@@ -100,6 +135,7 @@ class Meter:
         if source != self._source:
             self._source, self._last = source, None
             self._quiet.clear()
+            self._silent.clear()
 
 
 def is_sound(watts: float) -> bool:
@@ -117,6 +153,12 @@ def spent(before: Metered | None, after: Metered | None) -> float | None:
         return None
     joules = after.joules - before.joules
     return max(0.0, joules) if abs(joules) <= WATTS_MAX * elapsed else None
+
+
+def _computed(before: Busy, after: Busy) -> float:
+    """Seconds that the role which computed most did, as far as it is known."""
+    known = [(after[role], before.get(role)) for role in after]
+    return max((b - a for b, a in known if a is not None and b is not None), default=0.0)
 
 
 def _shares(before: Busy, after: Busy) -> dict[str, float] | None:

@@ -109,7 +109,7 @@ def consider(
             has_engine = name != CLOUD or any(node.zone == "guest" for node in ordered)
             engine = _engine_of(name, engines, request) if has_engine else ""
             proposed = [
-                dataclasses.replace(candidate, engine=engine, stated=None)
+                dataclasses.replace(_well_typed(candidate, name), engine=engine, stated=None)
                 for candidate in [
                     *strategies[name].propose(model, ordered, request),
                     *(searched or {}).get(name, ()),
@@ -215,12 +215,9 @@ def finish(
 ) -> Candidate:
     """With memory and price filled in, or with the reason why it is refused. `window_bytes`: of the
     engine that shall run it."""
-    if candidate.refused_because:
-        return candidate
-    candidate = _well_typed(candidate)
-    if not candidate.refused_because:
+    if candidate.refused_because is None:
         candidate = rules.malformed(candidate, model, nodes, request)
-    if candidate.refused_because:
+    if candidate.refused_because is not None:
         return candidate
 
     def sized_role(role: Role) -> Role:
@@ -232,14 +229,15 @@ def finish(
     return dataclasses.replace(judged, predicted=sized.stated or price(sized, model, nodes, request))
 
 
-def _well_typed(candidate: Candidate) -> Candidate:
-    """What a plugin proposed, or a refused candidate where its fields are not what they are said to be."""
+def _well_typed(proposed: Candidate, strategy: str) -> Candidate:
+    """What a plugin proposed under its own name, or a refused candidate where it is none."""
     try:
-        return wire.read_body(Candidate, wire.to_map(candidate))
+        candidate = wire.read_body(Candidate, wire.to_map(proposed))
     except (EdgedError, TypeError, ValueError) as error:
-        return Candidate(
-            str(candidate.strategy), (), refused_because=f"it is no plan: {error}", broken_rule="form"
-        )
+        return Candidate(strategy, (), refused_because=f"it is no plan: {error}", broken_rule="form")
+    return dataclasses.replace(
+        candidate, strategy=strategy, refused_because=candidate.refused_because or None
+    )
 
 
 # --- the choice -----------------------------------------------------------------------------------

@@ -150,11 +150,15 @@ def token_parts(
 def speed_of(node: NodeView, weight_type: str) -> EngineSpeed | None:
     """The measured speed of a weight type; mixed types ("Q4_K_M") count as their main one ("Q4_K")."""
     sound = [s for s in node.speeds if 0 < s.decode_bytes_s < INFINITE and 0 < s.prefill_flops_s < INFINITE]
-    sound = [s for s in sound if 0 < s.sustained <= 1]
+    sound = [s for s in sound if 0 < s.sustained <= 1 and all(0 <= x < INFINITE for x in _beside(s))]
     exact = next((s for s in sound if s.weight_type == weight_type), None)
     if exact is not None:
         return exact
     return next((s for s in sound if weight_type.startswith(s.weight_type)), None)
+
+
+def _beside(speed: EngineSpeed) -> tuple[float, float, float]:
+    return speed.layer_s, speed.token_s, speed.attend_s
 
 
 def link_cost(nodes: Mapping[str, NodeView], a: str, b: str) -> LinkCost | None:
@@ -174,7 +178,7 @@ def link_cost(nodes: Mapping[str, NodeView], a: str, b: str) -> LinkCost | None:
     ]
     if measured:
         return _worst(measured)
-    pings = [link.rtt_ms for link in seen if link.rtt_ms is not None]
+    pings = [link.rtt_ms for link in seen if link.rtt_ms is not None and 0 <= link.rtt_ms < INFINITE]
     return LinkCost(pings[0] / 2000, PING_BYTES_S) if pings else None
 
 

@@ -410,7 +410,11 @@ def search(params: dict[str, Any], report: Callable[[dict[str, Any]], None]) -> 
     found: dict[str, list[dict[str, Any]]] = {}
     while running:
         for name, steps in list(running.items()):
-            candidates = next(steps, None)
+            try:
+                candidates = next(steps, None)
+            except Exception:  # a plugin's search: what the others find is as good as before
+                log.exception("search failed", extra={"strategy": name})
+                candidates = None
             if candidates is None:
                 del running[name]
                 continue

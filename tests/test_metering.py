@@ -173,3 +173,21 @@ def later(joules: float, metered_s: float, elapsed_s: float) -> Metered:
 def test_a_job_is_measured_where_the_meter_saw_all_of_it(after: Metered | None, joules: float | None) -> None:
     assert spent(BEGUN, after) == joules
     assert spent(None, after) is None
+
+
+@pytest.mark.parametrize("batch_s", [0.5, 2.5, 7.0, 60.0])
+def test_a_batch_that_is_longer_than_the_time_between_readings_has_all_its_energy(batch_s: float) -> None:
+    """Idle at 2 W for 20 s, then batches one after the other at 10 W, then idle again; a reading a second."""
+    meter = Meter(idle_watts=3.0)
+    batches, idle_s = 3, 20
+    work_s = batches * batch_s
+    end = idle_s + math.ceil(work_s) + idle_s
+    for second in range(end + 1):
+        ended = min(batches, max(0, int((second - idle_s) / batch_s)))
+        is_working = idle_s < second <= idle_s + work_s
+        meter.hear(float(second), 10.0 if is_working else 2.0, "s", {"r": ended * batch_s})
+    found = meter.of("r", float(end))
+    assert found is not None
+    assert meter.idle_watts == 2.0
+    assert found.joules == pytest.approx(8.0 * work_s, abs=16.0)  # two readings at the edges
+    assert found.metered_s == pytest.approx(end)

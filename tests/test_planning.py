@@ -677,6 +677,27 @@ def test_a_plugin_s_nonsense_is_a_plan_refused_by_name(made: Any, rule: str) -> 
     assert found.refused_because
 
 
+@pytest.mark.parametrize("made", [None, {}, "a plan", Candidate("x", ({},), refused_because="no")])  # type: ignore[arg-type]
+def test_what_is_no_candidate_at_all_is_refused_and_the_others_stand(made: Any) -> None:
+    strategies = {"rash": Strategy("rash", lambda *_: [made]), **STRATEGIES}
+    found = planning.consider(strategies, MODEL, [node("a")], PlanRequest())
+    assert [(c.strategy, c.broken_rule) for c in found if c.strategy == "rash"] == [("rash", "form")]
+    assert planning.choose(found) is not None
+
+
+def test_a_plugin_proposes_under_its_own_name_alone() -> None:
+    strategies = {"rash": Strategy("rash", lambda *_: [dataclasses.replace(LOCAL, refused_because="")])}
+    [found] = planning.consider(strategies, MODEL, [node("a")], PlanRequest("rash"))
+    assert (found.strategy, found.refused_because) == ("rash", None)
+
+
+@pytest.mark.parametrize("field", ["layer_s", "token_s", "attend_s"])
+@pytest.mark.parametrize("value", [-1.0, math.nan, math.inf])
+def test_a_fixed_cost_that_cannot_be_counts_as_unmeasured(field: str, value: float) -> None:
+    speed = dataclasses.replace(EngineSpeed("e", "Q4_0", 1e9, 1e9), **{field: value})
+    assert pricing.speed_of(node("a", speeds=(speed,)), "Q4_0") is None
+
+
 def test_bytes_by_link_add_up_to_those_of_a_token() -> None:
     """A stage of one, then a group of two: each of the two gets the row, and exchanges with the other."""
     stages = [

@@ -28,7 +28,7 @@ from _record import Record, quick, spread
 from edged.cli.demo import add_model
 from edged.cli.demo_nodes import Node
 
-RTTS_MS = quick((0.05, 1), (0.05, 1, 5, 20))
+RTTS_MS = quick((1,), (0.05, 1, 5, 20))
 MBITS = quick((100,), (10, 100, 1000))
 MODELS = quick((SMALL,), (SMALL, "1.1b"))
 ROUNDS, TOKENS, PROMPT = quick(2, 5), quick(4, 6), 16
