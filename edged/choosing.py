@@ -1,14 +1,13 @@
-"""Which plan a job gets: what every node can do now, the candidates over them, and the choice."""
+"""Which plan a job gets: the candidates over the nodes as they are now, and the choice."""
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
 import random
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
@@ -22,7 +21,6 @@ from .groups import Asked, Member
 from .models import Model, ModelStore
 from .peers import Peers
 from .plugins import Host
-from .probing import Probing
 from .requests import GenerateRequest
 from .supervisor import Supervisor
 from .types import (
@@ -39,13 +37,11 @@ from .types import (
     Situation,
     Strategy,
 )
+from .viewing import Viewer
 
 log = logging.getLogger(__name__)
-DESCRIBE_S = 3.0
-MEASURE_S = 130.0
 SEARCH_S = 2.0  # for the exact search, the process that runs it included
 SEARCHED_NODES = 3  # with two there is nothing to search that the strategies do not propose
-REASON_CHARS_MAX = 200  # of another node's reason, which a person reads
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +51,16 @@ class Found:
     candidates: tuple[Candidate, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class _Question:
+    """What a plan is chosen for. `searched`: by strategy, what a search found."""
+
+    sha256: str
+    nodes: Sequence[NodeView]
+    request: PlanRequest
+    searched: Mapping[str, Sequence[Candidate]] = field(default_factory=dict)
+
+
 class Chooser:
     def __init__(
         self,
@@ -62,8 +68,7 @@ class Chooser:
         peers: Peers,
         host: Host,
         device: Device,
-        bears: bearing.Bearing,
-        probing: Probing,
+        viewer: Viewer,
         supervisor: Supervisor,
         stored_models: ModelStore,
         strategies: Mapping[str, Strategy],
@@ -71,88 +76,15 @@ class Chooser:
         engines: Mapping[str, EngineEntry],
     ) -> None:
         self._profile, self._peers, self._host = profile, peers, host
-        self._device, self._probing, self._models = device, probing, stored_models
-        self._bearing = bears
+        self._device, self._viewer, self._models = device, viewer, stored_models
         self._supervisor = supervisor
         self._corrections = Corrections(self._device.corrections())
         self._strategies, self._policies, self._engines = strategies, policies, engines
-        self.memory_taken: Callable[[], int] = int
-
-    def view(self) -> NodeView:
-        """This node."""
-        mine, state = self._peers.identity, self._device.read()
-        bears = self._bearing.read(state.battery)
-        return NodeView(
-            mine.node_id,
-            mine.name,
-            device=state,
-            memory_budget=self._device.memory_budget(self.memory_taken()),
-            engines=tuple(self._engines),
-            speeds=self._device.speeds(),
-            links=self._peers.link_states(),
-            holds=tuple(model.sha256 for model in self._models.list() if model.complete),
-            refuses=self._device.saving,
-            watts=self._device.watts,
-            power_mode=bearing.power_mode(state.battery),
-            bearable=bears.jobs,
-            unfitted=bears.unfitted,
-        )
-
-    async def views(self, *, measure: bool) -> list[NodeView]:
-        """This node first, then every online member that answers."""
-        online = [m for m in self._peers.membership.members.values() if self._peers.is_online(m.node_id)]
-        timeout_s = MEASURE_S if measure else DESCRIBE_S
-        asked = [
-            self._peers.ask(member.node_id, "describe", wire.Describe(measure), timeout_s)
-            for member in online
-        ]
-        if measure:
-            await self._try_measure()
-            await self._probing.ensure()
-            await self._bearing.ensure()
-        answers = await asyncio.gather(*asked, return_exceptions=True)
-        found = [self.view()]
-        for member, answer in zip(online, answers, strict=True):
-            try:
-                if isinstance(answer, BaseException):
-                    raise answer
-                said = wire.read_body(wire.Described, answer)
-            except EdgedError as error:
-                log.warning("node not described", extra={"peer": member.node_id[:8], "reason": str(error)})
-                continue
-            found.append(
-                NodeView(
-                    member.node_id,
-                    member.name,
-                    member.zone,
-                    True,
-                    member.rights,
-                    said.device,
-                    said.memory_budget,
-                    said.engines,
-                    said.speeds,
-                    said.links,
-                    tuple(said.models),
-                    said.profile,
-                    said.refuses[:REASON_CHARS_MAX],
-                    _sound_watts(said.watts),
-                    bearing.power_mode(said.device.battery),
-                    _sound_rate(said.bearable),
-                    unfitted=said.unfitted[:REASON_CHARS_MAX],
-                )
-            )
-        return found
-
-    async def _try_measure(self) -> None:
-        try:
-            await self._device.ensure_measured()
-        except EdgedError as error:
-            log.warning("device not measured", extra={"reason": str(error)})
 
     async def plan(self, request: GenerateRequest) -> dict[str, Any]:
         """Every candidate with its price, and the choice, without running it."""
         model = self._models.find(request.model)
-        nodes = await self.views(measure=True)
+        nodes = await self._viewer.views(measure=True)
         asked = self.asked(request, model.sha256)
         _, candidates, chosen, notes = await self.choose(model.sha256, nodes, asked.request)
         by_id = {node.node_id: node for node in nodes}
@@ -216,12 +148,12 @@ class Chooser:
         _check_borne(policy, nodes)
         weighed = _weighed(policy, nodes)
         searched, notes = await self._searched(description, weighed, request)
-        candidates, chosen = self._choose_of(sha256, nodes, request, searched)
+        candidates, chosen = self._choose_of(_Question(sha256, nodes, request, searched))
         if chosen is not None and not sizes.is_windowed(candidates[chosen], description, request):
             return request, candidates, chosen, notes
         single = dataclasses.replace(request, cache_tokens=request.context_tokens)
         searched, notes = await self._searched(description, weighed, single)
-        return single, *self._choose_of(sha256, nodes, single, searched), notes
+        return single, *self._choose_of(_Question(sha256, nodes, single, searched)), notes
 
     async def _searched(
         self, model: ModelDescription, nodes: Sequence[NodeView], request: PlanRequest
@@ -258,35 +190,22 @@ class Chooser:
             return {}, [_cut_off([])]
         return {name: list(each.candidates) for name, each in found.items()}, notes
 
-    def _choose_of(
-        self,
-        sha256: str,
-        nodes: Sequence[NodeView],
-        request: PlanRequest,
-        searched: Mapping[str, Sequence[Candidate]],
-    ) -> tuple[list[Candidate], int | None]:
-        policy = self._policy(request)
-        candidates, chosen = self._by(policy, sha256, nodes, request, searched)
+    def _choose_of(self, question: _Question) -> tuple[list[Candidate], int | None]:
+        request = question.request
+        candidates, chosen = self._by(self._policy(request), question)
         if request.policy or chosen is None or planning.BALANCE not in self._policies:
             return candidates, chosen
-        if len(candidates[chosen].roles) > 1 and _is_on_battery(candidates[chosen], nodes):
-            return self._by(self._policies[planning.BALANCE], sha256, nodes, request, searched)
+        if len(candidates[chosen].roles) > 1 and _is_on_battery(candidates[chosen], question.nodes):
+            return self._by(self._policies[planning.BALANCE], question)
         return candidates, chosen
 
-    def _by(
-        self,
-        policy: Policy,
-        sha256: str,
-        nodes: Sequence[NodeView],
-        request: PlanRequest,
-        searched: Mapping[str, Sequence[Candidate]],
-    ) -> tuple[list[Candidate], int | None]:
+    def _by(self, policy: Policy, question: _Question) -> tuple[list[Candidate], int | None]:
         """The candidates under a policy, and its choice; edged's own where it fails or names none of them."""
-        candidates = self._candidates(policy, sha256, nodes, request, searched)
+        candidates, request = self._candidates(policy, question), question.request
         answer = self._host.decide("edged_select_plan", candidates=tuple(candidates), request=request)
         if _may_run(answer, candidates):
             return candidates, answer
-        by_id = {node.node_id: node for node in nodes}
+        by_id = {node.node_id: node for node in question.nodes}
         situation = Situation(tuple(candidates), by_id, request, random.random(), time.time())
         try:
             answer = policy.choose(situation)
@@ -298,21 +217,15 @@ class Chooser:
         log.error("policy named no plan that may run", extra={"policy": policy.name, "answer": answer})
         return candidates, planning.choose(candidates)
 
-    def _candidates(
-        self,
-        policy: Policy,
-        sha256: str,
-        nodes: Sequence[NodeView],
-        request: PlanRequest,
-        searched: Mapping[str, Sequence[Candidate]],
-    ) -> list[Candidate]:
+    def _candidates(self, policy: Policy, question: _Question) -> list[Candidate]:
         """Priced and checked, each with what jobs so far brought to its price."""
-        description = self._models.manifest(sha256).model
-        engines = self._engines_for(sha256)
-        weighed = _weighed(policy, nodes)
-        found = planning.consider(self._strategies, description, weighed, request, engines, searched)
+        sha256, nodes = question.sha256, _weighed(policy, question.nodes)
+        description, engines = self._models.manifest(sha256).model, self._engines_for(sha256)
+        found = planning.consider(
+            self._strategies, description, nodes, question.request, engines, question.searched
+        )
         found = self._corrections.corrected(sha256, found)
-        found = [_with_loading(each, description, weighed, sha256) for each in found]
+        found = [_with_loading(each, description, nodes, sha256) for each in found]
         return [_refused_unfitted(each, nodes) for each in found] if policy.fit else found
 
     def _noted(
@@ -347,8 +260,8 @@ class Chooser:
         policy = self._policy(asked)
         if policy.defer is None:
             return None
-        nodes = await self.views(measure=request.strategy == "auto")
-        candidates = self._candidates(policy, sha256, nodes, asked, {})
+        nodes = await self._viewer.views(measure=request.strategy == "auto")
+        candidates = self._candidates(policy, _Question(sha256, nodes, asked))
         by_id = {node.node_id: node for node in nodes}
         now, draw = time.time(), random.random()
         situation = Situation(tuple(candidates), by_id, asked, draw, now, start_by, request.n)
@@ -404,12 +317,7 @@ class Chooser:
     def holder_of(self, model: Model, nodes: Sequence[NodeView], candidate: Candidate) -> str:
         """Who gives the file to those of the plan's nodes that lack it: this node, or where it has a part of
         it the one that is done the soonest."""
-        mine = self._peers.identity.node_id
-        if model.complete:
-            return mine
-        description = self._models.manifest(model.sha256).model
-        by_id = {node.node_id: node for node in nodes}
-        return pricing.soonest_holder(candidate.roles, description, by_id, model.sha256) or mine
+        return _holder(candidate, self._models.manifest(model.sha256).model, nodes, model.sha256)
 
     def _engines_for(self, sha256: str) -> list[EngineEntry]:
         """Loaded engines that run a model: the one it is stored under, then those that take its models."""
@@ -447,20 +355,27 @@ class Chooser:
             "predicted": _predicted_row(candidate.predicted),
             "memory_bytes": {role.node_id: role.memory_bytes for role in candidate.roles},
             "refused_because": candidate.refused_because,
+            "broken_rule": candidate.broken_rule,
         }
+
+
+def _holder(candidate: Candidate, model: ModelDescription, nodes: Sequence[NodeView], sha256: str) -> str:
+    """Who gives the file to those that lack it: the submitter, who comes first, or whoever is the soonest."""
+    mine = nodes[0]
+    if sha256 in mine.holds:
+        return mine.node_id
+    by_id = {node.node_id: node for node in nodes}
+    return pricing.soonest_holder(candidate.roles, model, by_id, sha256) or mine.node_id
 
 
 def _with_loading(
     candidate: Candidate, model: ModelDescription, nodes: Sequence[NodeView], sha256: str
 ) -> Candidate:
-    """With the time until all of its nodes have their parts; the submitter, who comes first, gives the file
-    where it has it."""
+    """With the time until all of its nodes have their parts."""
     if candidate.refused_because:
         return candidate
     by_id = {node.node_id: node for node in nodes}
-    holder = nodes[0].node_id
-    if sha256 not in nodes[0].holds:
-        holder = pricing.soonest_holder(candidate.roles, model, by_id, sha256) or holder
+    holder = _holder(candidate, model, nodes, sha256)
     seconds = pricing.loading_s(candidate.roles, model, by_id, sha256, holder)
     if seconds is None:
         return candidate
@@ -543,16 +458,6 @@ def _is_on_battery(candidate: Candidate, nodes: Sequence[NodeView]) -> bool:
     members = {role.node_id for role in candidate.roles}
     batteries = [node.device.battery for node in nodes if node.node_id in members]
     return any(battery is not None and bearing.lives_on(battery) for battery in batteries)
-
-
-def _sound_watts(watts: tuple[float, float] | None) -> tuple[float, float] | None:
-    """As a node says; None for what no device draws."""
-    return watts if watts is not None and 0 <= watts[0] <= watts[1] < float("inf") else None
-
-
-def _sound_rate(rate: float | None) -> float | None:
-    """As a node says; None for what no battery bears: a job takes a slot."""
-    return rate if rate is not None and 0 <= rate <= 1 else None
 
 
 def _predicted_row(predicted: Predicted) -> dict[str, Any]:

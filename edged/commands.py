@@ -103,7 +103,7 @@ class Commands:
 
     async def _list_peers(self, request: Request) -> Document:
         members = self._parts.peers.membership.members
-        views = {view.node_id: view for view in await self._parts.chooser.views(measure=False)}
+        views = {view.node_id: view for view in await self._parts.viewer.views(measure=False)}
         rows = []
         for node_id, member in members.items():
             link = self._parts.peers.links.get(node_id)
@@ -165,7 +165,7 @@ class Commands:
             await self._parts.device.measure()
             await request.emit({"event": "progress", "text": "measuring links"})
             self._parts.probing.forget()
-            await self._parts.chooser.views(measure=True)  # half of the links are the other side's to measure
+            await self._parts.viewer.views(measure=True)  # half of the links are the other side's to measure
         state = self._parts.device.read()
         return {
             "name": self._parts.profile.name,

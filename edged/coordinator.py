@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import itertools
 import logging
 import secrets
-import statistics
 import time
 from collections.abc import Awaitable, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +13,8 @@ from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
-from . import metering, models, planning, wire
+from . import models, planning, wire
+from .accounting import Spent, estimated_joules, joules_of, pace, spent_between
 from .choosing import Chooser
 from .config import Profile
 from .control import Emit
@@ -26,7 +25,8 @@ from .models import Model, ModelStore
 from .peers import Peers
 from .plugins import Host
 from .requests import GenerateRequest
-from .types import Deferral, Outcome, Predicted, Sampling
+from .types import Deferral, Outcome, Sampling
+from .viewing import Viewer
 
 log = logging.getLogger(__name__)
 RUNNING_MAX = 32  # jobs at once; rank 0 lets them in as the KV cache's memory allows
@@ -70,17 +70,8 @@ class _Run:
     moves: list[_Move] = field(default_factory=list)
     start_by: float | None = None  # Unix time until which its start may wait
     waits: Deferral | None = None  # while it does
-    spent_earlier: list[_Spent] = field(default_factory=list)  # in earlier epochs
+    spent_earlier: list[Spent] = field(default_factory=list)  # in earlier epochs
     seed: int = field(default_factory=lambda: secrets.randbits(32))  # where the request names none
-
-
-@dataclass(frozen=True, slots=True)
-class _Spent:
-    """By a job in one epoch. `joules`: None where not every node measured them all along."""
-
-    tokens: int
-    bytes_sent: int
-    joules: float | None
 
 
 @dataclass(slots=True)
@@ -101,10 +92,11 @@ class Coordinator:
         peers: Peers,
         host: Host,
         stored_models: ModelStore,
+        viewer: Viewer,
         chooser: Chooser,
     ) -> None:
         self._profile, self._store, self._peers, self._host = profile, store, peers, host
-        self._models, self._chooser = stored_models, chooser
+        self._models, self._viewer, self._chooser = stored_models, viewer, chooser
         self._groups = Groups(peers, profile.jobs.worker_idle)
         self._groups.when_lost = self._group_lost
         self._groups.when_resting = self._group_resting
@@ -297,7 +289,7 @@ class Coordinator:
         try:
             model = self._models.find(run.request.model)
             asked = self._chooser.asked(_unbound(run.request), model.sha256, run.request.may_leave)
-            nodes = await self._chooser.views(measure=False)
+            nodes = await self._viewer.views(measure=False)
             _, _, chosen, _ = await self._chooser.choose(model.sha256, nodes, asked.request)
         except EdgedError as error:
             log.warning("job not moved", extra={"job_id": run.job_id, "reason": str(error)})
@@ -341,14 +333,14 @@ class Coordinator:
     async def _plan(self, run: _Run, model: Model, asked: Asked) -> Group:
         """Plan, and begin to load what was chosen. What no job uses makes room for the whole of it."""
         request, manifest = run.request, self._models.manifest(model.sha256)
-        nodes = await self._chooser.views(measure=request.strategy == "auto")
+        nodes = await self._viewer.views(measure=request.strategy == "auto")
         wanted, candidates, chosen, _ = await self._chooser.choose(model.sha256, nodes, asked.request)
         if wanted != asked.request:  # it does not fit, or with less than it wants
             if serving := self._groups.still_serving(asked):
                 return serving
             if self._groups.end_unused():
                 await asyncio.sleep(SETTLE_S)
-                nodes = await self._chooser.views(measure=False)
+                nodes = await self._viewer.views(measure=False)
                 wanted, candidates, chosen, _ = await self._chooser.choose(model.sha256, nodes, asked.request)
         if chosen is None:
             raise planning.refusal(candidates)
@@ -527,10 +519,10 @@ class Coordinator:
     async def _document(self, run: _Run, finished: wire.Finished) -> dict[str, Any]:
         assert run.group is not None
         spent = await self._spent_of(run)
-        tpot_ms, span = _pace(run.times)
+        tpot_ms, span = pace(run.times)
         group, here = run.group, run.times[len(run.times) - spent.tokens :]  # of the last epoch
-        here_ms, here_span = _pace(here)
-        estimated = _joules(run.group.candidate.predicted, here_ms)
+        here_ms, here_span = pace(here)
+        estimated = estimated_joules(run.group.candidate.predicted, here_ms)
         if group.jobs == {run.job_id}:  # beside others a job takes longer than its plan
             # an endpoint's tokens come a word at once, so the median gap would be too good
             took_ms = 1000 * here_span / (len(here) - 1) if here_span and group.candidate.stated else here_ms
@@ -538,7 +530,7 @@ class Coordinator:
                 self._chooser.correct(group.load.manifest.sha256, group.candidate, took_ms)
             each = estimated if spent.joules is None else spent.joules / max(1, spent.tokens)
             self._chooser.learn(group.asked.request, Outcome(group.candidate, each, is_done=True))
-        joules, source = _joules_of([*run.spent_earlier, spent], estimated)
+        joules, source = joules_of([*run.spent_earlier, spent], estimated)
         measured: dict[str, Any] = {
             "ttft_ms": (run.times[0] - run.accepted_at) * 1000 if run.times else None,
             "load_ms": run.load_ms,
@@ -558,50 +550,20 @@ class Coordinator:
             "measured": measured,
         }
 
-    async def _spent_of(self, run: _Run) -> _Spent:
+    async def _spent_of(self, run: _Run) -> Spent:
         """What the group sent and spent since the job began in it, in proportion to the job's part of its
         tokens."""
         assert run.group is not None
         assert run.used_before is not None
         after, before = await self._groups.used(run.group), await run.used_before
-        pairs = [(a, b) for a, b in zip(before, after, strict=True) if a is not None and b is not None]
-        sent = sum(max(0, b.bytes_sent - a.bytes_sent) for a, b in pairs)
-        each = [metering.spent(a.metered, b.metered) for a, b in pairs]
         made = run.group.tokens - run.tokens_before
         mine = len(run.tokens) - sum(earlier.tokens for earlier in run.spent_earlier)
-        part = mine / made if made else 1.0
-        known = [joules for joules in each if joules is not None]
-        joules = part * sum(known) if len(known) == len(run.group.load.roles) else None
-        return _Spent(mine, round(part * sent), joules)
+        return spent_between(before, after, mine, mine / made if made else 1.0)
 
     def _plan_row(self, run: _Run) -> dict[str, Any]:
         assert run.group is not None
         row = self._chooser.row_of(run.group.candidate)
         return {key: row[key] for key in ("strategy", "roles", "predicted")} | {"epoch": run.epoch}
-
-
-def _pace(times: Sequence[float]) -> tuple[float | None, float]:
-    """The median gap between tokens in ms, None of fewer than two; seconds from the first to the last."""
-    gaps = [b - a for a, b in itertools.pairwise(times)]
-    return (statistics.median(gaps) * 1000, times[-1] - times[0]) if gaps else (None, 0.0)
-
-
-def _joules(predicted: Predicted, tpot_ms: float | None) -> float | None:
-    """Of a token, estimated: as predicted from the profiles' watts, over the time that it really took."""
-    if predicted.joules_per_token is None or not predicted.tpot_ms or tpot_ms is None:
-        return None
-    return predicted.joules_per_token * tpot_ms / predicted.tpot_ms
-
-
-def _joules_of(epochs: Sequence[_Spent], estimated: float | None) -> tuple[float | None, str | None]:
-    """Of a job and where they are from: measured where every node of every epoch did that, else the estimate
-    of a token times all of them."""
-    measured = [spent.joules for spent in epochs if spent.joules is not None]
-    if len(measured) == len(epochs):
-        return sum(measured), "measured"
-    if estimated is None:
-        return None, None
-    return estimated * sum(spent.tokens for spent in epochs), "estimated"
 
 
 def _unbound(request: GenerateRequest) -> GenerateRequest:

@@ -26,6 +26,7 @@ from .supervisor import Supervisor
 from .transfers import Transfers
 from .transport import check_keys
 from .types import Condition, DiscovererEntry, EngineEntry
+from .viewing import Viewer
 
 log = logging.getLogger(__name__)
 
@@ -48,6 +49,7 @@ class Parts:
     transfers: Transfers
     roles: Roles
     store: JobStore
+    viewer: Viewer
     chooser: Chooser
     coordinator: Coordinator
     engines: Mapping[str, EngineEntry]
@@ -62,7 +64,7 @@ class Parts:
                 log.warning("device not measured", extra={"reason": str(error)})
             await self.probing.ensure()
             await self.bearing.ensure()
-        view, member = self.chooser.view(), self.peers.membership.member(node_id)
+        view, member = self.viewer.view(), self.peers.membership.member(node_id)
         refuses = view.refuses
         if member is not None and "submit" not in member.rights:
             refuses = f"{member.name} has no right to submit jobs here"
@@ -113,11 +115,10 @@ def compose(home: Home) -> Parts:
     transfers = Transfers(home, profile, models, peers, supervisor, engines)
     roles = Roles(profile, peers, host, device, supervisor, transfers, engines)
     probing = Probing(profile, peers, supervisor, device)
-    chooser = Chooser(
-        profile, peers, host, device, bearing, probing, supervisor, models, strategies, policies, engines
-    )
-    chooser.memory_taken = lambda: roles.memory_taken
-    coordinator = Coordinator(profile, store, peers, host, models, chooser)
+    viewer = Viewer(peers, device, bearing, probing, models, engines)
+    viewer.memory_taken = lambda: roles.memory_taken
+    chooser = Chooser(profile, peers, host, device, viewer, supervisor, models, strategies, policies, engines)
+    coordinator = Coordinator(profile, store, peers, host, models, viewer, chooser)
     parts = Parts(
         home,
         identity,
@@ -133,6 +134,7 @@ def compose(home: Home) -> Parts:
         transfers,
         roles,
         store,
+        viewer,
         chooser,
         coordinator,
         engines,

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from edged.coordinator import _joules_of, _Spent
+from edged.accounting import Spent, joules_of
 
-MEASURED, OTHER, UNKNOWN = _Spent(10, 0, 50.0), _Spent(30, 0, 70.0), _Spent(30, 0, None)
+MEASURED, OTHER, UNKNOWN = Spent(10, 0, 50.0), Spent(30, 0, 70.0), Spent(30, 0, None)
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,6 @@ MEASURED, OTHER, UNKNOWN = _Spent(10, 0, 50.0), _Spent(30, 0, 70.0), _Spent(30, 
     ],
 )
 def test_joules_are_measured_only_where_all_of_them_are(
-    epochs: list[_Spent], estimated: float | None, joules: float | None, source: str | None
+    epochs: list[Spent], estimated: float | None, joules: float | None, source: str | None
 ) -> None:
-    assert _joules_of(epochs, estimated) == (joules, source)
+    assert joules_of(epochs, estimated) == (joules, source)

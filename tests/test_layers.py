@@ -22,10 +22,10 @@ LAYERS = {
     0: "types errors version",
     1: "hookspecs config wire sizes",
     2: "pricing rules correcting metering sustaining queueing scenario",
-    3: "plugins node planning simulation advising jobs identity token requests framing",
+    3: "accounting plugins node planning simulation advising jobs identity token requests framing",
     4: "transport certificate stream meeting streams channel exchanging dataplane control client "
     "worker supervisor models partial ingest transfer health sdnotify device bearing limits pressure saving",
-    5: "peers probing transfers watching roles groups choosing coordinator commands parts daemon",
+    5: "peers probing transfers watching viewing roles groups choosing coordinator commands parts daemon",
     6: "cli testing",
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}
@@ -54,7 +54,9 @@ DOORS = {
     "rich": ("cli", "the daemon prints nothing"),
     "ctypes": ("worker cli", "one call, prctl, for a child that must not outlive us; the rest is engines"),
 }
-PURE = "types wire sizes pricing rules correcting metering sustaining queueing scenario node planning"
+PURE = (
+    "types wire sizes pricing rules correcting accounting metering sustaining queueing scenario node planning"
+)
 PURE_MAY_IMPORT = {
     "__future__": "no code",
     "collections": "values",

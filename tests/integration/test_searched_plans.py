@@ -19,6 +19,9 @@ def test_a_plan_over_three_nodes_is_searched_priced_and_explained(nodes: Nodes, 
     priced = [c for c in proposed["candidates"] if c["refused_because"] is None]
     assert {"local", "remote", "layers", "tensor"} <= {c["strategy"] for c in priced}
     assert all(c["predicted"]["tpot_ms"] > 0 for c in priced)
+    named = [c for c in proposed["candidates"] if c["refused_because"] is not None]
+    assert all(c["broken_rule"] for c in named)
+    assert all(c["broken_rule"] is None for c in priced)
     loads = {c["strategy"]: c["predicted"]["load_ms"] for c in priced}
     assert 0 < loads["local"] < loads["remote"]  # which has to fetch the file first
     layers = [c for c in priced if c["strategy"] == "layers"]
