@@ -83,9 +83,11 @@ PLUGIN_DOORS = {
     "ssl": ("_cloud_stream", "one client decides whom it speaks to"),
     "numpy": (
         "shard energy _grouping _paths _placing _pool _ring _search _staging _sweep _tables _sampling "
-        "_llama_engine",
+        "_llama_engine _tensors",
         "arrays live in an engine's worker",
     ),
+    "torch": ("_tensors", "tensors that need autograd live in a worker that trains"),
+    "opacus": ("_tensors", "one accountant decides what a privacy budget allows"),
     "llama_cpp": (
         "shard _tokenizer _libllama _llama_describe _llama_engine _llama_rpc_engine",
         "libllama lives in an engine's worker",
@@ -96,7 +98,7 @@ PLUGIN_DOORS = {
         "ggml and libllama through their C headers",
     ),
 }
-HEAVY = ("torch", "numpy", "llama_cpp", "gguf", "transformers", "scipy")
+HEAVY = ("torch", "numpy", "llama_cpp", "gguf", "transformers", "scipy", "opacus")
 NEVER_ANYWHERE = {
     "pickle": "a message must not be able to run code",
     "marshal": "a message must not be able to run code",
@@ -295,6 +297,19 @@ def test_a_plugins_own_module_is_light(file: Path) -> None:
         pytest.skip("an underscore module is imported where it is needed")
     heavy = [found for found in imports(file) if found.library in HEAVY]
     assert not heavy, ", ".join(map(str, heavy))
+
+
+def test_shared_numerical_code_uses_no_plugin_and_is_loaded_by_none_directly() -> None:
+    """It lives in workers: what a daemon imports of a plugin must not reach it."""
+    for file in plugin_files():
+        is_shared = module_of(file) == "_tensors"
+        parts = file.relative_to(PLUGINS).with_suffix("").parts
+        is_light = not any(part.startswith("_") and part != "__init__" for part in parts)
+        for found in imports(file):
+            if found.library == "edged_plugins":
+                modules = found.module.split(".")[1:2] or found.names
+                assert not is_shared or all(module.startswith("_") for module in modules), found
+                assert not is_light or "_tensors" not in modules, found
 
 
 def test_a_fresh_daemon_loads_nothing_heavy_and_no_plugin_that_was_not_named() -> None:
