@@ -45,6 +45,12 @@ from .types import (
     Step,
     Strategy,
     TensorEntry,
+    Trainer,
+    Training,
+    TrainingCost,
+    TrainingKey,
+    TrainingPlan,
+    TrainingSpec,
 )
 from .version import VERSION as __version__
 
@@ -85,6 +91,12 @@ __all__ = [
     "Step",
     "Strategy",
     "TensorEntry",
+    "Trainer",
+    "Training",
+    "TrainingCost",
+    "TrainingKey",
+    "TrainingPlan",
+    "TrainingSpec",
     "__version__",
     "codec_of",
     "duration",

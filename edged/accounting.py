@@ -46,6 +46,12 @@ def estimated_joules(predicted: Predicted, tpot_ms: float | None) -> float | Non
     return predicted.joules_per_token * tpot_ms / predicted.tpot_ms
 
 
+def estimated_training_joules(watts: Sequence[tuple[float, float] | None], seconds: float) -> float | None:
+    """Of nodes with these watts, idle and at work, as if all worked all along; None where one is unknown."""
+    known = [load - idle for each in watts if each is not None for idle, load in [each]]
+    return seconds * sum(known) if known and len(known) == len(watts) else None
+
+
 def joules_of(epochs: Sequence[Spent], estimated: float | None) -> tuple[float | None, str | None]:
     """Of a job and where they are from: measured where every node of every epoch did that, else the estimate
     of a token times all of them."""

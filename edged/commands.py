@@ -15,10 +15,12 @@ import msgspec
 from . import identity as ids
 from . import plugins, pricing, requests, wire
 from .control import Emit
+from .coordinator import Coordinator
 from .errors import ConfigError, EdgedError, PeerError, ProtocolError
-from .jobs import rfc3339
+from .jobs import Job, rfc3339
 from .models import Model
 from .parts import Parts
+from .training import Trainings
 from .types import LinkCost, LinkState, Sighting
 from .version import PROTOCOL, VERSION
 
@@ -67,6 +69,7 @@ class Commands:
             "models.pull": self._pull_model,
             "plan": self._plan,
             "generate": self._generate,
+            "finetune": self._finetune,
             "jobs": self._list_jobs,
             "jobs.show": self._show_job,
             "jobs.rm": self._remove_job,
@@ -96,7 +99,7 @@ class Commands:
             "memory": {"total": state.memory_total, "free": state.memory_free},
             "battery": msgspec.to_builtins(state.battery),
             "rss_bytes": rss_bytes(),
-            "jobs_running": self._parts.coordinator.running,
+            "jobs_running": self._parts.coordinator.running + self._parts.trainings.running,
             "roles": self._parts.roles.count,
             "metrics": self._parts.chooser.metrics,
         }
@@ -272,19 +275,32 @@ class Commands:
             requests.check_generate(asked, needs_prompt=True), request.emit
         )
 
+    async def _finetune(self, request: Request) -> Document:
+        asked = requests.read(requests.FinetuneRequest, request.body)
+        return await self._parts.trainings.finetune(asked, request.files, request.emit)
+
     async def _list_jobs(self, request: Request) -> Document:
-        return {"jobs": self._parts.coordinator.rows()}
+        return {"jobs": [self._owner(job).row(job) for job in self._parts.store.all()]}
 
     async def _show_job(self, request: Request) -> Document:
-        return await self._parts.coordinator.show(
-            str(request.body.get("job", "")), bool(request.body.get("follow")), request.emit
-        )
+        job = self._job(request)
+        return await self._owner(job).show(job, bool(request.body.get("follow")), request.emit)
 
     async def _remove_job(self, request: Request) -> Document:
-        return self._parts.coordinator.remove(str(request.body.get("job", "")))
+        job = self._job(request)
+        return self._owner(job).remove(job)
 
     async def _cancel(self, request: Request) -> Document:
-        return await self._parts.coordinator.cancel(str(request.body.get("job", "")))
+        job = self._job(request)
+        return await self._owner(job).cancel(job)
+
+    def _job(self, request: Request) -> Job:
+        return self._parts.store.get(str(request.body.get("job", "")))
+
+    def _owner(self, job: Job) -> Coordinator | Trainings:
+        """Who runs jobs of its kind."""
+        parts = self._parts
+        return parts.trainings if parts.trainings.owns(job) else parts.coordinator
 
 
 def rss_bytes() -> int | None:

@@ -22,7 +22,17 @@ from .types import WATTS_MAX, CacheType
 VERSION = 1
 DEFAULT_CLASS = "laptop-cpu"
 TYPE_WORDS = {str: "text", bool: "true or false", int: "a whole number", float: "a number"}
-DEFAULT_PLUGINS = ("mdns", "monitor", "shard", "llama_cpp", "layer_parallel", "tensor_parallel", "energy")
+DEFAULT_PLUGINS = (
+    "mdns",
+    "monitor",
+    "shard",
+    "llama_cpp",
+    "layer_parallel",
+    "tensor_parallel",
+    "energy",
+    "torch_blocks",
+    "split_learning",
+)
 
 
 T = TypeVar("T")
@@ -145,16 +155,25 @@ def parse(text: str, origin: str) -> Profile:
     return profile
 
 
-def read_table(path: Path, cls: type[T]) -> T:
-    """Another TOML file of ours, read by the same rules as a profile, into a dataclass."""
+def load_table(path: Path) -> dict[str, Any]:
+    """A TOML file that somebody else checks."""
     try:
-        table = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"expected readable TOML at {path}; {error}", remedy="mend the file") from error
+
+
+def build_table(table: Mapping[str, Any], cls: type[T], origin: str) -> T:
+    """A table read by the same rules as a profile, into a dataclass: an unknown key names the nearest one."""
     try:
-        return cast(T, _build(cls, table, "", str(path)))
+        return cast(T, _build(cls, table, "", origin))
     except TypeError as error:  # a key without a default is missing
-        raise ConfigError(f"expected every key in {path}; {error}", remedy="add what is missing") from error
+        raise ConfigError(f"expected every key in {origin}; {error}", remedy="add what is missing") from error
+
+
+def read_table(path: Path, cls: type[T]) -> T:
+    """Another TOML file of ours, into a dataclass."""
+    return build_table(load_table(path), cls, str(path))
 
 
 def explain(profile: Profile, path: Path) -> list[Setting]:

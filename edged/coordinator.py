@@ -94,11 +94,12 @@ class Coordinator:
         stored_models: ModelStore,
         viewer: Viewer,
         chooser: Chooser,
+        groups: Groups,
     ) -> None:
         self._profile, self._store, self._peers, self._host = profile, store, peers, host
         self._models, self._viewer, self._chooser = stored_models, viewer, chooser
-        self._groups = Groups(peers, profile.jobs.worker_idle)
-        self._groups.when_lost = self._group_lost
+        self._groups = groups
+        self._groups.when_lost(self._group_lost)
         self._groups.when_resting = self._group_resting
         self._groups.when_rate_moved = chooser.forget_corrections
         self._moving: set[asyncio.Task[None]] = set()
@@ -108,7 +109,7 @@ class Coordinator:
         self.is_draining = False
         peers.takes("tokens", self._tokens)
         peers.takes("finished", self._finished)
-        for job in store.unfinished():  # the daemon ended while they ran
+        for job in store.unfinished("generate"):  # the daemon ended while they ran
             store.end(job.job_id, "failed", time.time(), error=_interrupted())
 
     @property
@@ -458,9 +459,8 @@ class Coordinator:
 
     # --- asking about jobs ---
 
-    async def show(self, text: str, follow: bool, emit: Emit) -> dict[str, Any]:
+    async def show(self, job: Job, follow: bool, emit: Emit) -> dict[str, Any]:
         """One job; with `follow` its stream from the first token, ending in its document."""
-        job = self._store.get(text)
         run = self._runs.get(job.job_id)
         if follow and run is not None:
             return await self._watch(run, emit)
@@ -471,12 +471,9 @@ class Coordinator:
             return job.result
         if follow and job.error is not None:
             raise JobError(job.error["message"], remedy=job.error["remedy"], code=job.error["code"])
-        return {"jobs": [{**self._row(job), "result": job.result, "text": said, "tokens": tokens}]}
+        return {"jobs": [{**self.row(job), "result": job.result, "text": said, "tokens": tokens}]}
 
-    def rows(self) -> list[dict[str, Any]]:
-        return [self._row(job) for job in self._store.all()]
-
-    def _row(self, job: Job) -> dict[str, Any]:
+    def row(self, job: Job) -> dict[str, Any]:
         run = self._runs.get(job.job_id)
         progress = 1.0 if job.state == "done" else None
         if run is not None:
@@ -484,8 +481,7 @@ class Coordinator:
         waits = run.waits if run is not None else None
         return job.row(progress) | {"waits": _waits_row(waits) if waits else None}
 
-    async def cancel(self, text: str) -> dict[str, Any]:
-        job = self._store.get(text)
+    async def cancel(self, job: Job) -> dict[str, Any]:
         if job.state in ENDED:
             raise JobError(f"job {job.job_id} is {job.state} already", code="ended")
         run = self._runs.get(job.job_id)
@@ -507,8 +503,7 @@ class Coordinator:
         elif run.task is not None:
             run.task.cancel()
 
-    def remove(self, text: str) -> dict[str, Any]:
-        job = self._store.get(text)
+    def remove(self, job: Job) -> dict[str, Any]:
         if job.job_id in self._runs:
             raise JobError(f"job {job.job_id} runs", remedy="cancel it first", code="running")
         self._store.remove(job.job_id)

@@ -53,6 +53,7 @@ class Daemon:
             ids.write_atomically(self._parts.home.path / "control.addr", os.fsencode(path))
             await self._discover(port)
             self.state = "online"
+            self._parts.trainings.resume_unfinished()
             sdnotify.notify("READY=1", f"STATUS=online, port {port}")
             log.info(
                 "ready", extra={"node": self._parts.identity.node_id[:8], "port": port, "socket": str(path)}
@@ -104,6 +105,7 @@ class Daemon:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         closing = (
+            self._parts.trainings.close,
             self._parts.coordinator.close,
             self._parts.roles.close,
             self._parts.transfers.close,
@@ -134,7 +136,8 @@ class Daemon:
     async def leave(self) -> None:
         self.state = "draining"
         sdnotify.notify("STATUS=draining")
-        self._parts.coordinator.is_draining = True
+        self._parts.coordinator.is_draining = self._parts.trainings.is_draining = True
+        await self._parts.trainings.close()  # they go on with the next start
         await asyncio.gather(self._parts.coordinator.drained(DRAIN_S), self._parts.roles.drain(DRAIN_S))
         self._leaving.set()
 
@@ -143,6 +146,7 @@ class Daemon:
             await asyncio.sleep(TIDY_S)
             try:
                 self._parts.coordinator.tidy()
+                self._parts.roles.tidy(time.time() - self._parts.profile.jobs.keep)
                 self._watch_memory()
                 self._watch_energy()
                 self._parts.refresh_conditions()

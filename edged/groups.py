@@ -44,11 +44,13 @@ class Load:
     holder: str  # a node that gives the file to those who lack it
     cache_tokens: int
     cache_type: CacheType
+    training: tuple[wire.TrainingOffer, ...] = ()  # by rank; empty: it generates
 
     @property
     def key(self) -> tuple[object, ...]:
         cache = (self.context_tokens, self.cache_tokens, self.cache_type)
-        return (self.roles, self.manifest.sha256, self.engine, self.numerics, cache)
+        jobs = tuple(offer.job for offer in self.training)
+        return (jobs, self.roles, self.manifest.sha256, self.engine, self.numerics, cache)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +86,7 @@ class Group:
     tokens: int = 0  # that came, of all jobs
     sustained: tuple[float, ...] = ()  # what its nodes sustained when they were first asked; 0: unknown
     has_moved_rate: bool = False  # one of them sustains another part since
+    started: tuple[wire.Started, ...] = ()  # what each rank said when it was loaded
 
     @property
     def rank_0(self) -> str:
@@ -109,7 +112,7 @@ class Groups:
         self._peers, self._idle_s = peers, idle_s
         self._groups: dict[str, Group] = {}
         self._by_key: dict[tuple[object, ...], Group] = {}
-        self.when_lost: Callable[[Group], None] = lambda group: None
+        self._when_lost: list[Callable[[Group], None]] = []
         self.when_rate_moved: Callable[[str], None] = lambda node_id: None
         peers.takes("lost", self._told_lost)
         self.when_resting: Callable[[Group, str, str], None] = lambda group, node_id, reason: None
@@ -117,6 +120,10 @@ class Groups:
         peers.takes("resting", self._told_resting)
         peers.takes("short", self._told_short)
         peers.when_gone(self._peer_gone)
+
+    def when_lost(self, told: Callable[[Group], None]) -> None:
+        """Have a group's loss told: `group.lost` says whose it was."""
+        self._when_lost.append(told)
 
     def standing(self, asked: Asked) -> Group | None:
         """A group that was planned for the same question among the same members."""
@@ -244,7 +251,7 @@ class Groups:
         try:
             listeners = _listeners(load.roles, nodes)
             offered = await self._each(load.roles, lambda role: self._offer(group, role, listeners))
-            await self._each(load.roles, lambda role: self._start(group, role, offered, listeners))
+            said = await self._each(load.roles, lambda role: self._start(group, role, offered, listeners))
             if group.lost is not None:
                 raise group.lost
         except BaseException as error:
@@ -252,6 +259,7 @@ class Groups:
             if group.lost is not None:  # it names the node; the error may be of another that was stopped
                 raise group.lost from error
             raise
+        group.started = tuple(said)
         group.idle_since = time.monotonic()
         group.load_ms = (group.idle_since - started) * 1000
 
@@ -282,6 +290,7 @@ class Groups:
             load.holder,
             load.cache_tokens,
             load.cache_type,
+            load.training[role.rank] if load.training else None,
         )
         timeout_s = OFFER_S + load.manifest.size / FETCH_BYTES_S
         return wire.read_body(wire.Offered, await self._ask(role, "offer", offer, timeout_s))
@@ -325,13 +334,17 @@ class Groups:
                 self.lose(group, node_id, reason)
 
     def _told_draining(self, node_id: str, body: wire.Empty) -> None:
-        """A node wants to leave: its groups get no new job, and end with the last one."""
-        self._retire_all(node_id)
+        """A node wants to leave: its groups get no new job, and end with the last one; a training waits."""
+        for group in self._retire_all(node_id):
+            if group.load.training:
+                self.lose(group, node_id, "it leaves")
 
     def _told_resting(self, node_id: str, body: wire.Resting) -> None:
         """A node saves energy: its groups get no new job, and what runs in them may move."""
         for group in self._retire_all(node_id):
-            if group.is_made:
+            if group.load.training:  # it waits until the node works again
+                self.lose(group, node_id, f"it rests: {body.reason[:REASON_CHARS_MAX]}")
+            elif group.is_made:
                 self.when_resting(group, node_id, body.reason[:REASON_CHARS_MAX])
 
     def _retire_all(self, node_id: str) -> list[Group]:
@@ -357,7 +370,8 @@ class Groups:
             remedy="run it again; see that node's log",
         )
         self.end(group)
-        self.when_lost(group)
+        for told in self._when_lost:
+            told(group)
 
     def _stop(self, group_id: str, roles: Sequence[Role]) -> None:
         for role in roles:
@@ -376,7 +390,8 @@ def _listeners(roles: Sequence[Role], nodes: Mapping[str, NodeView]) -> dict[tup
 def _answers(group: Group, asked: Asked) -> bool:
     """Was it planned for this question but for sizes, and is its context enough?"""
     return (
-        group.load.context_tokens >= asked.request.context_tokens
+        not group.load.training
+        and group.load.context_tokens >= asked.request.context_tokens
         and group.asked.model_sha256 == asked.model_sha256
         and _without_sizes(group.asked.request) == _without_sizes(asked.request)
     )

@@ -27,6 +27,7 @@ from .types import (
     Role,
     SensorEntry,
     Strategy,
+    Training,
 )
 
 PROJECT = "edged"
@@ -79,6 +80,11 @@ def edged_sensors(settings: Mapping[str, Any]) -> Sequence[SensorEntry]:  # type
 @_spec("register")
 def edged_policies(settings: Mapping[str, Any]) -> Sequence[Policy]:  # type: ignore[empty-body]
     """What chooses among priced plans, by name. Called in: daemon, and by `edged simulate`."""
+
+
+@_spec("register")
+def edged_trainings(settings: Mapping[str, Any]) -> Sequence[Training]:  # type: ignore[empty-body]
+    """Kinds of training jobs, by name. Called in: daemon, and by `edged config --explain`."""
 
 
 # --- decide ---------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import sqlite3
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -31,6 +31,10 @@ CREATE TABLE IF NOT EXISTS jobs (
 CREATE TABLE IF NOT EXISTS tokens (
     job_id TEXT NOT NULL REFERENCES jobs ON DELETE CASCADE, position INTEGER NOT NULL,
     token INTEGER NOT NULL, text TEXT NOT NULL, PRIMARY KEY (job_id, position)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS steps (
+    job_id TEXT NOT NULL REFERENCES jobs ON DELETE CASCADE, step INTEGER NOT NULL, kind TEXT NOT NULL,
+    said TEXT NOT NULL, PRIMARY KEY (job_id, step, kind)
 ) STRICT, WITHOUT ROWID;
 """
 
@@ -113,6 +117,23 @@ class JobStore:
         with self._transaction("NORMAL"):
             self._db.executemany("INSERT OR REPLACE INTO tokens VALUES (?, ?, ?, ?)", rows)
 
+    def add_step(self, job_id: str, step: int, kind: str, values: Mapping[str, float]) -> None:
+        """What a training told of a step, in place of what an earlier epoch told of it."""
+        with self._transaction("NORMAL"):
+            self._db.execute(
+                "INSERT OR REPLACE INTO steps VALUES (?, ?, ?, ?)",
+                (job_id, step, kind, json.dumps(dict(values))),
+            )
+
+    def reopen(self, job_id: str, request: Mapping[str, Any]) -> None:
+        """An ended job goes on, with these words."""
+        with self._durably():
+            self._db.execute(
+                "UPDATE jobs SET state = 'queued', ended_at = NULL, error = NULL, result = NULL, request = ? "
+                "WHERE job_id = ?",
+                (json.dumps(dict(request)), job_id),
+            )
+
     def end(
         self,
         job_id: str,
@@ -165,9 +186,19 @@ class JobStore:
         """Newest first."""
         return [_job(row) for row in self._db.execute("SELECT * FROM jobs ORDER BY created_at DESC")]
 
-    def unfinished(self) -> list[Job]:
-        rows = self._db.execute("SELECT * FROM jobs WHERE state IN ('queued', 'running') ORDER BY created_at")
+    def unfinished(self, kind: str) -> list[Job]:
+        rows = self._db.execute(
+            "SELECT * FROM jobs WHERE kind = ? AND state IN ('queued', 'running') ORDER BY created_at",
+            (kind,),
+        )
         return [_job(row) for row in rows]
+
+    def steps(self, job_id: str) -> list[tuple[int, str, dict[str, float]]]:
+        """Of a training: each step and evaluation, in order, as (step, kind, values)."""
+        rows = self._db.execute(
+            "SELECT step, kind, said FROM steps WHERE job_id = ? ORDER BY step, kind", (job_id,)
+        ).fetchall()
+        return [(row["step"], row["kind"], json.loads(row["said"])) for row in rows]
 
     def tokens(self, job_id: str) -> tuple[list[int], str]:
         rows = self._db.execute(

@@ -8,11 +8,14 @@ from dataclasses import dataclass
 
 from . import config, wire
 from . import identity as ids
+from .adapters import AdapterStore
 from .bearing import Bearing
 from .choosing import Chooser, check_policy
 from .coordinator import Coordinator
+from .datasets import DataStore
 from .device import Device
 from .errors import ConfigError, EdgedError
+from .groups import Groups
 from .health import Health
 from .identity import Home, Identity
 from .jobs import JobStore
@@ -23,6 +26,7 @@ from .plugins import Host, guarded
 from .probing import Probing
 from .roles import Roles
 from .supervisor import Supervisor
+from .training import Trainings
 from .transfers import Transfers
 from .transport import check_keys
 from .types import Condition, DiscovererEntry, EngineEntry
@@ -52,6 +56,9 @@ class Parts:
     viewer: Viewer
     chooser: Chooser
     coordinator: Coordinator
+    trainings: Trainings
+    data: DataStore
+    adapters: AdapterStore
     engines: Mapping[str, EngineEntry]
     discoverers: Mapping[str, DiscovererEntry]
 
@@ -113,12 +120,33 @@ def compose(home: Home) -> Parts:
     bearing = Bearing(profile, home.cache, device, supervisor, next(iter(fits), ""))
     peers = Peers(identity, home, profile, host, health)
     transfers = Transfers(home, profile, models, peers, supervisor, engines)
-    roles = Roles(profile, peers, host, device, supervisor, transfers, engines)
+    kinds, data, adapters = (
+        host.registrations("edged_trainings"),
+        DataStore(home, supervisor),
+        AdapterStore(home),
+    )
+    roles = Roles(profile, peers, host, device, supervisor, transfers, engines, kinds, data, home.training)
     probing = Probing(profile, peers, supervisor, device)
     viewer = Viewer(peers, device, bearing, probing, models, engines)
     viewer.memory_taken = lambda: roles.memory_taken
     chooser = Chooser(profile, peers, host, device, viewer, supervisor, models, strategies, policies, engines)
-    coordinator = Coordinator(profile, store, peers, host, models, viewer, chooser)
+    groups = Groups(peers, profile.jobs.worker_idle)
+    coordinator = Coordinator(profile, store, peers, host, models, viewer, chooser, groups)
+    trainings = Trainings(
+        profile,
+        store,
+        peers,
+        host,
+        models,
+        viewer,
+        chooser,
+        groups,
+        data,
+        adapters,
+        kinds,
+        engines,
+        home.training,
+    )
     parts = Parts(
         home,
         identity,
@@ -137,6 +165,9 @@ def compose(home: Home) -> Parts:
         viewer,
         chooser,
         coordinator,
+        trainings,
+        data,
+        adapters,
         engines,
         host.registrations("edged_discoverers"),
     )

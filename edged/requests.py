@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import msgspec
@@ -53,6 +53,19 @@ class GenerateRequest:
     def prompt_bytes(self) -> int:
         texts = [self.prompt or "", *(m.get("content", "") for m in self.messages or ())]
         return sum(len(text.encode()) for text in texts)
+
+
+@dataclass(frozen=True, slots=True)
+class FinetuneRequest:
+    """`edged finetune`: the table of a job's file. `file_clients`: of its clients those whose data came along
+    as open files, in order. `name`: of the adapter, where the file gives none."""
+
+    kind: str
+    name: str
+    settings: dict[str, Any]
+    file_clients: list[int] = field(default_factory=list)
+    resume: str | None = None
+    detach: bool = False
 
 
 @dataclass(frozen=True, slots=True)

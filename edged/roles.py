@@ -11,19 +11,22 @@ import contextlib
 import dataclasses
 import logging
 import os
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from . import sizes, wire
 from .config import Profile
+from .datasets import DataStore
 from .device import Device
 from .errors import EdgedError, EngineError, PeerError, PolicyViolation, ProtocolError
 from .peers import Peers
 from .plugins import Host
 from .supervisor import Supervisor, WorkerHandle
 from .transfers import Transfers
-from .types import EngineEntry, EngineSpec, ModelDescription, PlanRequest
+from .types import EngineEntry, EngineSpec, ModelDescription, PlanRequest, Training, TrainingSpec
 from .watching import Watch, Watched
 
 log = logging.getLogger(__name__)
@@ -64,11 +67,15 @@ class Roles:
         supervisor: Supervisor,
         transfers: Transfers,
         engines: Mapping[str, EngineEntry],
+        trainings: Mapping[str, Training],
+        data: DataStore,
+        training_folder: Path,
     ) -> None:
         self._profile, self._peers, self._host = profile, peers, host
         self._device, self._supervisor, self._transfers = device, supervisor, transfers
-        self._engines = engines
+        self._engines, self._trainings, self._data = engines, trainings, data
         self._watch = Watch(device)
+        self._training_folder = training_folder
         self._held: dict[str, _Held] = {}
         self._stopping: set[asyncio.Task[None]] = set()
         self._admitting: dict[str, _Admitting] = {}
@@ -83,6 +90,7 @@ class Roles:
         peers.takes("stop", lambda node_id, body: self._stop(node_id, body.group))
         peers.takes("generate", self._generate)
         peers.takes("cancel", self._cancel)
+        peers.takes("train", self._train)
         peers.when_gone(self._peer_gone)
         device.promised = lambda: self.memory_promised
 
@@ -167,8 +175,11 @@ class Roles:
             raise ProtocolError("expected a new group")
         role = offer.roles[offer.rank]
         member = self._peers.membership.member(coordinator)
-        if member is not None and "submit" not in member.rights:
-            raise PolicyViolation(f"{mine.name}: {member.name} has no right to submit jobs here")
+        right = "train" if offer.training is not None else "submit"
+        if member is not None and right not in member.rights:
+            raise PolicyViolation(f"{mine.name}: {member.name} has no right to {right} jobs here")
+        if offer.training is not None:
+            self._check_training(offer.training)
         if self._device.saving and coordinator != mine.node_id:
             raise PolicyViolation(f"{mine.name} takes no new roles: {self._device.saving}")
         if self.is_draining:
@@ -192,6 +203,19 @@ class Roles:
             raise PolicyViolation(f"{mine.name} refuses the role: {reason}")
         return self._engines[offer.engine], memory_bytes
 
+    def _check_training(self, offered: wire.TrainingOffer) -> None:
+        """It must be one that this node knows, sound by its own check, on data that its owner offers."""
+        training = self._trainings.get(offered.kind)
+        if training is None:
+            known = ", ".join(sorted(self._trainings)) or "none"
+            raise EngineError(
+                f"{self._peers.identity.name} has no training {offered.kind!r}; loaded: {known}",
+                remedy='add "split_learning" to `plugins` there',
+            )
+        training.check(offered.settings)
+        if offered.data:
+            self._data.path_of(offered.data, job_id=offered.job)
+
     def _check_memory(self, offer: wire.Offer, model: ModelDescription) -> int:
         """Bytes that the role gets here; PolicyViolation where not even the least that works fits."""
         name, role = self._peers.identity.name, offer.roles[offer.rank]
@@ -199,7 +223,10 @@ class Roles:
             raise ProtocolError("expected a role and a context within the model's size")
         request, entry = _request_of(offer), self._engines[offer.engine]
         budget = self._device.memory_budget(self.memory_taken)
-        given = sizes.admitted(role, model, request, budget, entry.window_bytes)
+        if offer.training is not None:  # its own plan counted it
+            given = max(role.memory_bytes, sizes.WORKER_BYTES)
+        else:
+            given = sizes.admitted(role, model, request, budget, entry.window_bytes)
         if budget is not None and given > budget:
             raise PolicyViolation(
                 f"{name}: its part needs at least {given >> 20} MiB, and the budget is {budget >> 20} MiB",
@@ -266,12 +293,47 @@ class Roles:
             "ends": ends,
             "may_spin": self._device.may_spin,
         }
+        if offer.training is not None:
+            body |= self._training_of(coordinator, offer, offer.training)
         timeout_s = LOAD_S + sizes.memory_of(role, held.model, request) / LOAD_BYTES_S
         try:
             return wire.read_body(wire.Started, await held.worker.call("load", body, timeout_s))
         except EdgedError as error:
             self._end(offer.group, "it could not be loaded")
             raise self._named(error) from error
+
+    def _training_of(
+        self, coordinator: str, offer: wire.Offer, offered: wire.TrainingOffer
+    ) -> dict[str, Any]:
+        """What a worker is told to load a trainer. Checkpoints are a coordinator's own."""
+        collector = next((role.rank for role in offer.roles if role.node_id == coordinator), 0)
+        folder = self._training_folder / f"{coordinator[:16]}-{offered.job}" / f"rank-{offer.rank}"
+        spec = TrainingSpec(
+            offered.job,
+            offered.settings,
+            offer.roles,
+            offer.rank,
+            str(self._data.path_of(offered.data, job_id=offered.job)) if offered.data else "",
+            str(folder),
+            collector,
+            offer.model_name,
+            offer.model_sha256,
+            self._device.threads,
+        )
+        return {"trainer": self._trainings[offered.kind].load, "training": wire.to_map(spec)}
+
+    def tidy(self, before: float) -> None:
+        """Delete what trainings that did not go on since `before` (Unix time) left for going on."""
+        held = {held.offer.training.job for held in self._held.values() if held.offer.training is not None}
+        for folder in self._training_folder.glob("*-*"):
+            if folder.name.rpartition("-")[2] in held:
+                continue
+            with contextlib.suppress(OSError):
+                if max(path.stat().st_mtime for path in (folder, *folder.glob("*/*"))) < before:
+                    shutil.rmtree(folder)
+
+    def _train(self, coordinator: str, body: wire.Train) -> None:
+        self._of(coordinator, body.group).worker.send("train", body)
 
     def _named(self, error: EdgedError) -> EdgedError:
         """The same error, saying whose it is."""
@@ -282,11 +344,12 @@ class Roles:
         self._of(coordinator, body.group).worker.send("generate", body)
 
     def recheck_rights(self) -> None:
-        """End the roles of coordinators that may not submit jobs here any more."""
+        """End the roles of coordinators that may not submit such jobs here any more."""
         for group, held in list(self._held.items()):
             member = self._peers.membership.member(held.coordinator)
-            if member is not None and "submit" not in member.rights:
-                self._give_back(group, f"{member.name} has no right to submit jobs here any more")
+            right = "submit" if held.offer.training is None else "train"
+            if member is not None and right not in member.rights:
+                self._give_back(group, f"{member.name} has no right to {right} jobs here any more")
 
     def _give_back(self, group: str, reason: str) -> None:
         """End a role from this side: its coordinator gives it no other job."""
@@ -324,7 +387,7 @@ class Roles:
             log.warning("worker failed", extra={"group": group, "reason": reason})
             if not message.body.get("is_peer"):  # of a peer's loss its own node tells
                 self._give_back(group, reason)
-        elif message.kind in ("tokens", "finished"):
+        elif message.kind in ("tokens", "finished", "trained"):
             body = wire.read_body(wire.BODIES[message.kind], message.body)
             self._peers.tell_if_online(held.coordinator, message.kind, body)
 

@@ -97,7 +97,7 @@ class WorkerHandle:
 
     def _write(self, packed: bytes) -> None:
         if self._writer is None or self._writer.is_closing():
-            raise EngineError("the worker has ended")
+            raise EngineError("the worker has ended", code="worker-ended")
         self._writer.write(framing.frame(packed))
 
     async def _watch(self, reader: asyncio.StreamReader) -> None:
@@ -116,7 +116,7 @@ class WorkerHandle:
         reason = "it was stopped" if self.is_stopping else _how_it_ended(code)
         for future in self._pending.values():
             if not future.done():
-                future.set_exception(EngineError(f"the worker ended: {reason}"))
+                future.set_exception(EngineError(f"the worker ended: {reason}", code="worker-ended"))
         if self.on_exit is not None:
             self.on_exit(reason)
 

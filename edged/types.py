@@ -404,7 +404,112 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+# --- training -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingPlan:
+    """Who does what in a training job.
+
+    `settings`: the job's, with everything in it that was left to the planner. By rank: its role, whose
+    `memory_bytes` it needs there; in `data` the data set of its node that it trains on, "" for none.
+    `collector`: the rank of the submitter's node. `reporters`: how many ranks tell the loss of every step.
+    `step_s`: of one step; None where a node was never measured.
+    """
+
+    settings: Mapping[str, Any]
+    roles: tuple[Role, ...] = ()
+    data: tuple[str, ...] = ()
+    steps: int = 0
+    reporters: int = 1
+    collector: int = 0
+    step_s: float | None = None
+    refused_because: str = ""
+    explanation: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingCost:
+    """What a planned training should cost: bytes over all links, seconds, and the memory of each rank."""
+
+    bytes_sent: int | None = None
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingSpec:
+    """Everything a trainer needs for its rank of a job.
+
+    `data_path`: rows to train on, "" for none. `state_folder`: of this rank of this job, for checkpoints;
+    `collector`: the rank whose node the job was submitted to; it writes the adapter to
+    `state_folder`/adapter and ends with a report of kind "done".
+    """
+
+    job: str
+    settings: Mapping[str, Any]
+    roles: tuple[Role, ...]
+    rank: int
+    data_path: str
+    state_folder: str
+    collector: int
+    model_name: str
+    model_sha256: str
+    threads: int = 1
+
+
+Report = Callable[[str, int, Mapping[str, float]], None]  # kind ("step", "eval", "done"), step, values
+
+
+class Trainer(Protocol):
+    """One rank of a training job, in a worker. Every rank runs the same schedule; nobody drives.
+
+    `survey`: what it counted in its data, for the prediction of bytes. `steps_kept`: steps at which it has a
+    checkpoint of this job. `run` goes on from `step` (0, or one that every rank has kept) to the end; it
+    looks at `is_stopped` at least every second, and returns early then. PeerError: another rank is gone;
+    any other EdgedError ends the job.
+    """
+
+    survey: Mapping[str, Any]
+    steps_kept: Sequence[int]
+
+    def run(self, step: int, report: Report, is_stopped: Callable[[], bool]) -> None: ...
+
+    def close(self) -> None: ...
+
+
 # --- what plugins register ----------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingKey:
+    """A key of a training job's file, for `edged config --explain`."""
+
+    key: str
+    default: Any
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Training:
+    """A kind of training job: `edged finetune NAME`.
+
+    check(table) -> the settings of a job's file, every default filled in; ConfigError names the key
+    plan(settings, model, nodes, extra) -> TrainingPlan over nodes (the first is the submitter), pure
+    cost(plan, model, surveys) -> TrainingCost, from what each rank's trainer counted in its data, pure
+    load: "package.module:attribute", in a worker: load(spec: TrainingSpec, loaded, channel) -> Trainer, where
+        `loaded` is what `engine`'s own `load` made of the model
+
+    A job's file has `model`, and a list `clients` of tables whose `node` is a member's name or id and whose
+    `data` is a data set that its owner offers.
+    """
+
+    name: str
+    engine: str
+    check: Callable[[Mapping[str, Any]], Mapping[str, Any]]
+    plan: Callable[[Mapping[str, Any], ModelDescription, Sequence[NodeView]], TrainingPlan]
+    cost: Callable[[TrainingPlan, ModelDescription, Sequence[Mapping[str, Any]]], TrainingCost]
+    load: str
+    keys: Sequence[TrainingKey] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -39,6 +39,8 @@ key `pair` is the only kind that is read.
     probe_start member -> member        connect and exchange              answer: a LinkCost, or error
     generate    coordinator -> rank 0   begin a job on a loaded group
     cancel      coordinator -> rank 0   end a job
+    train       coordinator -> member   go on with a training from a step
+    trained     member -> coordinator   a rank's step, evaluation, end or error
     tokens      rank 0 -> coordinator   new tokens of a job
     finished    rank 0 -> coordinator   a job ended
     manifest    member -> holder        the chunk hashes of a model       answer: manifest_of
@@ -169,8 +171,20 @@ class Describe:
 
 
 @dataclass(frozen=True, slots=True)
+class TrainingOffer:
+    """The training that a role is a part of. `settings`: of the job, as its kind checks them; `data`: the
+    data set of the asked node that this rank trains on, "" for none."""
+
+    job: Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{16}$")]
+    kind: str
+    settings: dict[str, Any]
+    data: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Offer:
-    """A role of `group`. `listens_for`: ranks that will dial this one."""
+    """A role of `group`. `listens_for`: ranks that will dial this one. `training`: what it is for, where it
+    is not for generating."""
 
     group: str
     rank: int
@@ -186,6 +200,7 @@ class Offer:
     holder: str  # a node that has the model
     cache_tokens: int = 0  # KV positions of all sequences together; at least one context
     cache_type: CacheType = "f16"
+    training: TrainingOffer | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,8 +235,12 @@ class Start:
 
 @dataclass(frozen=True, slots=True)
 class Started:
+    """`survey`, `steps_kept`: of a trainer."""
+
     load_ms: float
     memory_bytes: int
+    survey: dict[str, Any] = field(default_factory=dict)
+    steps_kept: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -300,6 +319,27 @@ class Generate:
 class Cancel:
     group: str
     job: str
+
+
+@dataclass(frozen=True, slots=True)
+class Train:
+    group: str
+    job: str
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """`values`: loss, tokens and the like of a step or an evaluation. `error`: code, message and remedy."""
+
+    job: str
+    epoch: int
+    rank: int
+    kind: Literal["step", "eval", "done", "error"]
+    step: int
+    values: dict[str, float] = field(default_factory=dict)
+    error: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -382,6 +422,8 @@ BODIES: dict[str, type[Any]] = {
     "cancel": Cancel,
     "tokens": Tokens,
     "finished": Finished,
+    "train": Train,
+    "trained": Trained,
     "manifest": ManifestRequest,
     "serve": Serve,
 }

@@ -7,10 +7,12 @@ process when the daemon is gone. A request is one of
     task      {function, params}     call a dotted function, answer with its result, end
     prepare   {group, rank, size, listens_for, interfaces, ports}   answer {public_key, ports, certificate,
               stream_ports}
-    load      {group, load, spec, ends, may_spin}   connect, load the engine; answer {load_ms, memory_bytes}
+    load      {group, load, spec, ends, may_spin}   connect, load the engine; answer {wire.Started}; with
+              {trainer, training} too, load a trainer that has the engine's model
     probe     {group, ends, may_spin}   connect to one other rank, measure, answer {LinkCost}, end
     generate  {wire.Generate}        rank 0 only: begin a sequence; events tokens, finished follow
     cancel    {job}
+    train     {wire.Train}           a trainer only: run it to its end; events trained follow
     usage     {}                     answer {wire.Spent}, also during a computation
     stop      {}
 """
@@ -30,7 +32,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -50,6 +52,8 @@ from .types import (
     NodeView,
     PlanRequest,
     Step,
+    Trainer,
+    TrainingSpec,
 )
 
 log = logging.getLogger(__name__)
@@ -88,6 +92,8 @@ class Worker:
         self._inbox: queue.SimpleQueue[wire.Message] = queue.SimpleQueue()
         self._channel: ZmqChannel | None = None
         self._engine: Engine | None = None
+        self._trainer: Trainer | None = None
+        self._asked_to_stop = threading.Event()
         self._rank = self._context = 0
         self._running: dict[str, _Sequence] = {}
         self._waiting: deque[_Sequence] = deque()
@@ -106,8 +112,9 @@ class Worker:
                 self._advance(self._engine)
             except EdgedError as error:
                 self._fail(error)
-        if self._engine is not None:
-            self._engine.close()
+        for loaded in (self._engine, self._trainer):
+            if loaded is not None:
+                loaded.close()
         if self._channel is not None:
             self._channel.close()
 
@@ -123,8 +130,10 @@ class Worker:
                 os._exit(0)  # the daemon is gone: nobody waits for this process any more
             if message.kind == "usage":  # answered here, also while the main thread computes
                 self._send(wire.pack("ok", self._usage(), answers=message.request))
-            else:
-                self._inbox.put(message)
+                continue
+            if message.kind == "stop":  # a trainer looks at it between two steps
+                self._asked_to_stop.set()
+            self._inbox.put(message)
 
     def _usage(self) -> wire.Spent:
         sent = self._channel.bytes_sent if self._channel is not None else 0
@@ -133,9 +142,10 @@ class Worker:
 
     def _computed(self) -> Computed | None:
         """As the engine counts it; else rank 0's time within it. None while it loads: that is work too."""
-        if self._engine is None:
+        loaded = self._engine or self._trainer
+        if loaded is None:
             return None
-        counted = getattr(self._engine, "computed", None)
+        counted = getattr(loaded, "computed", None)
         if isinstance(counted, Computed):
             return counted
         return Computed(self._busy_s) if self._rank == 0 else None
@@ -179,6 +189,8 @@ class Worker:
                 return self._begin(wire.read_body(wire.Generate, body))
             case "cancel":
                 return self._cancel(body["job"])
+            case "train":
+                return self._train(wire.read_body(wire.Train, body))
             case "stop":
                 self._stopped = True
                 return None
@@ -202,8 +214,40 @@ class Worker:
         channel = self._connected(body)
         spec = wire.read_body(EngineSpec, body["spec"])
         self._context = spec.context_tokens
-        self._engine = cast(Engine, _resolve(body["load"])(spec, channel))
-        return wire.Started((time.monotonic() - started) * 1000, self._usage().memory_bytes)
+        loaded = _resolve(body["load"])(spec, channel)
+        if body.get("trainer"):
+            training = wire.read_body(TrainingSpec, body["training"])
+            trainer = self._trainer = cast(Trainer, _resolve(body["trainer"])(training, loaded, channel))
+            told = dict(trainer.survey), tuple(trainer.steps_kept)
+        else:
+            self._engine, told = cast(Engine, loaded), ({}, ())
+        return wire.Started((time.monotonic() - started) * 1000, self._usage().memory_bytes, *told)
+
+    def _train(self, request: wire.Train) -> None:
+        """Run the trainer to its end. What fails in it fails the job, but for a rank that is gone."""
+        if self._trainer is None:
+            raise ProtocolError("expected load of a trainer before train")
+
+        def tell(kind: str, step: int, values: Mapping[str, float], error: EdgedError | None = None) -> None:
+            described = {"code": error.code, "message": str(error), "remedy": error.remedy} if error else {}
+            told = wire.Trained(request.job, request.epoch, self._rank, kind, step, dict(values), described)  # type: ignore[arg-type]
+            self._event("trained", told)
+
+        try:
+            self._trainer.run(request.step, tell, self._asked_to_stop.is_set)
+        except PeerError as error:
+            self._fail(error)
+        except EdgedError as error:
+            tell("error", request.step, {}, error)
+            self._stopped = True
+        except (RuntimeError, ValueError, TypeError, KeyError, IndexError, OSError) as error:
+            # the outermost frame of a plugin's training: its node and its error are told, not a lost worker
+            log.exception("training failed")
+            short = _is_out_of_memory(error)
+            text = "expected enough memory" if short else f"the training failed: {type(error).__name__}"
+            code = "memory" if short else "training"
+            tell("error", request.step, {}, EngineError(f"{text}: {str(error)[:500]}", code=code))
+            self._stopped = True
 
     def _probe(self, body: dict[str, Any]) -> LinkCost:
         """What the connection to the one other rank costs."""
@@ -375,6 +419,11 @@ def _step(sequence: _Sequence) -> Step:
     tokens = tuple(sequence.pending[: sequence.given])
     is_all = sequence.given == len(sequence.pending)
     return Step(sequence.number, tokens, sequence.position, sequence.request.sampling if is_all else None)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Tensor libraries say it in a RuntimeError's text; a full disk is an OSError of its own."""
+    return "can't allocate memory" in str(error) or "out of memory" in str(error)
 
 
 def _peak_bytes() -> int:

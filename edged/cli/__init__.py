@@ -40,7 +40,7 @@ COMMANDS = {  # name: (module of this package, what it does)
     "chat": ("chat", "A conversation in the terminal."),
     "jobs": ("jobs", "The job table; one job; `jobs rm ID`."),
     "cancel": ("jobs", "Cancel a job."),
-    "finetune": ("absent", "Training jobs."),
+    "finetune": ("finetune", "Training jobs: split, local."),
     "adapters": ("absent", "LoRA adapters."),
     "simulate": ("simulate", "Scheduling over simulated devices and time."),
     "bench": ("bench", "Benchmarks, from a checkout."),

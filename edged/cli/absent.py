@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
@@ -12,17 +11,6 @@ from .options import HomeOption, JsonOption
 
 Action = Annotated[str | None, typer.Argument(metavar="[ACTION]")]
 Words = Annotated[list[str] | None, typer.Argument(metavar="[NAME] [FILE]")]
-
-
-def finetune(
-    kind: Annotated[str | None, typer.Argument(metavar="split|federated|local")] = None,
-    settings: Annotated[Path | None, typer.Argument(metavar="CONFIG.toml")] = None,
-    resume: Annotated[str | None, typer.Option(metavar="JOB")] = None,
-    home: HomeOption = None,
-    as_json: JsonOption = False,
-) -> None:
-    """Training jobs. Not part of this version."""
-    _refuse("finetune")
 
 
 def adapters(

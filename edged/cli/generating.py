@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, TextIO
 
@@ -62,10 +62,10 @@ class Stream:
         self._shown, self._last = 0, ""  # tokens and the last text on the terminal
         self.interrupts = 0
 
-    def run(self, kind: str, body: Document) -> Document:
+    def run(self, kind: str, body: Document, fds: Sequence[int] = ()) -> Document:
         """The document at the end, or the error that the daemon answers; JobError on a second Ctrl-C."""
         with self._watching_interrupts():
-            events = self._client.stream(kind, body)
+            events = self._client.stream(kind, body, fds)
             try:
                 while True:
                     self._show(next(events))
@@ -145,8 +145,8 @@ class Stream:
             other.call("cancel", {"job": self._job}, silence_s=CANCEL_S)
 
 
-def ended(document: Document, stream: Stream) -> int:
-    """Show the end of a generation in the form that was asked for; the exit code."""
+def ended(document: Document, stream: Stream, summary: Callable[[Document], str] | None = None) -> int:
+    """Show the end of a job in the form that was asked for; the exit code."""
     error = _error_of(document)
     if error is not None:
         document = document | {"error": output.described_error(error)}
@@ -154,7 +154,7 @@ def ended(document: Document, stream: Stream) -> int:
     if stream.as_lines:
         output.line({"event": "finished"} | document)
     else:
-        output.show(document, stream.as_json, lambda done: note(summary_line(done)))
+        output.show(document, stream.as_json, lambda done: note((summary or summary_line)(done)))
     return error.exit_code if error is not None else 0
 
 

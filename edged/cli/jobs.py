@@ -10,6 +10,7 @@ from ..client import connect
 from ..errors import ConfigError
 from . import options, output
 from .asking import ask
+from .finetune import TrainingStream, training_summary
 from .generating import Stream, ended
 from .options import (
     GuestOption,
@@ -83,9 +84,11 @@ def jobs(
     if not follow:
         show(ask(home, "jobs.show", {"job": job, "follow": False}), as_json, _show_jobs)
         return 0
+    kind = ask(home, "jobs.show", {"job": job, "follow": False})["jobs"][0].get("kind")
     with connect(home) as client:
-        stream = Stream(client, as_json=as_json, as_lines=as_lines)
-        return ended(stream.run("jobs.show", {"job": job, "follow": True}), stream)
+        shown, summary = (TrainingStream, training_summary) if kind == "finetune" else (Stream, None)
+        stream = shown(client, as_json=as_json, as_lines=as_lines)
+        return ended(stream.run("jobs.show", {"job": job, "follow": True}), stream, summary)
 
 
 def cancel(

@@ -8,6 +8,7 @@ import typer
 
 from .. import config as profiles
 from ..identity import Home, default_home
+from ..plugins import Host
 from .options import HomeOption, JsonOption
 from .output import Document, show
 from .tables import table
@@ -18,13 +19,27 @@ def config(
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Every effective setting of the profile; --explain says where each came from."""
+    """Every effective setting of the profile; --explain says where each came from, and lists the keys of
+    training jobs' files."""
     path = (Home(home) if home is not None else default_home()).profile
     found = [
         {"key": setting.key, "value": _plain(setting.value), "origin": setting.origin}
         for setting in profiles.explain(profiles.read(path), path)
     ]
+    if explain:
+        found += _training_keys(profiles.read(path))
     show({"settings": found}, as_json, lambda document: _show(document, explain))
+
+
+def _training_keys(profile: profiles.Profile) -> list[dict[str, Any]]:
+    """Of the files that `edged finetune` takes, by kind of training: the default, and what it is."""
+    host = Host()
+    host.load(profile.plugins, profile.plugin)
+    return [
+        {"key": f"finetune.{name}.{key.key}", "value": _plain(key.default), "origin": key.text}
+        for name, training in sorted(host.registrations("edged_trainings").items())
+        for key in training.keys
+    ]
 
 
 def _plain(value: Any) -> Any:

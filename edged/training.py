@@ -1,0 +1,660 @@
+"""Training jobs submitted to this node: planned over members, run by a trainer on each, resumed after a loss.
+
+Every rank keeps checkpoints. After a loss the same plan is loaded again as soon as all its nodes are there,
+and every rank goes on from the last step that all of them have kept: the trajectory is that of a run which
+nothing disturbed. A job whose client leaves goes on; one whose daemon ends goes on when it is back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+import secrets
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from . import models, wire
+from .accounting import estimated_training_joules
+from .adapters import AdapterStore
+from .choosing import Chooser
+from .config import Profile
+from .control import Emit
+from .datasets import DataStore
+from .errors import ConfigError, EdgedError, EngineError, JobError, PeerError, PolicyViolation
+from .groups import Asked, Group, Groups, Load
+from .jobs import Job, JobStore, State
+from .models import ModelStore
+from .peers import Peers
+from .plugins import Host
+from .requests import FinetuneRequest
+from .types import Candidate, EngineEntry, NodeView, PlanRequest, Training, TrainingCost, TrainingPlan
+from .viewing import Viewer
+
+log = logging.getLogger(__name__)
+KIND = "finetune"
+RUNNING_MAX = 8  # trainings at once; each holds a worker on every node that it uses
+STEPS_MAX = 1_000_000
+VALUES_MAX = 16  # figures in one report
+RETRIES_MAX = 5  # losses without a step between them: a plan that always ends so is a plan that cannot run
+STALL_S = 300.0  # without a report for so long (and fifty times the slowest step) a rank hangs
+LOOK_S = 1.0  # between looks whether all nodes are there
+POLL_S = 2.0  # between questions what was sent and spent
+GONE = ("worker-ended",)  # codes of errors that are losses, beside PeerError
+
+
+@dataclass(slots=True)
+class _Run:
+    """A training that is not over."""
+
+    job_id: str
+    request: FinetuneRequest
+    training: Training
+    settings: Mapping[str, Any]
+    since: float  # monotonic
+    plan: TrainingPlan | None = None
+    cost: TrainingCost = field(default_factory=TrainingCost)
+    epoch: int = 0
+    group: Group | None = None
+    told: list[dict[str, Any]] = field(default_factory=list)  # events, in order; watchers read on from theirs
+    losses: dict[int, float] = field(default_factory=dict)
+    evals: dict[int, dict[str, float]] = field(default_factory=dict)
+    reports: dict[tuple[int, str], dict[int, Mapping[str, float]]] = field(default_factory=dict)
+    heard_at: float = 0.0
+    slowest_s: float = 0.0
+    step: int = 0
+    failures: int = 0  # losses since the last step
+    recoveries: list[dict[str, Any]] = field(default_factory=list)
+    bytes_before: int = 0  # that earlier epochs sent
+    joules_before: float | None = 0.0
+    used: tuple[wire.Used | None, ...] = ()
+    news: asyncio.Event = field(default_factory=asyncio.Event)
+    finished: asyncio.Future[dict[str, float]] = field(default_factory=asyncio.Future)
+    is_cancelled: bool = False
+    waits_for: str = ""
+    task: asyncio.Task[dict[str, Any]] | None = None
+
+    @property
+    def bytes_sent(self) -> int:
+        return self.bytes_before + sum(used.bytes_sent for used in self.used if used is not None)
+
+    def tell(self, event: dict[str, Any]) -> None:
+        self.told.append(event)
+        self.news.set()
+
+
+class Trainings:
+    def __init__(
+        self,
+        profile: Profile,
+        store: JobStore,
+        peers: Peers,
+        host: Host,
+        stored_models: ModelStore,
+        viewer: Viewer,
+        chooser: Chooser,
+        groups: Groups,
+        data: DataStore,
+        adapters: AdapterStore,
+        trainings: Mapping[str, Training],
+        engines: Mapping[str, EngineEntry],
+        folder: Path,
+    ) -> None:
+        self._profile, self._store, self._peers, self._host = profile, store, peers, host
+        self._models, self._viewer, self._chooser, self._groups = stored_models, viewer, chooser, groups
+        self._data, self._adapters, self._folder = data, adapters, folder
+        self._trainings, self._engines = trainings, engines
+        self._runs: dict[str, _Run] = {}
+        self.is_draining = False
+        peers.takes("trained", self._trained)
+        groups.when_lost(self._group_lost)
+
+    @property
+    def running(self) -> int:
+        return len(self._runs)
+
+    def owns(self, job: Job) -> bool:
+        return job.kind == KIND
+
+    def resume_unfinished(self) -> None:
+        """Go on with what the daemon's end interrupted; called once, when peers can be reached."""
+        for job in self._store.unfinished(KIND):
+            try:
+                self._begin(job.job_id, self._request_of(job), job)
+            except EdgedError as error:
+                self._store.end(job.job_id, "failed", time.time(), error=error)
+
+    async def close(self) -> None:
+        """Leave them as they are in the store: the next start goes on with them."""
+        tasks = [run.task for run in self._runs.values() if run.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    # --- jobs ---
+
+    async def finetune(self, request: FinetuneRequest, files: Sequence[int], emit: Emit) -> dict[str, Any]:
+        """Accept a training, then stream it until it ends; the document of the contract."""
+        run = await self._accept(request, files)
+        if request.detach:
+            return {"job_id": run.job_id}
+        return await self._watch(run, emit, {"event": "accepted", "job_id": run.job_id})
+
+    async def _accept(self, request: FinetuneRequest, files: Sequence[int]) -> _Run:
+        if self.is_draining:
+            raise PolicyViolation("this node is leaving and takes no new jobs")
+        if len(self._runs) >= RUNNING_MAX:
+            raise PolicyViolation(f"{len(self._runs)} trainings run, the most", remedy="try again later")
+        settings = self._check(request)
+        self._models.find(str(settings["model"]))
+        if request.resume:
+            return self._accept_resumed(request, settings)
+        job_id = secrets.token_hex(8)
+        try:
+            request = await self._with_files(job_id, request, files)
+            settings = self._check(request)
+            self._store.accept(job_id, KIND, msgspec.to_builtins(request), time.time())
+        except BaseException:
+            self._data.remove_for_job(job_id)
+            raise
+        return self._begin(job_id, request, None)
+
+    def _accept_resumed(self, request: FinetuneRequest, settings: Mapping[str, Any]) -> _Run:
+        """An ended job goes on; its file may ask for more steps, and for nothing else."""
+        job = self._store.get(str(request.resume))
+        if not self.owns(job):
+            raise ConfigError(f"job {job.job_id} is no training", remedy="see `edged jobs`")
+        if job.job_id in self._runs:
+            raise JobError(
+                f"job {job.job_id} runs", remedy=f"edged jobs {job.job_id} --follow", code="running"
+            )
+        former = self._request_of(job)
+        before = self._check(former)
+        kept = dict(settings) | ({"clients": before.get("clients")} if former.file_clients else {})
+        changed = sorted(key for key in kept if kept[key] != before.get(key) and key != "steps")
+        if changed or former.kind != request.kind:
+            raise ConfigError(
+                f"expected the file of job {job.job_id}; it differs in {', '.join(changed) or 'kind'}",
+                remedy="go on with the same settings (steps may be more), or start a new job",
+            )
+        if kept["steps"] < before["steps"] or (job.state == "done" and kept["steps"] == before["steps"]):
+            raise ConfigError(
+                f"expected more than the {before['steps']} steps of job {job.job_id}", remedy="raise `steps`"
+            )
+        going_on = dataclasses.replace(former, settings=former.settings | {"steps": kept["steps"]})
+        self._store.reopen(job.job_id, msgspec.to_builtins(going_on))
+        return self._begin(job.job_id, going_on, self._store.get(job.job_id))
+
+    async def _with_files(
+        self, job_id: str, request: FinetuneRequest, files: Sequence[int]
+    ) -> FinetuneRequest:
+        """The request, with every file that came along as a data set of this job."""
+        if not request.file_clients:
+            return request
+        if len(files) != len(request.file_clients):
+            raise ConfigError(f"expected {len(request.file_clients)} open files; {len(files)} came")
+        clients = [dict(client) for client in request.settings.get("clients", ())]
+        mine = (self._peers.identity.node_id, self._peers.identity.name)
+        for index, file in zip(request.file_clients, files, strict=True):
+            if not 0 <= index < len(clients):
+                raise ConfigError(f"expected clients 0 to {len(clients) - 1} with files; {index} came")
+            node = clients[index].get("node", mine[0])
+            if self._peers.find(str(node)) != mine[0]:
+                raise ConfigError(
+                    f"a path names data on this node only, and clients[{index}] is node {node!r}",
+                    remedy="offer it there: edged data add NAME FILE; then write its name",
+                )
+            clients[index]["data"] = await self._data.add_for_job(job_id, index, file)
+        return dataclasses.replace(request, settings=request.settings | {"clients": clients})
+
+    def _check(self, request: FinetuneRequest) -> Mapping[str, Any]:
+        training = self._trainings.get(request.kind)
+        if training is None:
+            known = ", ".join(sorted(self._trainings)) or "none"
+            raise ConfigError(
+                f"no training {request.kind!r}; loaded: {known}", remedy='add "split_learning" to `plugins`'
+            )
+        settings = training.check(request.settings)
+        if not 1 <= settings["steps"] <= STEPS_MAX:
+            raise ConfigError(f"expected steps from 1 to {STEPS_MAX}", remedy="mend the file")
+        return settings
+
+    def _request_of(self, job: Job) -> FinetuneRequest:
+        try:
+            return msgspec.convert(job.request, FinetuneRequest)
+        except msgspec.ValidationError as error:
+            raise JobError(f"expected a training that this version can read; {error}") from error
+
+    def _begin(self, job_id: str, request: FinetuneRequest, job: Job | None) -> _Run:
+        settings = self._check(request)
+        run = _Run(job_id, request, self._trainings[request.kind], settings, time.monotonic())
+        if job is not None:
+            run.epoch = job.epoch
+            for step, kind, values in self._store.steps(job_id):
+                if kind == "step":
+                    run.losses[step] = values["loss"]
+                elif kind == "eval":
+                    run.evals[step] = values
+            if job.plan is not None and "settings" in job.plan:
+                run.settings = dict(run.settings) | {
+                    key: value for key, value in job.plan["settings"].items() if key != "steps"
+                }
+        self._runs[job_id] = run
+        run.task = asyncio.get_running_loop().create_task(self._run(run))
+        run.task.add_done_callback(lambda task: _settled(run, task))
+        return run
+
+    async def _watch(self, run: _Run, emit: Emit, first: dict[str, Any] | None = None) -> dict[str, Any]:
+        """Stream a running training. A client that goes away changes nothing."""
+        assert run.task is not None
+        if first is not None:
+            await emit(first)
+        seen = 0
+        while True:
+            run.news.clear()
+            for event in run.told[seen:]:
+                await emit(event)
+            seen = len(run.told)
+            if run.task.done():
+                return run.task.result()
+            if not run.news.is_set():
+                await _either(run.news, run.task)
+
+    async def _run(self, run: _Run) -> dict[str, Any]:
+        """The life of one training. Whatever happens but the daemon's end, the store says how it ended."""
+        try:
+            document = await self._run_epochs(run)
+            self._store.end(run.job_id, "done", time.time(), result=document)
+        except BaseException as error:
+            if isinstance(error, asyncio.CancelledError) and not run.is_cancelled:
+                raise  # the daemon ends; its next start goes on
+            failure = _failure_of(error, run.is_cancelled)
+            state: State = "cancelled" if run.is_cancelled else "failed"
+            with contextlib.suppress(EdgedError):
+                self._store.end(run.job_id, state, time.time(), error=failure)
+            self._host.observe("edged_job_finished", job_id=run.job_id, state=state, measured={})
+            if not isinstance(error, EdgedError | asyncio.CancelledError):
+                log.error("training failed", extra={"job_id": run.job_id}, exc_info=error)
+            raise failure from error
+        else:
+            self._host.observe(
+                "edged_job_finished", job_id=run.job_id, state="done", measured=document["measured"]
+            )
+            return document
+        finally:
+            self._leave_group(run)
+            self._runs.pop(run.job_id, None)
+
+    # --- epochs ---
+
+    async def _run_epochs(self, run: _Run) -> dict[str, Any]:
+        while True:
+            try:
+                done = await self._run_epoch(run)
+                return await self._document(run, done)
+            except EdgedError as error:
+                if not _is_loss(error) or run.is_cancelled:
+                    raise
+                self._note_loss(run, error)
+                if run.failures > RETRIES_MAX:
+                    raise
+            await self._until_all_there(run)
+
+    def _note_loss(self, run: _Run, error: EdgedError) -> None:
+        self._leave_group(run)
+        run.failures += 1
+        lost = {"at_step": run.step, "epoch": run.epoch, "reason": str(error)}
+        run.recoveries.append(lost)
+        log.warning("training interrupted", extra={"job_id": run.job_id, "reason": str(error)})
+        run.tell({"event": "interrupted"} | lost)
+
+    async def _until_all_there(self, run: _Run) -> None:
+        """Wait for every node of the plan; PeerError when one stays away for the job's patience."""
+        patience_s = float(run.settings["patience_s"])
+        until = time.monotonic() + patience_s
+        roles = run.plan.roles if run.plan is not None else ()
+        while True:
+            away = [self._peers.name_of(r.node_id) for r in roles if not self._peers.is_online(r.node_id)]
+            if not away:
+                views = {view.node_id: view for view in await self._viewer.views(measure=False)}
+                resting = [views[r.node_id] for r in roles if r.node_id in views and views[r.node_id].refuses]
+                away = [f"{view.name} ({view.refuses})" for view in resting]
+                if not away and all(role.node_id in views for role in roles):
+                    break
+            waits_for = ", ".join(away)
+            if waits_for != run.waits_for:
+                run.waits_for = waits_for
+                run.tell({"event": "waiting", "until": None, "because": f"it needs {waits_for}"})
+            if time.monotonic() > until:
+                raise PeerError(
+                    f"expected {waits_for} back within {patience_s:.0f} s",
+                    remedy=f"start it, then: edged finetune {run.request.kind} FILE --resume {run.job_id}",
+                    code="stayed-away",
+                )
+            await asyncio.sleep(LOOK_S)
+        run.waits_for = ""
+
+    async def _run_epoch(self, run: _Run) -> Mapping[str, float]:
+        """Plan, load, go on from the last step that every rank has kept, to the end."""
+        model = self._models.find(str(run.settings["model"]))
+        nodes = await self._viewer.views(measure=run.plan is None and "auto" in run.settings.values())
+        plan = self._plan(run, model.sha256, nodes)
+        run.epoch += 1
+        row = {"strategy": run.training.name, "settings": dict(plan.settings), "epoch": run.epoch}
+        self._store.begin_epoch(run.job_id, run.epoch, row)
+        candidate = Candidate(run.training.name, plan.roles, engine=run.training.engine)
+        offers = tuple(
+            wire.TrainingOffer(run.job_id, run.request.kind, dict(plan.settings), data) for data in plan.data
+        )
+        manifest = self._models.manifest(model.sha256)
+        load = Load(
+            plan.roles,
+            manifest,
+            models.manifest_hash(manifest),
+            run.training.engine,
+            min(int(plan.settings["max_length"]), manifest.model.context_tokens),
+            "fast",
+            self._chooser.holder_of(model, nodes, candidate),
+            0,
+            "f32",
+            offers,
+        )
+        asked = Asked(model.sha256, PlanRequest(strategy=run.training.name), frozenset())
+        run.finished = asyncio.get_running_loop().create_future()
+        run.reports.clear()
+        run.tell({"event": "progress", "text": "loading"})
+        run.group = self._groups.begin(load, asked, candidate, {node.node_id: node for node in nodes})
+        self._groups.enter(run.group, run.job_id)
+        await self._groups.loaded(run.group, run.job_id)
+        if run.group.lost is not None:
+            raise run.group.lost
+        self._start(run, plan, run.group, manifest)
+        return await self._until_finished(run)
+
+    def _plan(self, run: _Run, sha256: str, nodes: Sequence[NodeView]) -> TrainingPlan:
+        """The plan of the first epoch stays the job's: another would go another way."""
+        if run.plan is None:
+            description = self._models.manifest(sha256).model
+            if run.training.engine not in self._engines:
+                raise EngineError(
+                    f"expected engine {run.training.engine!r} here; loaded: {', '.join(self._engines)}",
+                    remedy=f'add "{run.training.engine}" to `plugins`',
+                )
+            run.plan = run.training.plan(run.settings, description, nodes)
+            if run.plan.refused_because:
+                raise PolicyViolation(
+                    run.plan.refused_because, remedy="make it smaller, or choose other nodes"
+                )
+            run.settings = run.plan.settings
+        for role in run.plan.roles:
+            if not self._peers.is_online(role.node_id):
+                raise PeerError(f"node {self._peers.name_of(role.node_id)} is offline")
+        return run.plan
+
+    def _start(self, run: _Run, plan: TrainingPlan, group: Group, manifest: wire.Manifest) -> None:
+        """Have every rank go on from the last step that all of them have kept."""
+        surveys = [started.survey for started in group.started]
+        run.cost = run.training.cost(plan, manifest.model, surveys)
+        keepers = [started for started in group.started if started.survey.get("keeps", True)]
+        run.step = max(set.intersection({0, *range(plan.steps + 1)}, *({0, *k.steps_kept} for k in keepers)))
+        for losses in (run.losses, run.evals):
+            for step in [step for step in losses if step >= run.step]:
+                if losses is run.losses or step > run.step:
+                    del losses[step]
+        run.tell(
+            {
+                "event": "planned",
+                "job_id": run.job_id,
+                "epoch": run.epoch,
+                "step": run.step,
+                "steps": plan.steps,
+                "plan": self._plan_row(run),
+                "explanation": list(plan.explanation),
+            }
+        )
+        run.heard_at = time.monotonic()
+        for role in plan.roles:
+            body = wire.Train(group.group_id, run.job_id, run.epoch, run.step)
+            self._peers.tell(role.node_id, "train", body)
+
+    async def _until_finished(self, run: _Run) -> Mapping[str, float]:
+        """Wait for the collector's last report, as long as reports keep coming."""
+        assert run.group is not None
+        while not run.finished.done():
+            await asyncio.wait([run.finished], timeout=POLL_S)
+            run.used = await self._groups.used(run.group)
+            patience = max(STALL_S, 50 * run.slowest_s)
+            if time.monotonic() - run.heard_at > patience:
+                raise PeerError(f"expected a step within {patience:.0f} s; none came", code="stalled")
+        return run.finished.result()
+
+    def _leave_group(self, run: _Run) -> None:
+        """The workers of a training serve nothing else."""
+        if run.group is None:
+            return
+        run.bytes_before, run.joules_before = run.bytes_sent, _added(run.joules_before, run.used)
+        run.used = ()
+        group, run.group = run.group, None
+        group.jobs.discard(run.job_id)
+        self._groups.end(group)
+
+    # --- what comes back ---
+
+    def _trained(self, node_id: str, body: wire.Trained) -> None:
+        run = self._runs.get(body.job)
+        if run is None or run.group is None or run.epoch != body.epoch or run.finished.done():
+            return
+        roles = run.group.load.roles
+        if not 0 <= body.rank < len(roles) or roles[body.rank].node_id != node_id:
+            return
+        run.heard_at = time.monotonic()
+        if body.kind == "error":
+            run.finished.set_exception(self._error_of(node_id, body))
+        elif body.kind == "done":
+            if node_id == self._peers.identity.node_id:
+                run.finished.set_result(body.values)
+        elif run.plan is not None and 0 <= body.step <= run.plan.steps and len(body.values) <= VALUES_MAX:
+            self._report(run, run.plan, body)
+
+    def _error_of(self, node_id: str, body: wire.Trained) -> EdgedError:
+        name = self._peers.name_of(node_id)
+        error = body.error
+        message = f"{name}: {str(error.get('message', 'it failed'))[:1000]}"
+        return JobError(message, remedy=str(error.get("remedy", ""))[:300], code=str(error.get("code"))[:40])
+
+    def _report(self, run: _Run, plan: TrainingPlan, body: wire.Trained) -> None:
+        """A step is told when every rank that has a part of its loss has told it: their mean by tokens."""
+        heard = run.reports.setdefault((body.step, body.kind), {})
+        heard[body.rank] = body.values
+        if len(heard) < plan.reporters:
+            return
+        del run.reports[body.step, body.kind]
+        values = _mean(list(heard.values()))
+        try:
+            self._store.add_step(run.job_id, body.step, body.kind, values)
+        except EdgedError as error:
+            run.finished.set_exception(error)
+            return
+        run.failures = 0
+        if body.kind == "step":
+            run.losses[body.step] = values["loss"]
+            run.step = body.step + 1
+            run.slowest_s = max(run.slowest_s, values.get("seconds", 0.0))
+        else:
+            run.evals[body.step] = values
+        run.tell({"event": body.kind, "step": body.step, "steps": plan.steps} | values | self._pace(run))
+
+    def _pace(self, run: _Run) -> dict[str, Any]:
+        return {"bytes_sent": run.bytes_sent, "joules": _added(run.joules_before, run.used)}
+
+    def _group_lost(self, group: Group) -> None:
+        for run in self._runs.values():
+            if run.group is group and not run.finished.done() and group.lost is not None:
+                run.finished.set_exception(group.lost)
+
+    # --- asking about trainings ---
+
+    async def show(self, job: Job, follow: bool, emit: Emit) -> dict[str, Any]:
+        run = self._runs.get(job.job_id)
+        if follow and run is not None:
+            return await self._watch(run, emit)
+        if follow and job.result is not None:
+            return job.result
+        if follow and job.error is not None:
+            raise JobError(job.error["message"], remedy=job.error["remedy"], code=job.error["code"])
+        steps = self._store.steps(job.job_id)
+        loss = [values["loss"] for _, kind, values in steps if kind == "step"]
+        return {"jobs": [{**self.row(job), "result": job.result, "loss": loss}]}
+
+    def row(self, job: Job) -> dict[str, Any]:
+        run = self._runs.get(job.job_id)
+        progress = 1.0 if job.state == "done" else None
+        if run is not None and run.plan is not None and run.plan.steps:
+            progress = run.step / run.plan.steps
+        waits = {"until": None, "because": f"it needs {run.waits_for}"} if run and run.waits_for else None
+        return job.row(progress) | {"waits": waits}
+
+    async def cancel(self, job: Job) -> dict[str, Any]:
+        run = self._runs.get(job.job_id)
+        if run is None or run.task is None:
+            raise JobError(f"job {job.job_id} is {job.state} already", code="ended")
+        run.is_cancelled = True
+        run.task.cancel()
+        await asyncio.wait([run.task])
+        return {"job_id": job.job_id, "state": self._store.get(job.job_id).state}
+
+    def remove(self, job: Job) -> dict[str, Any]:
+        if job.job_id in self._runs:
+            raise JobError(f"job {job.job_id} runs", remedy="cancel it first", code="running")
+        self._store.remove(job.job_id)
+        self._data.remove_for_job(job.job_id)
+        return {"job_id": job.job_id}
+
+    # --- documents ---
+
+    async def _document(self, run: _Run, done: Mapping[str, float]) -> dict[str, Any]:
+        assert run.group is not None
+        assert run.plan is not None
+        run.used = await self._groups.used(run.group)
+        seconds = time.monotonic() - run.since
+        joules, source = _added(run.joules_before, run.used), "measured"
+        if joules is None:
+            nodes = await self._viewer.views(measure=False)
+            watts = {node.node_id: node.watts for node in nodes}
+            joules = estimated_training_joules([watts.get(r.node_id) for r in run.plan.roles], seconds)
+            source = "estimated"
+        model = self._models.find(str(run.settings["model"]))
+        mine = self._peers.identity.node_id
+        rank = next(role.rank for role in run.plan.roles if role.node_id == mine)
+        made = self._folder / f"{mine[:16]}-{run.job_id}" / f"rank-{rank}" / "adapter"
+        provenance = {"job_id": run.job_id, "steps": run.plan.steps, **done}
+        name = str(run.settings["adapter"] or run.request.name)
+        adapter = self._adapters.adopt(
+            made, name, {"base_sha256": model.sha256, "base_name": model.name, "provenance": provenance}
+        )
+        return {
+            "job_id": run.job_id,
+            "adapter": adapter.name,
+            "steps": run.plan.steps,
+            "loss": [run.losses[step] for step in sorted(run.losses)],
+            "eval_loss": [run.evals[step]["loss"] for step in sorted(run.evals)],
+            "evals": [{"step": step} | run.evals[step] for step in sorted(run.evals)],
+            "bytes_sent": run.bytes_sent,
+            "joules": joules,
+            "joules_source": source if joules is not None else None,
+            "rounds_log": [],
+            "plan": self._plan_row(run),
+            "measured": {
+                "seconds": seconds,
+                "memory_bytes": {
+                    role.node_id: used.memory_bytes
+                    for role, used in zip(run.plan.roles, run.used, strict=False)
+                    if used is not None
+                },
+                "recoveries": run.recoveries,
+            }
+            | dict(done),
+        }
+
+    def _plan_row(self, run: _Run) -> dict[str, Any]:
+        assert run.plan is not None
+        return {
+            "strategy": run.training.name,
+            "epoch": run.epoch,
+            "cut": run.plan.settings.get("cut"),
+            "roles": [
+                {
+                    "node": role.node_id,
+                    "name": self._peers.name_of(role.node_id),
+                    "layers": list(role.layers),
+                    "share": role.share,
+                    "memory_bytes": role.memory_bytes,
+                }
+                for role in run.plan.roles
+            ],
+            "predicted": {
+                "step_s": run.plan.step_s,
+                "seconds": run.cost.seconds,
+                "bytes_sent": run.cost.bytes_sent,
+                "memory_bytes": {role.node_id: role.memory_bytes for role in run.plan.roles},
+            },
+        }
+
+
+def _is_loss(error: EdgedError) -> bool:
+    """May the same plan work when the lost node is back? Not where a node stayed away too long."""
+    return (isinstance(error, PeerError) and error.code != "stayed-away") or error.code in GONE
+
+
+def _mean(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of several ranks' figures: sums of `tokens` and `targets`, means by targets of all else."""
+    if len(reports) == 1:
+        return dict(reports[0])
+    weights = [max(0.0, report.get("targets", 1.0)) for report in reports]
+    keys = [key for key in reports[0] if all(key in report for report in reports)]
+    found = {
+        key: sum(w * report[key] for w, report in zip(weights, reports, strict=True)) / (sum(weights) or 1.0)
+        for key in keys
+    }
+    sums = {key: sum(report[key] for report in reports) for key in ("tokens", "targets") if key in keys}
+    return found | sums | {"seconds": max(report.get("seconds", 0.0) for report in reports)}
+
+
+def _added(before: float | None, used: Sequence[wire.Used | None]) -> float | None:
+    """Joules of earlier epochs and of this one's roles; None where one of them did not measure."""
+    metered = [each.metered for each in used if each is not None]
+    if before is None or len(metered) < len(used) or any(each is None for each in metered):
+        return None
+    if not metered:
+        return before or None
+    return before + sum(each.joules for each in metered if each is not None)
+
+
+def _failure_of(error: BaseException, is_cancelled: bool) -> EdgedError:
+    if is_cancelled:
+        return JobError("the job was cancelled", remedy="go on with --resume", code="cancelled")
+    if isinstance(error, EdgedError):
+        return error
+    return JobError(f"internal error: {type(error).__name__}: {error}", code="internal")
+
+
+def _settled(run: _Run, task: asyncio.Task[dict[str, Any]]) -> None:
+    """Wake the watchers; look at the exception, since a detached job has none."""
+    run.news.set()
+    if not task.cancelled():
+        task.exception()
+
+
+async def _either(news: asyncio.Event, task: asyncio.Task[Any]) -> None:
+    """Until there is news, or the task is done."""
+    waiting = asyncio.ensure_future(news.wait())
+    try:
+        await asyncio.wait([waiting, task], return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        waiting.cancel()

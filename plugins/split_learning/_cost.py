@@ -1,0 +1,175 @@
+"""What a training should cost: memory of a rank, seconds of a step, bytes on the links. Pure.
+
+Memory and time are estimates from shapes and measured speeds; bytes are counted exactly from what the
+clients' own rows say (`survey`), but for a few dozen bytes around each message.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edged import ModelDescription, NodeView, TrainingCost, TrainingPlan
+
+from .._codec_sizes import payload_bytes
+from ._job import Job, read
+from ._places import Part, Places
+
+ENGINE = "torch_blocks"
+F32 = 4
+WORKER_BYTES = (
+    440 << 20
+)  # torch, transformers and peft loaded, without a tensor (measured: 390 MB and arenas)
+MESSAGE_BYTES = 190  # a header, and what ZeroMQ and CURVE put around it and its frames
+LABEL_BYTES = 4
+ANSWER_PART = 0.5  # of the positions, before the rows are known
+COLLECTOR_BYTES = 64 << 20
+
+
+def memory_bytes(job: Job, model: ModelDescription, parts: Sequence[Part]) -> int:
+    """Most that a worker with these parts should take."""
+    if not parts:
+        return WORKER_BYTES + COLLECTOR_BYTES
+    rows = job.batch_size * (len(job.clients) if job.schedule == "client-batch" else 1)
+    positions = rows * job.max_length // max(1, job.micro_batches)
+    weight = 2 if job.weights == "bf16" else F32
+    total = float(WORKER_BYTES)
+    for part in parts:
+        count = part.last - part.first
+        total += weight * (
+            count * block_values(model) + (part.embed + part.head) * model.vocab * model.hidden
+        )
+        if job.gradient_checkpointing:
+            total += F32 * positions * (count * model.hidden + saved_values(model))
+        else:
+            total += F32 * positions * count * saved_values(model)
+        if part.head:
+            loss = positions * (ANSWER_PART if job.loss_on == "answer" else 1)
+            total += 3 * F32 * loss * model.vocab  # logits, their softmax, their gradient
+        total += 4 * F32 * count * adapter_values(job, model)  # values, gradient, two moments
+    under_way = min(job.micro_batches, 4)
+    return round(total + under_way * 4 * F32 * positions * model.hidden)
+
+
+def block_values(model: ModelDescription) -> int:
+    """Weights of one block, gated feed-forward assumed."""
+    attention = model.hidden * model.head_dim * 2 * (model.heads + model.kv_heads)
+    return attention + 3 * model.hidden * model.ffn
+
+
+def saved_values(model: ModelDescription) -> int:
+    """Floats that autograd keeps of one position in one block whose weights are frozen."""
+    return 8 * model.hidden + 3 * model.head_dim * (model.heads + model.kv_heads) + 4 * model.ffn
+
+
+def adapter_values(job: Job, model: ModelDescription) -> int:
+    """Of one block, every target taken as wide as the hidden state."""
+    return len(job.target_modules) * job.r * 2 * model.hidden
+
+
+def flops_of(job: Job, model: ModelDescription, parts: Sequence[Part], positions: float) -> float:
+    """Of forward and backward through frozen weights: both are one product each."""
+    total = 0.0
+    for part in parts:
+        total += 4 * positions * (part.last - part.first) * block_values(model)
+        if part.head:
+            share = ANSWER_PART if job.loss_on == "answer" else 1
+            total += 4 * positions * share * model.vocab * model.hidden
+    return total * (4 / 3 if job.gradient_checkpointing else 1)
+
+
+def flops_s(node: NodeView) -> float | None:
+    """Measured by the engine's own micro-benchmark."""
+    found = [s.prefill_flops_s * s.sustained for s in node.speeds if s.name == ENGINE]
+    return max(found, default=None)
+
+
+def link_s(nodes: Mapping[str, NodeView], a: str, b: str, size: float) -> float | None:
+    """Seconds of `size` bytes one way; None where the link was never measured."""
+    for one, other in ((a, b), (b, a)):
+        for link in nodes[one].links:
+            if link.node_id == other and link.bandwidth_bytes_s:
+                return (link.latency_s or 0.0) + size / link.bandwidth_bytes_s
+    return None
+
+
+def hidden_bytes(job: Job, model: ModelDescription, rows: int, length: int, ratio: float) -> int:
+    return payload_bytes(job.codec, (rows, length, model.hidden), ratio)
+
+
+def cost(plan: TrainingPlan, model: ModelDescription, surveys: Sequence[Mapping[str, Any]]) -> TrainingCost:
+    """Bytes that all ranks send from the first step to the last, and seconds as far as they are known."""
+    job = read(plan.settings)
+    places = Places(job, plan.roles, model.layers, plan.collector)
+    seconds = None if plan.step_s is None else plan.step_s * job.steps
+    return TrainingCost(bytes_sent(job, model, places, surveys), seconds)
+
+
+def bytes_sent(
+    job: Job, model: ModelDescription, places: Places, surveys: Sequence[Mapping[str, Any]]
+) -> int:
+    """From the shapes of every step's batches, which each client's survey lists."""
+    if places.is_local:
+        return 0
+    total = 0
+    for client in places.clients:
+        survey = surveys[client]
+        for rows, length, count in survey["shapes"]:
+            total += count * _step_bytes(job, model, places, client, rows, length)
+        for rows, length, count in survey["eval_shapes"]:
+            total += count * _eval_bytes(job, model, places, client, rows, length)
+    return total + _averaging_bytes(job, places, surveys) + _end_bytes(places, surveys)
+
+
+def _step_bytes(
+    job: Job, model: ModelDescription, places: Places, client: int, rows: int, length: int
+) -> int:
+    """Of one batch, to and fro."""
+    micro = divided(rows, job.micro_batches)
+    chain = places.chain if client == 0 else [client, places.server]
+    total = 0
+    for size in micro:
+        for a, b in itertools.pairwise(chain):
+            ratio = places.ratio(a, b)
+            crossings = 4 if job.topology == "u-shape" else 2
+            hidden = hidden_bytes(job, model, size, length, ratio)
+            total += crossings * (hidden + MESSAGE_BYTES)
+            if job.topology in ("label-sharing", "pipeline"):
+                total += LABEL_BYTES * size * length + 40
+    return total
+
+
+def _eval_bytes(
+    job: Job, model: ModelDescription, places: Places, client: int, rows: int, length: int
+) -> int:
+    chain = places.chain if client == 0 else [client, places.server]
+    hidden = F32 * rows * length * model.hidden
+    if job.topology == "u-shape" or job.topology == "remote-blocks":
+        return 2 * (hidden + MESSAGE_BYTES)
+    return (len(chain) - 1) * (hidden + LABEL_BYTES * rows * length + MESSAGE_BYTES + 40)
+
+
+def _averaging_bytes(job: Job, places: Places, surveys: Sequence[Mapping[str, Any]]) -> int:
+    if len(places.clients) < 2:
+        return 0
+    times = job.steps // job.average_every + (1 if job.steps % job.average_every else 0)
+    return times * sum(
+        2 * (F32 * surveys[client]["adapter_values"] + MESSAGE_BYTES) for client in places.clients
+    )
+
+
+def _end_bytes(places: Places, surveys: Sequence[Mapping[str, Any]]) -> int:
+    """Parts of the adapter on their way to the collector."""
+    collector = places.collector
+    return sum(
+        F32 * surveys[rank]["adapter_values"] + surveys[rank].get("adapter_names", 0) + MESSAGE_BYTES
+        for rank in places.givers()
+        if rank != collector
+    )
+
+
+def divided(rows: int, parts: int) -> list[int]:
+    """Rows of each micro-batch: as even as whole rows allow, the first the larger."""
+    count = max(1, min(parts, rows))
+    return [rows // count + (1 if index < rows % count else 0) for index in range(count)]

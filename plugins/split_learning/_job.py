@@ -1,0 +1,320 @@
+"""The file of a training job: its keys, their defaults and rules. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from edged import ConfigError, TrainingKey
+
+TOPOLOGIES = (
+    "label-sharing",
+    "u-shape",
+    "pipeline",
+    "remote-blocks",
+    "private-lora",
+    "parallel-adapters",
+)
+SCHEDULES = ("sequential", "client-batch", "server-hierarchical")
+CODECS = ("f32", "f16", "int8", "topk", "adatopk")
+LOSSES = ("answer", "all")
+WEIGHTS = ("f32", "bf16")
+TUNES = ("adapter", "prompts")
+CLIENTS_MAX = 32
+LOCAL_KEYS = (  # of the others a job on one node has no use
+    "model topology clients steps batch_size max_length learning_rate weight_decay r alpha target_modules "
+    "dropout seed width cache loss_on micro_batches sparse gradient_checkpointing weights eval_every eval_rows checkpoint_every "
+    "adapter patience_s"
+).split()  # noqa: SIM905 - a list of words
+
+
+def _key(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"text": text})
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """A member that brings data. `node`: its name or id, "" for the node that the job is submitted to."""
+
+    node: str = ""
+    data: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A training job. The text after a default is what `edged config --explain` says of the key."""
+
+    model: str = _key("smollm2-135m-instruct-q4_1", "a stored model's name or hash")
+    topology: str = _key(
+        "label-sharing",
+        "who holds what: label-sharing, u-shape, pipeline, remote-blocks, private-lora or parallel-adapters",
+    )
+    clients: tuple[Client, ...] = _key((), "[[clients]]: node and data of each member that brings rows")
+    server: str = _key("", "[server] node: who holds the rest of the model")
+    stages: tuple[str, ...] = _key((), "pipeline: nodes between the client and the server, in order")
+    cut: int | str | tuple[int, ...] = _key(
+        3, 'blocks of the client; "auto": the planner\'s choice; of a pipeline a list'
+    )
+    tail: int = _key(1, "u-shape: last blocks, with norm and head, on the client")
+    steps: int = _key(100, "optimiser steps")
+    batch_size: int = _key(4, "rows of each client in a step")
+    micro_batches: int = _key(1, "parts of a batch that are under way at once; a pipeline takes 8")
+    max_length: int = _key(128, "tokens of a row; the rest is cut off")
+    learning_rate: float = _key(5e-4, "of AdamW")
+    weight_decay: float = _key(0.0, "of AdamW")
+    r: int = _key(8, "rank of the adapter")
+    alpha: float = _key(16.0, "the adapter counts alpha / r times")
+    target_modules: tuple[str, ...] = _key(("q_proj", "v_proj"), "linear layers that get an adapter")
+    dropout: float = _key(0.0, "before the adapter")
+    seed: int = _key(0, "of the adapter's start, the order of rows, and noise")
+    loss_on: str = _key("answer", '"all": on the prompt\'s tokens, too')
+    schedule: str = _key("sequential", "several clients: sequential, client-batch or server-hierarchical")
+    average_every: int = _key(100, "steps between two means of the clients' adapters")
+    codec: str = _key("f32", "of what travels: f32, f16, int8, topk or adatopk")
+    ratio: float = _key(10.0, "topk, adatopk: one of so many values is sent")
+    error_feedback: bool = _key(True, "topk, adatopk: what was not sent is added to the next")
+    clip: float = _key(0.0, "most that a row's hidden states may be long (L2); 0: as they are")
+    noise: float = _key(0.0, "standard deviation of what is added to them, in parts of clip")
+    epsilon: float = _key(0.0, "privacy budget that ends the job; 0: none")
+    delta: float = _key(1e-5, "of the budget")
+    sparse: float = _key(1.0, "part of the adapter's values that is tuned, chosen by the first gradient")
+    tune: str = _key("adapter", "remote-blocks: adapter of the client's own blocks, or prompts")
+    prompt_tokens: int = _key(16, "remote-blocks with prompts: how many")
+    width: int = _key(64, "parallel-adapters: of the side network")
+    cache: int = _key(4 << 30, "parallel-adapters: bytes of kept activations on the client's disk")
+    gradient_checkpointing: bool = _key(False, "less memory, a third more time")
+    weights: str = _key("f32", "of the frozen model in memory: f32 or bf16")
+    eval_every: int = _key(
+        50, 'steps between evaluations on rows with split "test"; 0: at the start and the end'
+    )
+    eval_rows: int = _key(64, "at most, of all clients")
+    checkpoint_every: int = _key(10, "steps between checkpoints")
+    adapter: str = _key("", 'its name; "": the file\'s')
+    link_ratios: tuple[tuple[str, float], ...] = _key((), "adatopk: of each link; the planner's own")
+    patience_s: float = _key(600.0, "how long a lost node is waited for")
+
+    @property
+    def is_private(self) -> bool:
+        return self.clip > 0
+
+
+DEFAULTS = Job()
+
+
+def check_split(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a split job's table; ConfigError names the key that is wrong."""
+    job = read(table)
+    rules = [
+        (job.clients, "at least one [[clients]] with node and data"),
+        (job.server, "[server] with a node"),
+        (all(client.data for client in job.clients), "data for every client"),
+        (
+            len({client.node for client in job.clients}) == len(job.clients),
+            "each client once; a node takes one part",
+        ),
+        (
+            job.server not in [*(client.node for client in job.clients), *job.stages],
+            "a server that is no client: a node takes one part",
+        ),
+        (job.topology == "pipeline" or not job.stages, 'stages with topology = "pipeline" only'),
+        (
+            len(job.clients) == 1 or job.topology in ("label-sharing", "u-shape"),
+            f"one client with topology {job.topology!r}",
+        ),
+        (
+            job.micro_batches == 1
+            or (job.topology in ("label-sharing", "pipeline") and len(job.clients) == 1),
+            "micro_batches = 1 but for label-sharing and pipeline with one client",
+        ),
+    ]
+    _check(rules)
+    return to_table(job)
+
+
+def check_local(table: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a job on one node; it has neither server nor cut."""
+    table = dict(table)
+    data = table.pop("data", None)
+    if data is not None:
+        table["clients"] = [{"data": data}]
+    complete = set(table) >= {item.name for item in dataclasses.fields(Job)}  # checked once already
+    for key in table:
+        if key not in LOCAL_KEYS and not complete:
+            raise _unknown(key, [*LOCAL_KEYS, "data"])
+    job = read(table)
+    _check([(len(job.clients) == 1 and job.clients[0].data, 'one data = "NAME"')])
+    return to_table(job)
+
+
+def read(table: Mapping[str, Any]) -> Job:
+    """A table of TOML, or settings that were read before, as a Job."""
+    table = dict(table)
+    fields = {item.name: item for item in dataclasses.fields(Job)}
+    for key in table:
+        if key not in fields:
+            raise _unknown(key, list(fields))
+    if "server" in table:
+        table["server"] = _server(table["server"])
+    if "clients" in table:
+        table["clients"] = _clients(table["clients"])
+    if "link_ratios" in table:
+        table["link_ratios"] = _ratios(table["link_ratios"])
+    for key in ("stages", "target_modules"):
+        if key in table:
+            table[key] = _texts(key, table[key])
+    if isinstance(table.get("cut"), list | tuple):
+        table["cut"] = tuple(table["cut"])
+    if table.get("topology") == "pipeline":
+        table.setdefault("micro_batches", 8)
+    values = {key: _typed(key, fields[key].default, value) for key, value in table.items()}
+    job = Job(**values)
+    _check(_rules(job))
+    return job
+
+
+def to_table(job: Job) -> dict[str, Any]:
+    """As it is stored and sent; `read` gives the same job again."""
+    table = dataclasses.asdict(job)
+    return table | {
+        "clients": [dict(client) for client in table["clients"]],
+        "stages": list(job.stages),
+        "target_modules": list(job.target_modules),
+        "link_ratios": [list(pair) for pair in job.link_ratios],
+        "cut": list(job.cut) if isinstance(job.cut, tuple) else job.cut,
+    }
+
+
+def keys(kind: str) -> list[TrainingKey]:
+    """What `edged config --explain` lists of a kind of job."""
+    table = to_table(DEFAULTS)
+    return [
+        TrainingKey(item.name, table[item.name], item.metadata["text"])
+        for item in dataclasses.fields(Job)
+        if kind == "split" or item.name in LOCAL_KEYS
+    ]
+
+
+def _rules(job: Job) -> list[tuple[Any, str]]:
+    def one_of(key: str, known: Sequence[str]) -> tuple[Any, str]:
+        value = getattr(job, key)
+        return value in known, f"{key} as one of {', '.join(known)}; {value!r} came"
+
+    def least(key: str, low: float, high: float = math.inf) -> tuple[Any, str]:
+        value = getattr(job, key)
+        most = f" to {high:g}" if high < math.inf else " or more"
+        return math.isfinite(value) and low <= value <= high, f"{key} of {low:g}{most}; {value!r} came"
+
+    return [
+        one_of("topology", TOPOLOGIES),
+        one_of("schedule", SCHEDULES),
+        one_of("codec", CODECS),
+        one_of("loss_on", LOSSES),
+        one_of("weights", WEIGHTS),
+        one_of("tune", TUNES),
+        (len(job.clients) <= CLIENTS_MAX, f"at most {CLIENTS_MAX} clients"),
+        (_is_cut(job), f'cut as a block number, "auto", or a list of a pipeline; {job.cut!r} came'),
+        (job.target_modules, "target_modules with a name"),
+        *(least(key, 1) for key in ("tail", "r", "width", "checkpoint_every", "average_every")),
+        least("steps", 1, 1_000_000),
+        least("batch_size", 1, 4096),
+        least("micro_batches", 1, 256),
+        least("max_length", 8, 1 << 17),
+        least("ratio", 1, 1e6),
+        least("prompt_tokens", 1, 4096),
+        *(least(key, 0) for key in ("weight_decay", "clip", "noise", "epsilon", "eval_every", "eval_rows")),
+        least("cache", 1 << 20),
+        least("patience_s", 0),
+        least("seed", 0, 2**31 - 1),
+        (0 < job.learning_rate < 10, f"learning_rate above 0 and below 10; {job.learning_rate!r} came"),
+        (0 < job.alpha < 1e6, f"alpha above 0; {job.alpha!r} came"),
+        (0 <= job.dropout < 1, f"dropout from 0 to below 1; {job.dropout!r} came"),
+        (0 < job.delta < 1, f"delta above 0 and below 1; {job.delta!r} came"),
+        (0 < job.sparse <= 1, f"sparse above 0 and at most 1; {job.sparse!r} came"),
+        (job.clip > 0 or not (job.noise or job.epsilon), "clip above 0 with noise or epsilon"),
+        (job.noise > 0 or not job.epsilon, "noise above 0 with epsilon: without it nothing is private"),
+    ]
+
+
+def _is_cut(job: Job) -> bool:
+    if isinstance(job.cut, tuple):
+        cuts = job.cut
+        grows = all(a < b for a, b in itertools.pairwise(cuts))
+        return job.topology == "pipeline" and grows and len(cuts) == len(job.stages) + 1 and min(cuts) >= 1
+    return job.cut == "auto" or (isinstance(job.cut, int) and job.cut >= 1)
+
+
+def _check(rules: Sequence[tuple[Any, str]]) -> None:
+    for holds, expected in rules:
+        if not holds:
+            raise ConfigError(f"expected {expected}", remedy="mend the job's file")
+
+
+def _unknown(key: str, known: Sequence[str]) -> ConfigError:
+    near = difflib.get_close_matches(key, known, 1)
+    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
+    return ConfigError(
+        f"no key {key!r} in a training job; {hint}",
+        remedy="mend or remove the key; `edged config --explain` lists all",
+    )
+
+
+def _typed(key: str, default: Any, value: Any) -> Any:
+    """The value, if it is of its default's type."""
+    if key in ("clients", "stages", "target_modules", "server", "link_ratios"):
+        return value
+    if key == "cut":
+        numbers = value if isinstance(value, tuple) else (value,)
+        if all(type(number) is int for number in numbers) or value == "auto":
+            return value
+    elif isinstance(default, float) and type(value) in (int, float):
+        return float(value)
+    elif type(value) is type(default):
+        return value
+    words: dict[type, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    raise ConfigError(
+        f"expected {words[type(default)]} for {key}; {value!r} came", remedy="mend the job's file"
+    )
+
+
+def _server(value: Any) -> str:
+    node = value.get("node") if isinstance(value, Mapping) else value
+    if not isinstance(node, str) or (isinstance(value, Mapping) and set(value) != {"node"}):
+        raise ConfigError('expected [server] with node = "NAME"', remedy="mend the job's file")
+    return node
+
+
+def _clients(value: Any) -> tuple[Client, ...]:
+    found = []
+    for number, entry in enumerate(value if isinstance(value, list | tuple) else [None]):
+        if not isinstance(entry, Mapping) or not all(isinstance(word, str) for word in entry.values()):
+            raise ConfigError(
+                f"expected [[clients]] as tables with node and data; {entry!r} came",
+                remedy="mend the job's file",
+            )
+        for key in entry:
+            if key not in ("node", "data"):
+                raise _unknown(f"clients[{number}].{key}", ["node", "data"])
+        found.append(Client(**entry))
+    return tuple(found)
+
+
+def _ratios(value: Any) -> tuple[tuple[str, float], ...]:
+    pairs = value if isinstance(value, list | tuple) else [None]
+    for pair in pairs:
+        is_pair = isinstance(pair, list | tuple) and len(pair) == 2 and isinstance(pair[0], str)
+        if not is_pair or type(pair[1]) not in (int, float) or not 1 <= pair[1] < math.inf:
+            raise ConfigError(
+                f"expected link_ratios as pairs; {pair!r} came", remedy="leave them to the planner"
+            )
+    return tuple((str(link), float(ratio)) for link, ratio in pairs)
+
+
+def _texts(key: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(word, str) and word for word in value):
+        raise ConfigError(f"expected a list of texts for {key}; {value!r} came", remedy="mend the job's file")
+    return tuple(value)

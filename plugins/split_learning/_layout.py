@@ -1,0 +1,261 @@
+"""Roles of a training job over the nodes there are, and the cut where it is left to the planner. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from edged import ConfigError, ModelDescription, NodeView, PeerError, PolicyViolation, Role, TrainingPlan
+
+from .._codec_sizes import ada_ratios
+from .._cut_layer import Cut
+from . import _cost
+from ._job import Job, read, to_table
+from ._places import Places
+
+BATTERY_WEIGHT = 2.0  # a second of a node on battery counts so many times
+INSTABILITY = 1e-3  # seconds a step that a cut's bound on stability is worth
+
+
+def plan_local(
+    settings: Mapping[str, Any], model: ModelDescription, nodes: Sequence[NodeView]
+) -> TrainingPlan:
+    """The whole model on the submitting node."""
+    return _plan(read(settings), model, nodes, [nodes[0]], ())
+
+
+def plan_split(
+    settings: Mapping[str, Any], model: ModelDescription, nodes: Sequence[NodeView]
+) -> TrainingPlan:
+    """ConfigError where the file names what is not there, PeerError where a node is away."""
+    job = read(settings)
+    names = [*(client.node for client in job.clients), *job.stages, job.server]
+    chosen = [_node(nodes, name) for name in names]
+    ids = [node.node_id for node in chosen]
+    for one, other in itertools.combinations(range(len(ids)), 2):
+        if ids[one] == ids[other]:
+            raise ConfigError(
+                f"expected another node for each part; {chosen[one].name} has two",
+                remedy="mend the job's file",
+            )
+    if nodes[0].node_id not in ids:
+        chosen.append(nodes[0])
+    for node in chosen:
+        if node.refuses:
+            raise PolicyViolation(f"{node.name} takes no work now: {node.refuses}")
+    notes: list[str] = []
+    if job.cut == "auto":
+        job = _with_cut(job, model, chosen, notes)
+    _check_cut(job, model)
+    if job.codec == "adatopk" and not job.link_ratios:
+        job = _with_ratios(job, model, chosen, notes)
+    return _plan(job, model, nodes, chosen, notes)
+
+
+def _plan(
+    job: Job,
+    model: ModelDescription,
+    nodes: Sequence[NodeView],
+    chosen: Sequence[NodeView],
+    notes: Sequence[str],
+) -> TrainingPlan:
+    roles = _roles(job, model, chosen)
+    collector = next(role.rank for role in roles if role.node_id == nodes[0].node_id)
+    places = Places(job, roles, model.layers, collector, [node.name for node in chosen])
+    tells_loss = len(job.clients) if job.topology == "u-shape" else 1
+    return TrainingPlan(
+        to_table(job),
+        roles,
+        tuple(job.clients[rank].data if rank in places.clients else "" for rank in range(len(roles))),
+        job.steps,
+        tells_loss,
+        collector,
+        _step_s(job, model, places, chosen),
+        _shortage(roles, chosen),
+        tuple(notes),
+    )
+
+
+def _roles(job: Job, model: ModelDescription, chosen: Sequence[NodeView]) -> tuple[Role, ...]:
+    places = Places(job, (), model.layers)
+    found = []
+    for rank, node in enumerate(chosen):
+        parts = places.parts(rank)
+        layers = (parts[0].first, parts[0].last) if parts else (0, 0)
+        if job.topology == "u-shape" and rank in places.clients and not places.is_local:
+            layers = (0, parts[0].last)
+        vocab = (0, model.vocab) if any(part.head for part in parts) else (0, 0)
+        memory = _cost.memory_bytes(job, model, parts)
+        share = sum(part.last - part.first for part in parts) / model.layers
+        whole = (0, model.heads), (0, model.ffn)
+        found.append(Role(rank, node.node_id, rank, layers, *whole, vocab, share, memory))
+    return tuple(found)
+
+
+def _shortage(roles: Sequence[Role], chosen: Sequence[NodeView]) -> str:
+    """The numbers, where a node's memory will not do."""
+    short = [
+        f"{node.name} needs {role.memory_bytes >> 20} MiB for blocks {role.layers[0]} to {role.layers[1]} "
+        f"and has {node.memory_budget >> 20} MiB"
+        for role, node in zip(roles, chosen, strict=True)
+        if node.memory_budget is not None and role.memory_bytes > node.memory_budget
+    ]
+    return "not enough memory: " + "; ".join(short) if short else ""
+
+
+def _node(nodes: Sequence[NodeView], name: str) -> NodeView:
+    """By name, id or a prefix of one; "" is the submitter."""
+    if not name:
+        return nodes[0]
+    found = [node for node in nodes if name in (node.name, node.node_id)]
+    found = found or [node for node in nodes if len(name) >= 8 and node.node_id.startswith(name)]
+    if len(found) == 1:
+        return found[0]
+    known = ", ".join(sorted(node.name for node in nodes))
+    what = f"{len(found)} nodes match {name!r}" if found else f"node {name!r} is not online"
+    raise PeerError(f"{what}; online: {known}", remedy="start it, or see `edged peers`", code="not-online")
+
+
+def _check_cut(job: Job, model: ModelDescription) -> None:
+    cuts = job.cut if isinstance(job.cut, tuple) else (job.cut,)
+    last = model.layers - (job.tail if job.topology == "u-shape" else 0)
+    if job.topology in ("private-lora", "parallel-adapters"):
+        return  # all blocks are the server's
+    if job.topology == "pipeline" and len(cuts) != len(job.stages) + 1:
+        raise ConfigError(
+            f"expected {len(job.stages) + 1} cuts for a pipeline of {len(job.stages) + 2}; {len(cuts)} came",
+            remedy='mend `cut`, or write "auto"',
+        )
+    for cut in cuts:
+        if not isinstance(cut, int) or not 1 <= cut < last:
+            raise ConfigError(
+                f"expected a cut from 1 to {last - 1} of this model's {model.layers} blocks; {cut!r} came",
+                remedy='mend `cut`, or write "auto"',
+            )
+
+
+# --- what a step takes --------------------------------------------------------------------------------
+
+
+def _step_s(job: Job, model: ModelDescription, places: Places, chosen: Sequence[NodeView]) -> float | None:
+    """Seconds of a step of full rows; None where a device or a link was never measured."""
+    positions = job.batch_size * job.max_length
+    times = []
+    for rank, node in enumerate(chosen[: places.server + 1]):
+        speed = _cost.flops_s(node)
+        if speed is None:
+            return None
+        times.append(_cost.flops_of(job, model, places.parts(rank), positions) / speed)
+    if places.is_local:
+        return times[0]
+    by_id = {node.node_id: node for node in chosen}
+    links = []
+    for client in places.clients:
+        chain = places.chain if client == 0 else [client, places.server]
+        for a, b in itertools.pairwise(chain):
+            size = _cost.hidden_bytes(job, model, job.batch_size, job.max_length, places.ratio(a, b))
+            crossings = 4 if job.topology == "u-shape" else 2
+            took = _cost.link_s(by_id, chosen[a].node_id, chosen[b].node_id, size)
+            if took is None:
+                return None
+            links.append(crossings * took)
+    clients = len(places.clients)
+    served = clients * times[places.server]
+    if job.micro_batches > 1:
+        stages = [times[0], *times[clients : places.server], times[places.server], *links]
+        slowest = max(stages)
+        return slowest + (sum(stages) - slowest) / job.micro_batches
+    return max(times[:clients]) + max(links) + served
+
+
+# --- what is left to the planner ----------------------------------------------------------------------
+
+
+def _with_cut(job: Job, model: ModelDescription, chosen: Sequence[NodeView], notes: list[str]) -> Job:
+    """The cut of the least step among those that fit every memory."""
+    stages = len(job.stages) + 1
+    fitting = [
+        cuts
+        for cuts in _cuts(job, model, stages)
+        if not _shortage(_roles(_cut_at(job, cuts), model, chosen), chosen)
+    ]
+    if not fitting:
+        least = _cut_at(job, next(iter(_cuts(job, model, stages))))
+        raise PolicyViolation(
+            f"no cut fits; at the first one, {_shortage(_roles(least, model, chosen), chosen)}",
+            remedy="lower batch_size or max_length, or set gradient_checkpointing",
+        )
+    price = _price(job, model, chosen)
+    if price is None:
+        middle = (
+            fitting[0] if job.topology != "pipeline" else min(fitting, key=lambda cuts: _spread(cuts, model))
+        )
+        notes.append(f"cut {middle}: speeds are not measured, so the client gets the least that works")
+        return _cut_at(job, middle)
+    best = min(fitting, key=lambda cuts: (price(cuts), cuts))
+    shown = best[0] if len(best) == 1 else best
+    notes.append(f"cut {shown}: {price(best):.3g} s a step, weighed, of {len(fitting)} cuts that fit")
+    return _cut_at(job, best)
+
+
+def _cuts(job: Job, model: ModelDescription, stages: int) -> Iterator[tuple[int, ...]]:
+    last = model.layers - (job.tail if job.topology == "u-shape" else 0)
+    return itertools.combinations(range(1, last), stages)
+
+
+def _cut_at(job: Job, cuts: tuple[int, ...]) -> Job:
+    return dataclasses.replace(job, cut=cuts if len(cuts) > 1 else cuts[0])
+
+
+def _spread(cuts: tuple[int, ...], model: ModelDescription) -> int:
+    return max(b - a for a, b in itertools.pairwise((0, *cuts, model.layers)))
+
+
+def _price(
+    job: Job, model: ModelDescription, chosen: Sequence[NodeView]
+) -> Callable[[tuple[int, ...]], float] | None:
+    """Seconds of a step, those of a node on battery counted more, and what a deep cut does to stability."""
+    count = len(chosen)
+    if (
+        _step_s(_cut_at(job, tuple(range(1, len(job.stages) + 2))), model, _places(job, model, count), chosen)
+        is None
+    ):
+        return None
+    stability = Cut(model.layers, 0.0, 0.0, samples=job.steps * job.batch_size, instability=INSTABILITY)
+
+    def price(cuts: tuple[int, ...]) -> float:
+        cut = _cut_at(job, cuts)
+        places = _places(cut, model, count)
+        total = _step_s(cut, model, places, chosen) or 0.0
+        for rank, node in enumerate(chosen[: places.server + 1]):
+            battery = node.device.battery
+            if battery is not None and battery.percent is not None and not battery.plugged:
+                flops = _cost.flops_of(cut, model, places.parts(rank), job.batch_size * job.max_length)
+                total += (BATTERY_WEIGHT - 1) * flops / (_cost.flops_s(node) or 1.0)
+        return total + stability.cost(cuts[0])
+
+    return price
+
+
+def _places(job: Job, model: ModelDescription, count: int) -> Places:
+    return Places(job, (), model.layers)
+
+
+def _with_ratios(job: Job, model: ModelDescription, chosen: Sequence[NodeView], notes: list[str]) -> Job:
+    """AdaTopK: how much each link is thinned, by the time that its tensors would take."""
+    places, by_id = Places(job, (), model.layers), {node.node_id: node for node in chosen}
+    size = 4 * job.batch_size * job.max_length * model.hidden
+    times: dict[str, float] = {}
+    for client in places.clients:
+        chain = places.chain if client == 0 else [client, places.server]
+        for a, b in itertools.pairwise(chain):
+            took = _cost.link_s(by_id, chosen[a].node_id, chosen[b].node_id, size)
+            if took is None:
+                notes.append("adatopk: a link was never measured, so every link has the same ratio")
+                return job
+            times[f"{min(a, b)}-{max(a, b)}"] = took
+    ratios = ada_ratios(times, max(1.0, job.ratio / 3))  # its slowest link then has the file's own ratio
+    notes += [f"link {link}: one of {ratio:.3g} values" for link, ratio in ratios.items()]
+    return dataclasses.replace(job, link_ratios=tuple(ratios.items()))

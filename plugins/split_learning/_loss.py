@@ -1,0 +1,35 @@
+"""The loss of a batch's rows, from the hidden states that the output head reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from edged import EngineError
+
+IGNORED = -100
+
+
+def targets_of(labels: Tensor) -> int:
+    """How many tokens of (B, S) are predicted: all but each row's first, where its label counts."""
+    return int((labels[:, 1:] != IGNORED).sum())
+
+
+def summed(span: Any, hidden: Tensor, labels: Tensor) -> Tensor:
+    """Cross entropy summed over the tokens that count; a scalar.
+
+    hidden (B, S, d) after the final norm; labels (B, S), not shifted. Logits are made at the positions that
+    predict a token of the loss, and nowhere else.
+    """
+    wanted = labels[:, 1:] != IGNORED
+    targets = labels[:, 1:][wanted]
+    if targets.numel() and int(targets.max()) >= span.vocab:
+        raise EngineError(
+            f"expected labels below {span.vocab}; {int(targets.max())} came",
+            remedy="the rows were encoded for another model",
+            code="label",
+        )
+    logits = span.project(hidden[:, :-1][wanted])
+    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
