@@ -11,6 +11,7 @@ from . import identity as ids
 from .bearing import Bearing
 from .choosing import Chooser, check_policy
 from .coordinator import Coordinator
+from .datasets import DataStore
 from .device import Device
 from .errors import ConfigError, EdgedError
 from .health import Health
@@ -42,6 +43,7 @@ class Parts:
     health: Health
     supervisor: Supervisor
     models: ModelStore
+    data: DataStore
     device: Device
     bearing: Bearing
     probing: Probing
@@ -127,6 +129,7 @@ def compose(home: Home) -> Parts:
         health,
         supervisor,
         models,
+        DataStore(home, supervisor),
         device,
         bearing,
         probing,

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import stat
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ..errors import ConfigError
 from ..models import check_model_name, name_of
-from .asking import ask
+from .asking import ask, open_file
 from .options import HomeOption, JsonOption
 from .output import Document, show
 from .tables import sized, table
@@ -40,7 +38,7 @@ def add(
 ) -> None:
     """Store a model file; its name comes from the file's."""
     chosen = check_model_name(name) if name is not None else name_of(file.name)
-    descriptor = _open(file)
+    descriptor = open_file(file, "model file")
     try:
         document = ask(home, "models.add", {"name": chosen}, [descriptor], silence_s=None)
     finally:
@@ -58,19 +56,6 @@ def rm(name: NameArgument, home: HomeOption = None, as_json: JsonOption = False)
 def pull(name: NameArgument, home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Fetch a model from a member that has it."""
     show(ask(home, "models.pull", {"name": name}, silence_s=None), as_json, _show_models)
-
-
-def _open(file: Path) -> int:
-    try:  # without O_NONBLOCK a pipe without a writer would hang here
-        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    except OSError as error:
-        raise ConfigError(
-            f"expected a readable model file at {file}; {error.strerror}", remedy="check the path"
-        ) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise ConfigError(f"expected a model file at {file}; it is no regular file", remedy="name a file")
-    return descriptor
 
 
 def _show_models(document: Document) -> None:
