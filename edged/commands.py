@@ -16,6 +16,7 @@ from . import identity as ids
 from . import plugins, pricing, requests, wire
 from .control import Emit
 from .coordinator import Coordinator
+from .datasets import DataSet
 from .errors import ConfigError, EdgedError, PeerError, ProtocolError
 from .jobs import Job, rfc3339
 from .models import Model
@@ -67,6 +68,9 @@ class Commands:
             "models.add": self._add_model,
             "models.rm": self._remove_model,
             "models.pull": self._pull_model,
+            "data.ls": self._list_data,
+            "data.add": self._add_data,
+            "data.rm": self._remove_data,
             "plan": self._plan,
             "generate": self._generate,
             "finetune": self._finetune,
@@ -256,6 +260,21 @@ class Commands:
             raise failed
         raise ConfigError(f"no online member has model {wanted!r}", remedy="see `edged models ls` there")
 
+    async def _list_data(self, request: Request) -> Document:
+        return {"data": [_data_row(row) for row in self._parts.data.list()]}
+
+    async def _add_data(self, request: Request) -> Document:
+        if len(request.files) != 1:
+            raise ConfigError(f"expected one open file with the request; {len(request.files)} came")
+        row, stored = await self._parts.data.add(
+            str(request.body.get("name", "")), request.files[0], self._reporter(request.emit)
+        )
+        return {"data": [_data_row(row)], "stored": stored}
+
+    async def _remove_data(self, request: Request) -> Document:
+        removed = await asyncio.to_thread(self._parts.data.remove, str(request.body.get("name", "")))
+        return {"data": [_data_row(removed)] if removed else []}
+
     def _reporter(self, emit: Emit) -> Callable[[dict[str, Any]], None]:
         """Progress of a task as events of its client."""
 
@@ -313,6 +332,10 @@ def rss_bytes() -> int | None:
 def _model_row(model: Model) -> Document:
     names = ("name", "sha256", "architecture", "parameters", "bytes", "layers", "weight_type", "complete")
     return {name: getattr(model, name) for name in names}
+
+
+def _data_row(row: DataSet) -> Document:
+    return {name: getattr(row, name) for name in ("name", "rows", "bytes", "sha256")}
 
 
 def _link_row(link: LinkState) -> Document:

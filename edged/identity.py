@@ -88,6 +88,14 @@ class Home:
         return self.path / "models"
 
     @property
+    def data(self) -> Path:
+        return self.path / "data"
+
+    @property
+    def adapters(self) -> Path:
+        return self.path / "adapters"
+
+    @property
     def cache(self) -> Path:
         return self.path / "cache"
 
@@ -98,6 +106,11 @@ class Home:
     @property
     def plugin_state(self) -> Path:
         return self.path / "plugins"
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """What a new home begins with, each for its owner alone."""
+        return self.models, self.data, self.adapters, self.training, self.cache, self.plugin_state
 
     @property
     def is_initialised(self) -> bool:
@@ -138,7 +151,7 @@ def create(home: Home, name: str | None, profile: str, keys: tuple[bytes, bytes]
         return load(home)
     identity = Identity(check_name(name or socket.gethostname() or "node"), *keys)
     try:
-        for folder in (home.path, home.models, home.cache, home.plugin_state, home.training):
+        for folder in (home.path, *home.folders):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(

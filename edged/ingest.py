@@ -86,7 +86,7 @@ def ingest(params: dict[str, Any], report: Report) -> dict[str, Any]:
             remedy="edged models add FILE, with a GGUF file",
         )
     try:
-        with _staged(folder) as staged:
+        with staged_in(folder) as staged:
             return _store(want, source, folder, staged, report)
     except OSError as error:
         raise EngineError(
@@ -112,7 +112,7 @@ def _store(
         if present := _present(folder, known, want.name):
             return _result(present, folder, "already")
     if stored is None:
-        check_disk(folder, size, want.name)
+        check_disk(folder, size, f"model {want.name!r}")
         hashes = _copy(fd, target, size, Progress(report, "copying", size))
         stored = "copied"
     else:
@@ -183,7 +183,7 @@ def _describe(path: str, want: _Ingest) -> tuple[ModelDescription, str]:
 
 
 @contextlib.contextmanager
-def _staged(folder: Path) -> Iterator[Path]:
+def staged_in(folder: Path) -> Iterator[Path]:
     """A locked temporary folder in the store, gone afterwards unless it was published."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with contextlib.ExitStack() as stack:

@@ -263,10 +263,11 @@ def is_sha256(text: str) -> bool:
     return re.fullmatch("[0-9a-f]{64}", text) is not None
 
 
-def check_model_name(name: str) -> str:
+def check_model_name(name: str, what: str = "model") -> str:
+    """A name of the store that is a file name, too; `what` is named by it."""
     if not isinstance(name, str) or not re.fullmatch(r"\w[\w.+\-]{0,63}", name, re.ASCII):
         raise ConfigError(
-            f"expected a model name of 1 to 64 letters, digits, dots, dashes; {name!r:.80} came",
+            f"expected a {what} name of 1 to 64 letters, digits, dots, dashes; {name!r:.80} came",
             remedy="choose another name",
         )
     return name

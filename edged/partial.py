@@ -90,14 +90,17 @@ def write_all(fd: int, pieces: Iterable[Any], offset: int) -> None:
             offset, rest = offset + written, rest[written:]
 
 
-def check_disk(folder: Path, needed: int, name: str) -> None:
-    """EngineError unless `needed` bytes fit beside the reserve, before the first one is written."""
+def check_disk(folder: Path, needed: int, what: str, command: str = "models") -> None:
+    """EngineError unless `needed` bytes fit beside the reserve, before the first one is written.
+
+    `what` is stored ("model 'm'"); `edged COMMAND rm` frees its like.
+    """
     found = os.statvfs(folder)
     free = found.f_bavail * found.f_frsize
     if free < needed + DISK_RESERVE_BYTES:
         raise EngineError(
-            f"expected {needed + DISK_RESERVE_BYTES} bytes free for model {name!r}; {free} are",
-            remedy=f"free space at {folder}, or remove a model with `edged models rm`",
+            f"expected {needed + DISK_RESERVE_BYTES} bytes free for {what}; {free} are",
+            remedy=f"free space at {folder}, or remove something with `edged {command} rm`",
         )
 
 

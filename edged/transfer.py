@@ -223,7 +223,7 @@ def _fetch(want: _Fetch, manifest: wire.Manifest, folder: Path, link: Link, repo
             part.open_for_writing(checked("checking"))
         missing = part.missing(wanted)
         resumed = sum(map(part.length, wanted)) - sum(map(part.length, missing))
-        check_disk(folder, sum(map(part.length, missing)), manifest.name)
+        check_disk(folder, sum(map(part.length, missing)), f"model {manifest.name!r}")
         _Pull(want, manifest, part, link, meter, report).run(missing)
         complete = not part.missing(range(len(manifest.chunks)))
         if complete:

@@ -87,7 +87,7 @@ def test_an_identity_shows_no_key() -> None:
 
 
 def test_a_home_is_for_its_owner_alone(home: Home) -> None:
-    for folder in (home.path, home.models, home.cache, home.plugin_state):
+    for folder in (home.path, home.models, home.data, home.adapters, home.cache, home.plugin_state):
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     for file in (home.key_file, home.profile):
         assert stat.S_IMODE(file.stat().st_mode) == 0o600

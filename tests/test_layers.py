@@ -20,11 +20,12 @@ CORE, PLUGINS = ROOT / "edged", ROOT / "plugins"
 
 LAYERS = {
     0: "types errors version",
-    1: "hookspecs config wire sizes",
+    1: "hookspecs config wire sizes rows",
     2: "pricing rules correcting metering sustaining queueing scenario",
     3: "accounting plugins node planning simulation advising jobs identity token requests framing",
     4: "transport certificate stream meeting streams channel exchanging dataplane control client "
-    "worker supervisor models partial ingest transfer health sdnotify device bearing limits pressure saving",
+    "worker supervisor models partial ingest datasets ingest_rows adapters transfer "
+    "health sdnotify device bearing limits pressure saving",
     5: "peers probing transfers watching viewing roles groups choosing coordinator commands parts daemon",
     6: "cli testing",
 }
@@ -55,7 +56,8 @@ DOORS = {
     "ctypes": ("worker cli", "one call, prctl, for a child that must not outlive us; the rest is engines"),
 }
 PURE = (
-    "types wire sizes pricing rules correcting accounting metering sustaining queueing scenario node planning"
+    "types wire sizes rows pricing rules correcting accounting metering sustaining queueing scenario node "
+    "planning"
 )
 PURE_MAY_IMPORT = {
     "__future__": "no code",

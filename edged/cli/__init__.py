@@ -33,7 +33,7 @@ COMMANDS = {  # name: (module of this package, what it does)
     "plugins": ("node", "Loaded and installed plugins."),
     "profile": ("node", "What this device is and can do."),
     "models": ("models", "The model store: ls, add, rm, pull."),
-    "data": ("absent", "Data sets offered to training jobs."),
+    "data": ("data", "Data sets offered to training jobs: ls, add, rm."),
     "plan": ("jobs", "Price the ways to run a model, without running it."),
     "recommend": ("recommend", "Model size and tuning method for this device."),
     "generate": ("generate", "One generation, streamed."),

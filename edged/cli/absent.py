@@ -20,13 +20,6 @@ def adapters(
     _refuse("adapters")
 
 
-def data(
-    action: Action = None, names: Words = None, home: HomeOption = None, as_json: JsonOption = False
-) -> None:
-    """Data sets offered to training jobs: ls, add NAME FILE, rm NAME. Not part of this version."""
-    _refuse("data")
-
-
 def _refuse(name: str) -> NoReturn:
     raise ConfigError(
         f"edged {name} is not part of this version", remedy="see `edged --help`", code="not-there"

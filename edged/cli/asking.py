@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..client import ANSWER_S, connect
+from ..errors import ConfigError
 from . import tables
 from .output import Document, printable
 
@@ -32,6 +35,20 @@ def ask(
             return document
         finally:
             progress.clear()
+
+
+def open_file(file: Path, what: str) -> int:
+    """A descriptor to hand over with a request; ConfigError unless it is a regular, readable file."""
+    try:  # without O_NONBLOCK a pipe without a writer would hang here
+        descriptor = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError as error:
+        raise ConfigError(
+            f"expected a readable {what} at {file}; {error.strerror}", remedy="check the path"
+        ) from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ConfigError(f"expected a {what} at {file}; it is no regular file", remedy="name a file")
+    return descriptor
 
 
 class ProgressLine:

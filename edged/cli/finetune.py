@@ -17,7 +17,7 @@ from .. import config
 from ..client import connect
 from ..errors import ConfigError
 from . import options, output
-from .files import open_file
+from .asking import open_file
 from .generating import Stream, ended
 from .options import HomeOption, JsonLinesOption, JsonOption
 from .output import Document, note

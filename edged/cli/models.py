@@ -9,8 +9,7 @@ from typing import Annotated
 import typer
 
 from ..models import check_model_name, name_of
-from .asking import ask
-from .files import open_file
+from .asking import ask, open_file
 from .options import HomeOption, JsonOption
 from .output import Document, show
 from .tables import sized, table

@@ -26,7 +26,7 @@ from edged import ProtocolError
 
 from ._averaging import average_clients
 from ._cost import divided
-from ._link import ints
+from ._link import int_frame, ints
 from ._loss import summed, targets_of
 from ._noise import Noise
 from ._rank import Rank, Report

@@ -48,6 +48,7 @@ PEER = SEEN | {
     "rights": ["submit", "serve"],
     "zone": "own",
 }
+DATA = {"name": "notes", "rows": 1200, "bytes": 3 << 20, "sha256": "ab" * 32}
 MODEL = {
     "name": "smollm2-135m-instruct-q4_1",
     "sha256": "0" * 64,
@@ -193,6 +194,9 @@ COMMANDS: list[tuple[list[str], str, dict[str, Any], dict[str, Any], list[str]]]
     (["models", "ls"], "models.ls", {}, {"models": [MODEL]}, ["smollm2", "134.5 M", "98 MiB", "yes"]),
     (["models", "ls"], "models.ls", {}, {"models": []}, ["edged models add"]),
     (["models", "rm", "m"], "models.rm", {"name": "m"}, {"models": [MODEL]}, ["smollm2"]),
+    (["data", "ls"], "data.ls", {}, {"data": [DATA]}, ["notes", "1200", "3 MiB", "abababababab"]),
+    (["data", "ls"], "data.ls", {}, {"data": []}, ["edged data add NAME FILE"]),
+    (["data", "rm", "notes"], "data.rm", {"name": "notes"}, {"data": [DATA]}, ["notes"]),
     (["models", "pull", "m"], "models.pull", {"name": "m"}, {"models": [MODEL]}, ["smollm2"]),
     (["plan", "--model", "m"], "plan", PLAN_BODY, PLAN, ["tensor", "laptop 0-30 50%", "12.5", "1 MiB"]),
     (
@@ -301,6 +305,18 @@ def test_a_model_file_travels_as_an_open_file(home: Any, daemon: Any, edged: Any
     assert result.document == {"models": [MODEL]}
     assert fake.requests == [("models.add", {"name": "smollm2-135m-instruct-q4_1"})]
     assert fake.files == [b"GGUF and more"]
+
+
+def test_a_data_file_travels_as_an_open_file(home: Any, daemon: Any, edged: Any, tmp_path: Path) -> None:
+    fake = daemon({"data.add": {"data": [DATA], "stored": "copied"}})
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b'{"text": "a"}')
+    result = edged("data", "add", "notes", file, "--home", home.path, "--json")
+    assert result.document == {"data": [DATA], "stored": "copied"}
+    assert fake.requests == [("data.add", {"name": "notes"})]
+    assert fake.files == [b'{"text": "a"}']
+    assert "expected a data set name" in edged("data", "add", "../x", file, "--home", home.path).err
+    assert "readable data file" in edged("data", "add", "x", tmp_path / "no", "--home", home.path).err
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "pipe"])
