@@ -7,6 +7,7 @@ damaged or hostile file costs an EngineError. Layout: the GGUF specification, ve
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import struct
@@ -196,3 +197,21 @@ def read_head(path: str) -> Head:
                 remedy="fetch the file again",
             )
     return head
+
+
+def section_sha256(path: str, prefix: str) -> str:
+    """SHA-256 of every key whose name begins with `prefix`, arrays included, whatever their order is."""
+    spans = []
+    try:
+        with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+            cursor = _Cursor(data)
+            cursor.at = 16
+            for _ in range(cursor.scalar("Q")):
+                start = cursor.at
+                name = cursor.text(_NAME_BYTES_MAX)
+                _value(cursor, cursor.scalar("I"))
+                if name.startswith(prefix):
+                    spans.append((name, bytes(data[start : cursor.at])))
+    except (OSError, ValueError) as exc:
+        raise EngineError(f"{path} is not a GGUF model this engine reads: {exc}") from exc
+    return hashlib.sha256(b"".join(raw for _, raw in sorted(spans))).hexdigest()

@@ -33,7 +33,7 @@ def silence() -> None:
 
 
 class Tokenizer:
-    """The vocabulary of the GGUF at `path`. `end_tokens`: all that end a generation."""
+    """The vocabulary of the GGUF at `path`, `count` tokens. `end_tokens`: all that end a generation."""
 
     def __init__(self, path: str) -> None:
         silence()
@@ -43,10 +43,10 @@ class Tokenizer:
         if not self._model:
             raise EngineError(f"llama.cpp cannot read the vocabulary of {path}")
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
-        self._count = llama_cpp.llama_vocab_n_tokens(self._vocab)
+        self.count = llama_cpp.llama_vocab_n_tokens(self._vocab)
         is_end = llama_cpp.llama_vocab_is_eog
-        self.end_tokens = frozenset(t for t in range(self._count) if is_end(self._vocab, t))
-        self._formatter = self._make_formatter()
+        self.end_tokens = frozenset(t for t in range(self.count) if is_end(self._vocab, t))
+        self._formatter = self._make_formatter(asks=True)
 
     def close(self) -> None:
         if self._model:
@@ -64,9 +64,26 @@ class Tokenizer:
             prompt = [{"role": "user", "content": prompt}]
         if self._formatter is None:
             return self._tokenize("\n".join(m.get("content", "") for m in prompt), add_special=True)
+        return self._format(self._formatter, prompt)
+
+    def encode_finished(self, messages: Sequence[Mapping[str, str]]) -> list[int]:
+        """Messages of which the last is the answer, ended as the chat template ends it; EngineError where the
+        model has none."""
+        formatter = self._make_formatter(asks=False)
+        if formatter is None:
+            raise EngineError("expected a model with a chat template; this one has none")
+        return self._format(formatter, messages)
+
+    @property
+    def end(self) -> int:
+        """The token that ends a text by the model's setting."""
+        found: int = llama_cpp.llama_vocab_eos(self._vocab)
+        return found if found >= 0 else min(self.end_tokens, default=0)
+
+    def _format(self, formatter: Jinja2ChatFormatter, prompt: Sequence[Mapping[str, str]]) -> list[int]:
         try:
             messages: list[Any] = [dict(m) for m in prompt]
-            formatted = self._formatter(messages=messages)
+            formatted = formatter(messages=messages)
         except Exception as exc:  # a template is a program of the model's author
             raise EngineError(f"the model's chat template refuses these messages: {exc}") from exc
         return self._tokenize(formatted.prompt, add_special=not formatted.added_special)
@@ -110,8 +127,8 @@ class Tokenizer:
         raise EngineError("llama.cpp could not tokenise the prompt")
 
     def _piece(self, token: int, special: bool = False) -> bytes:
-        if not 0 <= token < self._count:
-            raise EngineError(f"expected token ids below {self._count}")
+        if not 0 <= token < self.count:
+            raise EngineError(f"expected token ids below {self.count}")
         room = PIECE_BYTES
         for _ in range(2):
             piece = ctypes.create_string_buffer(room)
@@ -121,7 +138,8 @@ class Tokenizer:
             room = -size
         raise EngineError("llama.cpp could not spell a token")
 
-    def _make_formatter(self) -> Jinja2ChatFormatter | None:
+    def _make_formatter(self, asks: bool) -> Jinja2ChatFormatter | None:
+        """`asks`: what it makes of messages ends where the assistant's answer begins."""
         template = llama_cpp.llama_model_chat_template(self._model, None)
         if not template:
             return None
@@ -129,4 +147,6 @@ class Tokenizer:
             self._piece(token, special=True).decode("utf-8", "replace") if token >= 0 else ""
             for token in (llama_cpp.llama_vocab_eos(self._vocab), llama_cpp.llama_vocab_bos(self._vocab))
         ]
-        return Jinja2ChatFormatter(template.decode(), eos_token=ends[0], bos_token=ends[1])
+        return Jinja2ChatFormatter(
+            template.decode(), eos_token=ends[0], bos_token=ends[1], add_generation_prompt=asks
+        )

@@ -83,24 +83,31 @@ PLUGIN_DOORS = {
     ),
     "http": ("_cloud_stream", "one client decides what of a stranger's answer is believed"),
     "ssl": ("_cloud_stream", "one client decides whom it speaks to"),
+    "transformers": ("torch_blocks", "one engine builds blocks"),
+    "peft": ("torch_blocks", "one engine puts LoRA on them"),
+    "safetensors": ("torch_blocks _tensors split_learning", "weights, adapters and checkpoints that run no code"),
+    "tokenizers": ("torch_blocks", "one engine reads vocabularies"),
+    "jinja2": ("torch_blocks", "a template is a program of the model's author"),
     "numpy": (
-        "shard energy _grouping _paths _placing _pool _ring _search _staging _sweep _tables _sampling "
-        "_llama_engine _tensors",
+        "shard torch_blocks energy _grouping _paths _placing _pool _ring _search _staging _sweep _tables "
+        "_sampling _llama_engine _tensors split_learning",
         "arrays live in an engine's worker",
     ),
-    "torch": ("_tensors", "tensors that need autograd live in a worker that trains"),
+    "torch": ("torch_blocks _tensors split_learning", "tensors with gradients live in a training's worker"),
     "opacus": ("_tensors", "one accountant decides what a privacy budget allows"),
     "llama_cpp": (
         "shard _tokenizer _libllama _llama_describe _llama_engine _llama_rpc_engine",
         "libllama lives in an engine's worker",
     ),
-    "gguf": ("shard _gguf _libllama", "model files are read in a worker"),
+    "gguf": ("shard torch_blocks _gguf _libllama", "model files are read in a worker"),
     "ctypes": (
         "shard _tokenizer _libraries _libllama _llama_engine _llama_rpc_engine",
         "ggml and libllama through their C headers",
     ),
 }
-HEAVY = ("torch", "numpy", "llama_cpp", "gguf", "transformers", "scipy", "opacus")
+HEAVY = (
+    "torch numpy llama_cpp gguf transformers peft safetensors tokenizers scipy opacus".split()  # noqa: SIM905
+)
 NEVER_ANYWHERE = {
     "pickle": "a message must not be able to run code",
     "marshal": "a message must not be able to run code",
@@ -321,6 +328,7 @@ def test_a_fresh_daemon_loads_nothing_heavy_and_no_plugin_that_was_not_named() -
         "shard",
         "llama_cpp",
         "llama_rpc",
+        "torch_blocks",
         "cloud",
         "layer_parallel",
         "tensor_parallel",

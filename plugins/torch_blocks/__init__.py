@@ -1,0 +1,35 @@
+"""The engine of trainings: transformers' own blocks on PyTorch, any run of them, with LoRA.
+
+Provides one engine, `torch_blocks`: opens a GGUF, or a packed safetensors file, of nine model families and
+gives spans of its blocks with frozen weights that gradients flow through. It does not know how to
+generate (no strategy may choose it), other devices than the CPU, how a training divides its work, or
+what carries hidden states between nodes.
+
+This module is light; torch, transformers and peft are loaded by the underscore modules, in a worker only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edged import ConfigError, EngineEntry, hookimpl
+
+
+@hookimpl
+def edged_engines(settings: Mapping[str, Any]) -> Sequence[EngineEntry]:
+    if settings:
+        raise ConfigError(f"torch_blocks: unknown setting {min(settings)!r}; it has none")
+    return [
+        EngineEntry(
+            name="torch_blocks",
+            load="edged_plugins.torch_blocks._engine:load",
+            describe="edged_plugins.torch_blocks._describe:describe",
+            measure="edged_plugins.torch_blocks._describe:measure",
+            check="edged_plugins.torch_blocks._describe:check",
+            takes=("shard", "llama_cpp"),
+            strategies=(),
+            numerics=("fast",),
+            remedy="this engine trains; to generate, load an engine that does, such as shard",
+        )
+    ]
