@@ -84,15 +84,15 @@ PLUGIN_DOORS = {
     "http": ("_cloud_stream", "one client decides what of a stranger's answer is believed"),
     "ssl": ("_cloud_stream", "one client decides whom it speaks to"),
     "numpy": (
-        "shard energy _grouping _paths _placing _pool _ring _search _staging _sweep _tables _sampling "
-        "_llama_engine",
+        "shard energy _tensors _grouping _paths _placing _pool _ring _search _staging _sweep _tables "
+        "_sampling _llama_engine",
         "arrays live in an engine's worker",
     ),
     "llama_cpp": (
         "shard _tokenizer _libllama _llama_describe _llama_engine _llama_rpc_engine",
         "libllama lives in an engine's worker",
     ),
-    "gguf": ("shard _gguf _libllama", "model files are read in a worker"),
+    "gguf": ("shard _tensors _gguf _libllama", "model files are read in a worker"),
     "ctypes": (
         "shard _tokenizer _libraries _libllama _llama_engine _llama_rpc_engine",
         "ggml and libllama through their C headers",
