@@ -99,7 +99,7 @@ PLUGIN_DOORS = {
         "shard _tokenizer _libllama _llama_describe _llama_engine _llama_rpc_engine",
         "libllama lives in an engine's worker",
     ),
-    "gguf": ("shard torch_blocks _gguf _libllama", "model files are read in a worker"),
+    "gguf": ("shard torch_blocks _tensors _gguf _libllama", "model files are read in a worker"),
     "ctypes": (
         "shard _tokenizer _libraries _libllama _llama_engine _llama_rpc_engine",
         "ggml and libllama through their C headers",
