@@ -1,4 +1,5 @@
 """Adapters of this node."""
+
 from __future__ import annotations
 import json, os, shutil
 from dataclasses import dataclass
@@ -6,9 +7,11 @@ from pathlib import Path
 from typing import Any, Mapping
 from .identity import Home
 
+
 @dataclass(frozen=True)
 class Adapter:
     name: str
+
 
 class AdapterStore:
     def __init__(self, home: Home) -> None:

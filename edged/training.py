@@ -20,7 +20,7 @@ from typing import Any
 
 import msgspec
 
-from . import models, wire
+from . import metering, models, wire
 from .accounting import estimated_training_joules
 from .adapters import AdapterStore
 from .choosing import Chooser
@@ -34,7 +34,16 @@ from .models import ModelStore
 from .peers import Peers
 from .plugins import Host
 from .requests import FinetuneRequest
-from .types import Candidate, EngineEntry, NodeView, PlanRequest, Training, TrainingCost, TrainingPlan
+from .types import (
+    Candidate,
+    EngineEntry,
+    Metered,
+    NodeView,
+    PlanRequest,
+    Training,
+    TrainingCost,
+    TrainingPlan,
+)
 from .viewing import Viewer
 
 log = logging.getLogger(__name__)
@@ -46,6 +55,7 @@ RETRIES_MAX = 5  # losses without a step between them: a plan that always ends s
 STALL_S = 300.0  # without a report for so long (and fifty times the slowest step) a rank hangs
 LOOK_S = 1.0  # between looks whether all nodes are there
 POLL_S = 2.0  # between questions what was sent and spent
+NOTHING = Metered(0.0, 0.0, 0.0)  # of a role that begins
 GONE = ("worker-ended",)  # codes of errors that are losses, beside PeerError
 
 
@@ -438,7 +448,8 @@ class Trainings:
         """The workers of a training serve nothing else."""
         if run.group is None:
             return
-        run.bytes_before, run.joules_before = run.bytes_sent, _added(run.joules_before, run.used)
+        run.bytes_before = run.bytes_sent
+        run.joules_before = _added(run.joules_before, run.used) if run.used else run.joules_before
         run.used = ()
         group, run.group = run.group, None
         group.jobs.discard(run.job_id)
@@ -627,13 +638,12 @@ def _mean(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _added(before: float | None, used: Sequence[wire.Used | None]) -> float | None:
-    """Joules of earlier epochs and of this one's roles; None where one of them did not measure."""
-    metered = [each.metered for each in used if each is not None]
-    if before is None or len(metered) < len(used) or any(each is None for each in metered):
+    """Joules of earlier epochs and of this one's roles; None where one of them did not measure all along."""
+    each = [metering.spent(NOTHING, role.metered if role is not None else None) for role in used]
+    known = [joules for joules in each if joules is not None]
+    if before is None or not each or len(known) < len(each):
         return None
-    if not metered:
-        return before or None
-    return before + sum(each.joules for each in metered if each is not None)
+    return before + sum(known)
 
 
 def _failure_of(error: BaseException, is_cancelled: bool) -> EdgedError:

@@ -37,6 +37,12 @@ class Scores:
                 worth = parameter.grad.float()
                 total += (worth * parameter if self._by == "weight" else worth).abs()
 
+    def state_dict(self) -> dict[str, Tensor]:
+        return dict(self._sums)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self._sums = {name: state[name].clone() for name in sorted(state)}
+
     def choose(self, fraction: float) -> SparseMask:
         """The round(fraction n) best of all n values; of equals the earlier, in the order they were added.
 

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from edged import TrainingSpec
+from edged import ConfigError
 
 from .._tensors import adapters
 from ._job import Job
 
+GGUF = "adapter.gguf"
+GGUF_MAGIC = b"GGUF"
 
-def write(folder: Path, tensors: Mapping[str, np.ndarray], job: Job, blocks: Any, spec: TrainingSpec) -> None:
-    """A PEFT folder; beside it adapter.gguf, where the model is a GGUF."""
+
+def write(
+    folder: Path, tensors: Mapping[str, np.ndarray], job: Job, *, is_transposed: bool, base: str, model: str
+) -> None:
+    """A PEFT folder with base model's name `model`; beside it adapter.gguf where `base` is a GGUF for which
+    llama.cpp has such a file. `is_transposed`: of GPT-2's kind of linear layers."""
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that ended between two files
     adapters.write_peft(
-        folder, tensors, r=job.r, alpha=job.alpha, targets=job.target_modules, base_name=spec.model_name
+        folder,
+        tensors,
+        r=job.r,
+        alpha=job.alpha,
+        targets=job.target_modules,
+        base_name=model,
+        fan_in_fan_out=is_transposed,
     )
+    with open(base, "rb") as file:
+        if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
+            return
+    try:
+        adapters.to_gguf(folder, base, folder / GGUF)
+    except ConfigError as error:
+        if error.code != "no-gguf-adapter":
+            raise

@@ -47,7 +47,7 @@ class Stage(Rank):
             )
         span.train()
         self.spans, self.span = [span], span
-        self.noise = Noise(self.job, self.rank)
+        self.noise = Noise(self.job, self.spec.state_folder, self.rows)
         chain = self.places.chain
         self.is_source, self.is_last = self.rank in self.places.clients, self.rank == self.places.server
         place = 0 if self.is_source else chain.index(self.rank)
@@ -101,7 +101,7 @@ class Stage(Rank):
         under_way: deque[tuple[int, Tensor]] = deque()
         link = self.link(self.after)
         for micro, rows in enumerate(torch.split(torch.arange(len(ids)), sizes)):
-            hidden = self.noise(self.span(ids[rows]), step, micro)
+            hidden = self.noise(self.span(ids[rows]), step, int(rows[0]))
             link.send_tensor(
                 "forward",
                 [step, micro],
@@ -305,7 +305,7 @@ class Stage(Rank):
             self._hierarchy.set_state(state)
 
     def spent(self) -> dict[str, float]:
-        return self.noise.spent(self.job.steps, self.rows)
+        return self.noise.spent(self.job.steps)
 
 
 class Hierarchy:

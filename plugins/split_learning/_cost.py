@@ -118,7 +118,7 @@ def bytes_sent(
         for rows, length, count in survey["shapes"]:
             total += count * _step_bytes(job, model, places, client, rows, length)
         for rows, length, count in survey["eval_shapes"]:
-            total += count * _eval_bytes(job, model, places, client, rows, length)
+            total += evaluations(job) * count * _eval_bytes(job, model, places, client, rows, length)
     return total + _averaging_bytes(job, places, surveys) + _end_bytes(places, surveys)
 
 
@@ -148,6 +148,11 @@ def _eval_bytes(
     if job.topology == "u-shape" or job.topology == "remote-blocks":
         return 2 * (hidden + MESSAGE_BYTES)
     return (len(chain) - 1) * (hidden + LABEL_BYTES * rows * length + MESSAGE_BYTES + 40)
+
+
+def evaluations(job: Job) -> int:
+    """Before the first step, every so many steps, and after the last."""
+    return 2 + ((job.steps - 1) // job.eval_every if job.eval_every else 0)
 
 
 def _averaging_bytes(job: Job, places: Places, surveys: Sequence[Mapping[str, Any]]) -> int:

@@ -26,11 +26,23 @@ LOSSES = ("answer", "all")
 WEIGHTS = ("f32", "bf16")
 TUNES = ("adapter", "prompts")
 CLIENTS_MAX = 32
-LOCAL_KEYS = (  # of the others a job on one node has no use
-    "model topology clients steps batch_size max_length learning_rate weight_decay r alpha target_modules "
-    "dropout seed width cache loss_on micro_batches sparse gradient_checkpointing weights eval_every eval_rows checkpoint_every "
-    "adapter patience_s"
-).split()  # noqa: SIM905 - a list of words
+LOCAL_KEYS = [  # the others are of no use to a job on one node
+    *("model", "topology", "clients", "steps", "batch_size", "micro_batches", "max_length", "learning_rate"),
+    *(
+        "weight_decay",
+        "r",
+        "alpha",
+        "target_modules",
+        "dropout",
+        "seed",
+        "loss_on",
+        "sparse",
+        "width",
+        "cache",
+    ),
+    *("gradient_checkpointing", "weights", "eval_every", "eval_rows", "checkpoint_every", "adapter"),
+    "patience_s",
+]
 
 
 def _key(default: Any, text: str) -> Any:

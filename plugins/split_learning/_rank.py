@@ -25,7 +25,7 @@ from edged import Channel, Computed, EngineError, ProtocolError, TrainingSpec
 
 from .._tensors import codecs
 from .._tensors.rows import Batches, Encoded, encode, read_rows
-from .._tensors.sparse import SparseMask
+from .._tensors.sparse import Scores, SparseMask
 from . import _adapter
 from ._checkpoints import Checkpoints
 from ._job import Job, read
@@ -33,6 +33,7 @@ from ._link import Link, Stopped
 from ._places import Places
 
 Report = Callable[[str, int, Mapping[str, float]], None]
+SCORED_STEPS = 4  # of all values, whose gradients choose those that are tuned: at first only B has any
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's own
 HELLO_S = 60.0
 
@@ -43,6 +44,7 @@ class Rows:
 
     batches: Batches
     held_out: list[Encoded]
+    count: int
     dropped: int  # whose answers begin after `max_length`
 
     def shapes(self, steps: int) -> list[list[int]]:
@@ -73,7 +75,8 @@ class Rank(abc.ABC):
         self.parameters: list[nn.Parameter] = [p for span in self.spans for p in span.trainable()]
         self.parameters += self.own_parameters()
         self.optimiser = self.make_optimiser(self.parameters)
-        self.mask = SparseMask(self.job.sparse) if self.job.sparse < 1 else None
+        self.scores = Scores() if self.job.sparse < 1 else None  # until the mask is chosen
+        self.mask: SparseMask | None = None
         self.survey = self.count()
         self.steps_kept = tuple(step for step in self.checkpoints.steps if step <= self.job.steps)
 
@@ -211,10 +214,18 @@ class Rank(abc.ABC):
         """The optimiser's step from the gradients that stand; they are cleared."""
         if self.optimiser is None:
             return
+        if self.scores is not None:
+            self.scores.add(self._named())
+            if step + 1 >= SCORED_STEPS:
+                self.mask, self.scores = self.scores.choose(self.job.sparse), None
         if self.mask is not None:
-            self.mask.apply(self.parameters)
-        self.optimiser.step()
+            self.mask.step(self.optimiser, self._named())
+        else:
+            self.optimiser.step()
         self.optimiser.zero_grad(set_to_none=True)
+
+    def _named(self) -> dict[str, nn.Parameter]:
+        return {f"{i:05d}": parameter for i, parameter in enumerate(self.parameters)}
 
     def check_loss(self, step: int, loss: float) -> None:
         if not math.isfinite(loss):
@@ -234,7 +245,7 @@ class Rank(abc.ABC):
         held_out = [row for row in found if row.split == "test"][:share]
         train = [row for row in found if row.split == "train"]
         batches = Batches(train, job.batch_size, job.seed, job.max_length)
-        return Rows(batches, held_out, len(read_ones) - len(found))
+        return Rows(batches, held_out, len(train), len(read_ones) - len(found))
 
     def eval_batches(self) -> list[tuple[Tensor, Tensor]]:
         """Held-out rows in batches, in order: ids and labels (B, S)."""
@@ -268,8 +279,9 @@ class Rank(abc.ABC):
         for other, link in self._links.items():
             for key, residual in link.codec.state_dict().items():
                 found[f"residual.{other}.{key}"] = residual
-        if self.mask is not None:
-            found |= {f"mask.{name}": value for name, value in self.mask.state_dict().items()}
+        for kind, chosen in (("mask", self.mask), ("scores", self.scores)):
+            if chosen is not None:
+                found |= {f"{kind}.{name}": value for name, value in chosen.state_dict().items()}
         return found | {f"own.{name}": value for name, value in self.own_state().items()}
 
     def _save(self, step: int) -> None:
@@ -293,8 +305,10 @@ class Rank(abc.ABC):
                 residuals.setdefault(int(other), {})[key] = value
         for other, kept in residuals.items():
             self.link(other).codec.load_state_dict(kept)
-        if self.mask is not None:
-            self.mask.load_state_dict(_under(state, "mask."))
+        if self.scores is not None and step >= SCORED_STEPS:
+            self.mask, self.scores = SparseMask(_under(state, "mask.")), None
+        elif self.scores is not None:
+            self.scores.load_state_dict(_under(state, "scores."))
         self.set_own_state(_under(state, "own."))
 
     # --- the end --------------------------------------------------------------------------------
@@ -318,7 +332,14 @@ class Rank(abc.ABC):
         for giver in givers:
             if giver != self.rank:
                 parts |= self._take_part(giver)
-        _adapter.write(Path(self.spec.state_folder) / "adapter", parts, self.job, self.blocks, self.spec)
+        _adapter.write(
+            Path(self.spec.state_folder) / "adapter",
+            parts,
+            self.job,
+            is_transposed=self.blocks.family == "gpt2",
+            base=self.blocks.source.path,
+            model=self.spec.model_name,
+        )
         report("done", self.job.steps, self.spent())
 
     def spent(self) -> dict[str, float]:

@@ -38,7 +38,7 @@ class UShape(Rank):
             self.spans.append(span)
         self.is_client = self.rank in self.places.clients
         self.before = list(self.places.clients)
-        self.noise = Noise(job, self.rank)
+        self.noise = Noise(job, self.spec.state_folder, self.rows)
         self._hierarchy: Hierarchy | None = None
 
     def step(self, step: int, report: Report) -> None:
@@ -169,7 +169,7 @@ class UShape(Rank):
             self._hierarchy.set_state(state)
 
     def spent(self) -> dict[str, float]:
-        return self.noise.spent(self.job.steps, self.rows)
+        return self.noise.spent(self.job.steps)
 
 
 def _padded(given: Tensor, length: int) -> Tensor:
