@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from . import config, wire
 from . import identity as ids
+from .adapters import AdapterStore
 from .bearing import Bearing
 from .choosing import Chooser, check_policy
 from .coordinator import Coordinator
@@ -44,6 +45,7 @@ class Parts:
     supervisor: Supervisor
     models: ModelStore
     data: DataStore
+    adapters: AdapterStore
     device: Device
     bearing: Bearing
     probing: Probing
@@ -130,6 +132,7 @@ def compose(home: Home) -> Parts:
         supervisor,
         models,
         DataStore(home, supervisor),
+        AdapterStore(home),
         device,
         bearing,
         probing,

@@ -10,9 +10,6 @@ import typer
 from ..errors import ConfigError
 from .options import HomeOption, JsonOption
 
-Action = Annotated[str | None, typer.Argument(metavar="[ACTION]")]
-Words = Annotated[list[str] | None, typer.Argument(metavar="[NAME] [FILE]")]
-
 
 def finetune(
     kind: Annotated[str | None, typer.Argument(metavar="split|federated|local")] = None,
@@ -23,13 +20,6 @@ def finetune(
 ) -> None:
     """Training jobs. Not part of this version."""
     _refuse("finetune")
-
-
-def adapters(
-    action: Action = None, names: Words = None, home: HomeOption = None, as_json: JsonOption = False
-) -> None:
-    """LoRA adapters: ls, export NAME DIR, rm NAME. Not part of this version."""
-    _refuse("adapters")
 
 
 def _refuse(name: str) -> NoReturn:
