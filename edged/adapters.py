@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ from .types import EngineEntry
 log = logging.getLogger(__name__)
 CONFIG, TENSORS, GGUF, META = "adapter_config.json", "adapter_model.safetensors", "adapter.gguf", "meta.json"
 FILES = (CONFIG, TENSORS, GGUF)
+CONFIG_BYTES_MAX = 1 << 20
 META_BYTES_MAX = 1 << 16  # a provenance is a dozen figures
 NAME_CHARS_MAX = 64
 SUFFIX_MAX = 1000  # of a taken name
@@ -49,15 +50,15 @@ Scope = Literal["global", "personal"]
 class AdapterMeta:
     """What is told of an adapter when it is stored.
 
-    `base_sha256`, `base_name`: the model it belongs to. `kind`: LoRA, or a parallel adapter (PAC), which no
-    other program knows. `scope`: of all who trained together, or of one of them. `provenance`: how it came
-    to be (job, steps, privacy spent, ...), values of JSON.
+    `base_sha256`, `base_name`: the model it belongs to. `r`, `alpha`: 0 for what adapter_config.json says.
+    `kind`: LoRA, or a parallel adapter (PAC), which no other program knows. `scope`: of all who trained
+    together, or of one of them. `provenance`: how it came to be (job, steps, privacy spent, ...), as JSON.
     """
 
     base_sha256: str
     base_name: str
-    r: int
-    alpha: float
+    r: int = 0
+    alpha: float = 0.0
     kind: Kind = "lora"
     scope: Scope = "global"
     provenance: Mapping[str, Any] = field(default_factory=dict)
@@ -88,6 +89,13 @@ class _File(msgspec.Struct, frozen=True):
     bytes: int
     mtime_ns: int
     sha256: str
+
+
+class _Config(msgspec.Struct):
+    """What is read of PEFT's adapter_config.json."""
+
+    r: int
+    lora_alpha: float
 
 
 class _Stored(msgspec.Struct, frozen=True):
@@ -131,11 +139,11 @@ class AdapterStore:
             )
         return adapter
 
-    def adopt(self, folder: str | Path, name: str, meta: AdapterMeta, *, replace: bool = False) -> Adapter:
+    def adopt(self, folder: str | Path, name: str, meta: AdapterMeta, *, replaces: bool = False) -> Adapter:
         """Move a finished PEFT folder of the home's own file system into the store, by one rename.
 
-        A taken name gets -2, -3, ... unless `replace`. EngineError where files are missing or the disk
-        fails; then the folder stays where it was. Hashes the files: call it in a thread.
+        A taken name gets -2, -3, ... unless it `replaces` that one. EngineError where files are missing or
+        the disk fails; then the folder stays where it was. Hashes the files: call it in a thread.
         """
         check_adapter_name(name)
         source = Path(folder)
@@ -143,7 +151,7 @@ class AdapterStore:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             stored = _describe(source, meta)
             with held(self._folder, wait=True):
-                chosen = name if replace else self._free(name)
+                chosen = name if replaces else self._free(name)
                 write_atomically(source / META, _packed(msgspec.structs.replace(stored, name=chosen)))
                 _publish(source, self._folder / chosen)
         except OSError as error:
@@ -301,9 +309,23 @@ def _describe(folder: Path, meta: AdapterMeta) -> _Stored:
             )
     if not is_sha256(meta.base_sha256):
         raise EngineError("expected the SHA-256 of the adapter's base model; there is none")
+    if not (meta.r and meta.alpha):
+        config = _read_config(folder / CONFIG)
+        meta = replace(meta, r=config.r, alpha=config.lora_alpha)
     told = {name: getattr(meta, name) for name in AdapterMeta.__slots__}
     count = sum(file.bytes for file in files.values())
     return _Stored(**told, created_at=time.time(), files=files, bytes=count)
+
+
+def _read_config(path: Path) -> _Config:
+    try:
+        with open(path, "rb") as file:
+            return msgspec.json.decode(file.read(CONFIG_BYTES_MAX), type=_Config)
+    except (ValueError, RecursionError) as error:
+        raise EngineError(
+            f"expected `r` and `lora_alpha` in {CONFIG}; {type(error).__name__}",
+            remedy="train it again, or add it from a whole PEFT folder",
+        ) from error
 
 
 def _packed(stored: _Stored) -> bytes:

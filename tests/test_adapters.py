@@ -88,9 +88,21 @@ def test_a_taken_name_gets_a_number_unless_it_is_to_be_replaced(home: Home, stor
     names = [store.adopt(finished(home, str(n)), "mail", META).name for n in range(3)]
     names += [store.adopt(finished(home, f"l{n}"), long, META).name for n in range(2)]
     assert names == ["mail", "mail-2", "mail-3", long, "n" * 62 + "-2"]
-    other = store.adopt(finished(home, "new"), "mail-2", replace(META, r=4), replace=True)
+    other = store.adopt(finished(home, "new"), "mail-2", replace(META, r=4), replaces=True)
     assert (other.name, store.find("mail-2").r) == ("mail-2", 4)
     assert left_in(home) == sorted(names)
+
+
+def test_rank_and_alpha_are_those_of_the_config_where_nothing_else_is_told(
+    home: Home, store: AdapterStore
+) -> None:
+    source = finished(home)
+    untold = AdapterMeta("ab" * 32, "smol")
+    with pytest.raises(EngineError, match=r"expected `r` and `lora_alpha` in adapter_config\.json"):
+        store.adopt(source, "mail", untold)
+    (source / FILES[0]).write_text('{"peft_type": "LORA", "r": 12, "lora_alpha": 3}')
+    adopted = store.adopt(source, "mail", untold)
+    assert (adopted.r, adopted.alpha) == (12, 3.0)
 
 
 @pytest.mark.parametrize("missing", FILES[:2])
@@ -118,7 +130,7 @@ def test_a_disk_that_fails_leaves_both_folders_as_they_were(
 
     monkeypatch.setattr(os, "rename", fail)
     with pytest.raises(EngineError, match="expected to store adapter 'mail'; Invalid cross-device link"):
-        store.adopt(source, "mail", replace(META, r=4), replace=replaced)
+        store.adopt(source, "mail", replace(META, r=4), replaces=replaced)
     assert store.list() == [before]
     assert {*FILES} <= set(os.listdir(source))
 
