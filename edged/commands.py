@@ -14,6 +14,7 @@ import msgspec
 
 from . import identity as ids
 from . import plugins, pricing, requests, wire
+from .adapters import Adapter
 from .control import Emit
 from .coordinator import Coordinator
 from .datasets import DataSet
@@ -71,6 +72,10 @@ class Commands:
             "data.ls": self._list_data,
             "data.add": self._add_data,
             "data.rm": self._remove_data,
+            "adapters.ls": self._list_adapters,
+            "adapters.add": self._add_adapter,
+            "adapters.export": self._export_adapter,
+            "adapters.rm": self._remove_adapter,
             "plan": self._plan,
             "generate": self._generate,
             "finetune": self._finetune,
@@ -275,6 +280,35 @@ class Commands:
         removed = await asyncio.to_thread(self._parts.data.remove, str(request.body.get("name", "")))
         return {"data": [_data_row(removed)] if removed else []}
 
+    async def _list_adapters(self, request: Request) -> Document:
+        return {"adapters": [_adapter_row(adapter) for adapter in self._parts.adapters.list()]}
+
+    async def _add_adapter(self, request: Request) -> Document:
+        model = self._parts.models.find(str(request.body.get("model", "")))
+        entry = self._parts.engines.get(model.engine or "")
+        if not model.complete or entry is None or not entry.adapt:
+            raise ConfigError(
+                f"expected a whole model of an engine that takes adapters; {model.name!r} is none",
+                remedy="see `edged models ls` and `edged plugins`",
+            )
+        adapter = await self._parts.adapters.add(
+            str(request.body.get("name", "")),
+            request.files,
+            (model, entry),
+            self._parts.supervisor,
+            self._reporter(request.emit),
+        )
+        return {"adapters": [_adapter_row(adapter)]}
+
+    async def _export_adapter(self, request: Request) -> Document:
+        name = str(request.body.get("name", ""))
+        adapter, files = await self._parts.adapters.export(name, request.files, self._parts.supervisor)
+        return {"adapters": [_adapter_row(adapter)], "files": files}
+
+    async def _remove_adapter(self, request: Request) -> Document:
+        removed = await asyncio.to_thread(self._parts.adapters.remove, str(request.body.get("name", "")))
+        return {"adapters": [_adapter_row(removed)] if removed else []}
+
     def _reporter(self, emit: Emit) -> Callable[[dict[str, Any]], None]:
         """Progress of a task as events of its client."""
 
@@ -336,6 +370,12 @@ def _model_row(model: Model) -> Document:
 
 def _data_row(row: DataSet) -> Document:
     return {name: getattr(row, name) for name in ("name", "rows", "bytes", "sha256")}
+
+
+def _adapter_row(adapter: Adapter) -> Document:
+    names = ("name", "base_sha256", "base_name", "r", "alpha", "kind", "scope", "bytes")
+    row = {name: getattr(adapter, name) for name in names}
+    return row | {"created_at": rfc3339(adapter.created_at), "provenance": dict(adapter.provenance)}
 
 
 def _link_row(link: LinkState) -> Document:

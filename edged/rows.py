@@ -1,12 +1,14 @@
 """What a row of a data set may be: JSON Lines, checked row by row and without keeping any.
 
-A row is a JSON object on a line of its own, of one of three forms:
+A row is a JSON object on a line of its own, of one of three forms; of several the first of this list
+counts, other keys are left alone, and empty lines are skipped:
 
-    {"instruction": "...", "output": "...", "input": "..."}     `input` may be absent
-    {"messages": [{"role": "user", "content": "..."}, ...]}     at least one of the assistant's
+    {"messages": [{"role": "user", "content": "..."}, ...]}     the last one the assistant's
+    {"instruction": "...", "output": "...", "input": "..."}     `input` may be absent or empty
     {"text": "..."}
 
-and may say `"split": "train"` (what it is without one) or `"test"`. Other keys are left alone.
+and may say `"split": "train"` (what it is without one) or `"test"`. What is taken here, every training
+takes; a training may ask for more (a row to train on).
 """
 
 from __future__ import annotations
@@ -15,11 +17,11 @@ import msgspec
 
 from .errors import ConfigError
 
-LINE_BYTES_MAX = 4 << 20  # far above what a context holds; bounds the memory of a check
-ROLES = ("system", "user", "assistant", "tool")
+LINE_BYTES_MAX = 4 << 20  # with its break; far above what a context holds; bounds the memory of a check
+ROLES = ("system", "user", "assistant")
 SPLITS = ("train", "test")
 SHOWN_CHARS = 40  # of a wrong word in a message
-FORMS = "`instruction` and `output`, `messages`, or `text`"
+FORMS = "`messages`, `instruction` and `output`, or `text`"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 Absent = msgspec.UnsetType
 
@@ -42,13 +44,12 @@ _decoder = msgspec.json.Decoder(_Row)
 
 
 class RowCheck:
-    """Takes a file piece by piece, holds at most one unfinished line; ConfigError names the row.
-
-    Rows are counted from 1, and row n is line n: an empty line is an error, not a row less.
-    """
+    """Takes a file piece by piece, holds at most one unfinished line; ConfigError names the row by its line,
+    from 1. `rows` counts what is no empty line."""
 
     def __init__(self) -> None:
         self.rows = self.test_rows = 0
+        self._line = 1
         self._rest = bytearray()
 
     def feed(self, piece: bytes | memoryview) -> None:
@@ -57,7 +58,7 @@ class RowCheck:
         *lines, self._rest = self._rest.split(b"\n")
         for line in lines:
             self._take(line)
-        if len(self._rest) > LINE_BYTES_MAX:
+        if len(self._rest) >= LINE_BYTES_MAX:
             raise self._too_long()
 
     def end(self) -> None:
@@ -69,29 +70,29 @@ class RowCheck:
             raise ConfigError("expected at least one row; the file has none", remedy="add rows to the file")
 
     def _take(self, line: bytearray) -> None:
-        if len(line) > LINE_BYTES_MAX:
+        if len(line) >= LINE_BYTES_MAX:
             raise self._too_long()
-        try:
-            row = read_row(bytes(line))
-        except ConfigError as error:
-            raise self._fault(str(error)) from error
-        self.rows += 1
-        self.test_rows += row.split == "test"
+        if self._line == 1:
+            line = line.removeprefix(BYTE_ORDER_MARK)  # as some editors write
+        if line.strip():
+            try:
+                row = read_row(bytes(line))
+            except ConfigError as error:
+                raise self._fault(str(error)) from error
+            self.rows += 1
+            self.test_rows += row.split == "test"
+        self._line += 1
 
     def _too_long(self) -> ConfigError:
         return self._fault(f"expected at most {LINE_BYTES_MAX} bytes in a line; this one is longer")
 
     def _fault(self, text: str) -> ConfigError:
-        remedy = "mend that row of the file, then add it again"
-        return ConfigError(f"row {self.rows + 1}: {text}", remedy=remedy, code="bad-row")
+        remedy = "mend that line of the file, then add it again"
+        return ConfigError(f"row {self._line}: {text}", remedy=remedy, code="bad-row")
 
 
 def read_row(line: bytes) -> _Row:
     """One line as a row, its form checked; ConfigError says what is wrong, never what stands in it."""
-    if line.startswith(BYTE_ORDER_MARK):
-        raise ConfigError("expected JSON; a byte order mark came: save the file as UTF-8 without one")
-    if not line.strip():
-        raise ConfigError("expected a JSON object; an empty line came")
     try:
         line.decode()  # all of it: the decoder looks only at the keys that it knows
         row = _decoder.decode(line)
@@ -108,26 +109,23 @@ def read_row(line: bytes) -> _Row:
 
 
 def _check_form(row: _Row) -> None:
-    # `input` belongs to an instruction; alone it is of no form
-    keys = {
-        "instruction": (row.instruction, row.input, row.output),
-        "messages": (row.messages,),
-        "text": (row.text,),
-    }
-    forms = [form for form, values in keys.items() if any(value is not msgspec.UNSET for value in values)]
-    if len(forms) != 1:
-        came = " and ".join(f"`{form}`" for form in forms) or "none of them"
-        raise ConfigError(f"expected one of {FORMS}; {came} came")
-    if forms == ["instruction"]:
-        for name in ("instruction", "output"):
-            if getattr(row, name) is msgspec.UNSET:
-                raise ConfigError(f"expected `instruction` and `output`; `{name}` is absent")
-    elif row.text == "":
-        raise ConfigError("expected words in `text`; it is empty")
-    elif not isinstance(row.messages, Absent):
+    if not isinstance(row.messages, Absent):
         _check_messages(row.messages)
+    elif not (isinstance(row.instruction, Absent) and isinstance(row.output, Absent)):
+        for name in ("instruction", "output"):
+            _check_text(name, getattr(row, name))
+    elif not isinstance(row.text, Absent):
+        _check_text("text", row.text)
+    else:
+        raise ConfigError(f"expected one of {FORMS}; none of them came")
     if row.split is not msgspec.UNSET and row.split not in SPLITS:
         raise ConfigError(f"expected `split` to be train or test; {str(row.split)[:SHOWN_CHARS]!r} came")
+
+
+def _check_text(name: str, text: str | Absent) -> None:
+    if not text:
+        what = "is absent" if isinstance(text, Absent) else "is empty"
+        raise ConfigError(f"expected words in `{name}`; it {what}")
 
 
 def _check_messages(messages: list[_Message]) -> None:
@@ -135,5 +133,5 @@ def _check_messages(messages: list[_Message]) -> None:
     for role in roles:
         if role not in ROLES:
             raise ConfigError(f"expected a role of {', '.join(ROLES)}; {role[:SHOWN_CHARS]!r} came")
-    if "assistant" not in roles:
-        raise ConfigError("expected a message of the assistant to learn from; there is none")
+    if len(roles) < 2 or roles[-1] != "assistant":
+        raise ConfigError("expected a question and, as the last message, the assistant's answer")

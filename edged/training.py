@@ -22,7 +22,7 @@ import msgspec
 
 from . import metering, models, wire
 from .accounting import estimated_training_joules
-from .adapters import AdapterStore
+from .adapters import META, Adapter, AdapterMeta, AdapterStore, Kind
 from .choosing import Chooser
 from .config import Profile
 from .control import Emit
@@ -228,7 +228,8 @@ class Trainings:
         if training is None:
             known = ", ".join(sorted(self._trainings)) or "none"
             raise ConfigError(
-                f"no training {request.kind!r}; loaded: {known}", remedy='add "split_learning" to `plugins`'
+                f"no training {request.kind!r}; loaded: {known}",
+                remedy="name one of these, or load the plugin that brings it",
             )
         settings = training.check(request.settings)
         if not 1 <= settings["steps"] <= STEPS_MAX:
@@ -560,15 +561,7 @@ class Trainings:
             watts = {node.node_id: node.watts for node in nodes}
             joules = estimated_training_joules([watts.get(r.node_id) for r in run.plan.roles], seconds)
             source = "estimated"
-        model = self._models.find(str(run.settings["model"]))
-        mine = self._peers.identity.node_id
-        rank = next(role.rank for role in run.plan.roles if role.node_id == mine)
-        made = self._folder / f"{mine[:16]}-{run.job_id}" / f"rank-{rank}" / "adapter"
-        provenance = {"job_id": run.job_id, "steps": run.plan.steps, **done}
-        name = str(run.settings["adapter"] or run.request.name)
-        adapter = self._adapters.adopt(
-            made, name, {"base_sha256": model.sha256, "base_name": model.name, "provenance": provenance}
-        )
+        adapter = await asyncio.to_thread(self._adopt, run, run.plan, dict(done))
         return {
             "job_id": run.job_id,
             "adapter": adapter.name,
@@ -593,6 +586,20 @@ class Trainings:
             | dict(done),
         }
 
+    def _adopt(self, run: _Run, plan: TrainingPlan, done: Mapping[str, float]) -> Adapter:
+        """Keep what the collector wrote; a job that ended between that and its own end has it already."""
+        for adapter in self._adapters.list():
+            if (
+                adapter.provenance.get("job_id") == run.job_id
+                and adapter.provenance.get("steps") == plan.steps
+            ):
+                return adapter
+        model, mine = self._models.find(str(run.settings["model"])), self._peers.identity.node_id
+        made = self._folder / f"{mine[:16]}-{run.job_id}" / f"rank-{plan.collector}" / "adapter"
+        provenance = {"job_id": run.job_id, "kind": run.request.kind, "steps": plan.steps, **done}
+        meta = AdapterMeta(model.sha256, model.name, kind=_kind_of(made), provenance=provenance)
+        return self._adapters.adopt(made, str(run.settings["adapter"] or run.request.name), meta)
+
     def _plan_row(self, run: _Run) -> dict[str, Any]:
         assert run.plan is not None
         return {
@@ -616,6 +623,19 @@ class Trainings:
                 "memory_bytes": {role.node_id: role.memory_bytes for role in run.plan.roles},
             },
         }
+
+
+def _kind_of(made: Path) -> Kind:
+    """Of an adapter that is no LoRA its maker says so beside it."""
+    try:
+        told = (made / META).read_bytes()
+    except FileNotFoundError:
+        return "lora"
+    return msgspec.json.decode(told, type=_Made).kind
+
+
+class _Made(msgspec.Struct):
+    kind: Kind
 
 
 def _is_loss(error: EdgedError) -> bool:

@@ -522,6 +522,9 @@ class EngineEntry:
     check(settings: dict) -> dict {"version": str, "max_error": float}; EngineError when unusable
     ranges(spec: EngineSpec) -> byte ranges of the model file that `load` reads for this role, given a
         file of which only the head, up to its first tensor, need be there. Empty: all of the file.
+    adapt(folder: str, base: str, out: str) -> dict {"r": int, "alpha": float, "made_for": str | None}:
+        checks a PEFT folder for the model file `base` and writes llama.cpp's file of it to `out`;
+        ConfigError where it does not fit. Empty: it brings no such function.
 
     `window_bytes`: memory in which the engine computes with weights of any size, read again for every
     token (`EngineSpec.weights_bytes`); 0: they must all fit.
@@ -547,6 +550,7 @@ class EngineEntry:
     remedy: str = ""
     models: tuple[str, ...] | None = None
     stated: Predicted | None = None
+    adapt: str = ""
 
 
 class Propose(Protocol):

@@ -27,6 +27,7 @@ def edged_engines(settings: Mapping[str, Any]) -> Sequence[EngineEntry]:
             describe="edged_plugins._llama_describe:describe",
             measure="edged_plugins._llama_describe:measure",
             check="edged_plugins._llama_describe:check",
+            adapt="edged_plugins._tensors.adapters:adapt",
             settings=dataclasses.asdict(read("llama_cpp", settings, Settings)),
             takes=("shard",),
             strategies=("local", "remote", "cloud"),

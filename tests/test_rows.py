@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import tempfile
 
 import pytest
 from hypothesis import given, settings
@@ -15,39 +16,36 @@ from edged.rows import LINE_BYTES_MAX, RowCheck
 TALK = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]
 GOOD = [
     b'{"instruction": "add", "output": "3"}',
-    b'{"instruction": "add", "input": "1 2", "output": "", "split": "test"}',
+    b'{"instruction": "add", "input": "1 2", "output": "3", "split": "test"}',
     b'{"text": "once", "split": "train", "source": {"page": [1, 2]}}',
     json.dumps({"messages": TALK}).encode(),
     '{"text": "día 日 \\ud83d\\ude00"}'.encode(),
     b'  {"text": "indented"}  \r',
+    b'{"instruction": "add", "output": "3", "input": "", "text": "add: 3"}',
 ]
 BAD = [
     (b"nonsense", "expected a JSON object; JSON is malformed"),
     (b'{"text": "cut', "expected a JSON object; Input data was truncated"),
     (b'{"text": "a"} {"text": "b"}', "trailing characters"),
     (b'["text"]', "expected `object`, got `array`"),
-    (b"", "an empty line came"),
-    (b" \t\r", "an empty line came"),
-    (b"\xef\xbb\xbf" + GOOD[0], "save the file as UTF-8 without one"),
+    (b"\xef\xbb\xbf" + GOOD[0], "expected a JSON object; JSON is malformed"),
     (b'{"text": "\xe4"}', "expected UTF-8; byte 11 of the line is none"),
     (b'{"text": "a", "note": "\xff"}', "expected UTF-8; byte 24 of the line"),
     (b'{"text": "\\ud800"}', "expected a JSON object"),
     (b'{"text": "a", "note": ' + b"[" * 10**5 + b"]" * 10**5 + b"}", "nested too deep"),
     (b'{"title": "a"}', "none of them came"),
-    (b'{"text": "a", "messages": []}', "`messages` and `text` came"),
-    (b'{"text": "a", "input": "b"}', "`instruction` and `text` came"),
-    (b'{"instruction": "a"}', "`output` is absent"),
-    (b'{"input": "a", "output": "b"}', "`instruction` is absent"),
+    (b'{"input": "a"}', "none of them came"),
+    (b'{"instruction": "a"}', "words in `output`; it is absent"),
+    (b'{"input": "a", "output": "b", "text": "c"}', "words in `instruction`; it is absent"),
+    (b'{"instruction": "a", "output": ""}', "words in `output`; it is empty"),
     (b'{"instruction": 5, "output": "b"}', "expected `str`, got `int` - at `$.instruction`"),
     (b'{"text": null}', "expected `str`, got `null` - at `$.text`"),
-    (b'{"text": ""}', "it is empty"),
+    (b'{"text": ""}', "words in `text`; it is empty"),
     (b'{"text": "a", "split": "dev"}', "train or test; 'dev' came"),
-    (b'{"messages": []}', "a message of the assistant"),
-    (b'{"messages": [{"role": "user", "content": "a"}]}', "a message of the assistant"),
-    (
-        b'{"messages": [{"role": "gpt", "content": "a"}]}',
-        "expected a role of system, user, assistant, tool; 'gpt'",
-    ),
+    (b'{"text": "a", "messages": []}', "as the last message, the assistant's answer"),
+    (b'{"messages": [{"role": "assistant", "content": "a"}]}', "expected a question and"),
+    (json.dumps({"messages": TALK[::-1]}).encode(), "as the last message, the assistant's"),
+    (b'{"messages": [{"role": "gpt", "content": "a"}]}', "expected a role of system, user, assistant; 'gpt'"),
     (b'{"messages": [{"role": "user"}]}', "missing required field `content`"),
     (b'{"messages": "hi"}', "expected `array`, got `str`"),
 ]
@@ -92,15 +90,48 @@ def test_any_bytes_are_rows_or_a_named_fault(content: bytes) -> None:
         assert checked(content).rows > 0
 
 
-@pytest.mark.parametrize("content", [b"", b"\n"])
+@pytest.mark.parametrize("content", [b"", b"\n", b" \r\n\t\n", b"\xef\xbb\xbf"])
 def test_a_file_without_rows_is_refused(content: bytes) -> None:
-    with pytest.raises(ConfigError, match=r"expected at least one row|row 1: .* an empty line came"):
+    with pytest.raises(ConfigError, match="expected at least one row"):
         checked(content)
+
+
+def test_empty_lines_are_no_rows_and_count_as_lines() -> None:
+    content = b"\xef\xbb\xbf" + GOOD[0] + b"\n\n \r\n" + GOOD[1] + b"\n\n"
+    assert (checked(content).rows, checked(content).test_rows) == (2, 1)
+    with pytest.raises(ConfigError, match="row 6: expected a JSON object"):
+        checked(content + b"nonsense")
+
+
+WORDS = st.sampled_from(["", "a", "ä", 5, None])
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {}, optional={"role": st.sampled_from(["system", "user", "assistant", "gpt"]), "content": WORDS}
+    ),
+    max_size=3,
+)
+TEXTS = dict.fromkeys(("instruction", "output", "input", "text", "note"), WORDS)
+OPTIONAL = {**TEXTS, "messages": MESSAGES, "split": st.sampled_from(["train", "test", "dev"])}
+
+
+@given(st.lists(st.fixed_dictionaries({}, optional=OPTIONAL), min_size=1, max_size=2))
+@settings(max_examples=300, deadline=None)
+def test_a_training_reads_every_file_that_the_store_takes(rows: list[dict]) -> None:
+    reader = pytest.importorskip("edged_plugins._tensors.rows", reason="needs numpy: make install")
+    content = "\n".join(map(json.dumps, [*rows, {"text": "to train on"}])).encode()
+    try:
+        count = checked(content).rows
+    except ConfigError:
+        return
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        assert len(reader.read_rows(file.name)) == count
 
 
 def test_a_line_that_never_ends_is_refused_before_it_is_kept() -> None:
     check, piece = RowCheck(), b"x" * (1 << 20)
-    for _ in range(LINE_BYTES_MAX // len(piece)):
+    for _ in range(LINE_BYTES_MAX // len(piece) - 1):
         check.feed(piece)
     with pytest.raises(ConfigError, match=rf"row 1: expected at most {LINE_BYTES_MAX} bytes"):
         check.feed(piece)
@@ -109,7 +140,7 @@ def test_a_line_that_never_ends_is_refused_before_it_is_kept() -> None:
 
 def test_a_line_of_the_longest_length_is_a_row_and_one_byte_more_is_none() -> None:
     frame = b'{"text": ""}'
-    longest = frame[:-2] + b"x" * (LINE_BYTES_MAX - len(frame)) + frame[-2:]
+    longest = frame[:-2] + b"x" * (LINE_BYTES_MAX - 1 - len(frame)) + frame[-2:]
     assert checked(longest + b"\n").rows == 1
     with pytest.raises(ConfigError, match="row 1: expected at most"):
         checked(b" " + longest + b"\n" + GOOD[0])

@@ -41,7 +41,7 @@ COMMANDS = {  # name: (module of this package, what it does)
     "jobs": ("jobs", "The job table; one job; `jobs rm ID`."),
     "cancel": ("jobs", "Cancel a job."),
     "finetune": ("finetune", "Training jobs: split, local."),
-    "adapters": ("absent", "LoRA adapters."),
+    "adapters": ("adapters", "LoRA adapters: ls, add, export, rm."),
     "simulate": ("simulate", "Scheduling over simulated devices and time."),
     "bench": ("bench", "Benchmarks, from a checkout."),
     "config": ("settings", "Effective settings and their origin."),

@@ -251,6 +251,20 @@ def _wrong(text: str) -> ConfigError:
 # --- llama.cpp ------------------------------------------------------------------------------------
 
 
+def adapt(folder: str, base: str, out: str) -> dict[str, Any]:
+    """`EngineEntry.adapt`: check a PEFT folder for a model file, write `out` where that is a GGUF."""
+    config, _ = read_peft(folder)
+    with open(base, "rb") as file:
+        if file.read(4) == b"GGUF":
+            to_gguf(folder, base, out)
+    made_for = config.get("base_model_name_or_path")
+    return {
+        "r": config["r"],
+        "alpha": float(config["lora_alpha"]),
+        "made_for": made_for[:NAME_CHARS] if isinstance(made_for, str) else None,
+    }
+
+
 def to_gguf(folder: str | Path, base: str | Path, out: str | Path) -> None:
     """Write llama.cpp's file (F32) of a PEFT folder for the base model in the GGUF `base`; atomically.
 

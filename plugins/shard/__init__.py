@@ -60,6 +60,7 @@ def edged_engines(settings: Mapping[str, Any]) -> Sequence[EngineEntry]:
             measure="edged_plugins.shard._measure:measure",
             check="edged_plugins.shard._check:check",
             ranges="edged_plugins.shard._ranges:ranges",
+            adapt="edged_plugins._tensors.adapters:adapt",
             window_bytes=WINDOW_BYTES,
             settings=chosen,
         )

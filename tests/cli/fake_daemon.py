@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import socket
 import threading
@@ -78,8 +79,9 @@ class FakeDaemon:
     def _receive(self, connection: socket.socket) -> wire.Message | None:
         prefix, fds, _, _ = socket.recv_fds(connection, 4, 4)
         for fd in fds:
-            with os.fdopen(fd, "rb") as file:
-                self.files.append(file.read())
+            is_readable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE != os.O_WRONLY
+            with os.fdopen(fd, "rb" if is_readable else "wb") as file:
+                self.files.append(file.read() if is_readable else b"")
         if not prefix:
             return None
         assert len(prefix) == 4

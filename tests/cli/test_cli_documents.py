@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from edged.errors import NoDaemonError, PeerError, TrustError
+from edged.errors import EngineError, NoDaemonError, PeerError, TrustError
 from edged.identity import fingerprint_of
 
 FINGERPRINT = fingerprint_of("a" * 52)
@@ -49,6 +49,18 @@ PEER = SEEN | {
     "zone": "own",
 }
 DATA = {"name": "notes", "rows": 1200, "bytes": 3 << 20, "sha256": "ab" * 32}
+ADAPTER = {
+    "name": "mail",
+    "base_sha256": "0" * 64,
+    "base_name": "smol",
+    "r": 8,
+    "alpha": 16,
+    "kind": "lora",
+    "scope": "personal",
+    "bytes": 1 << 20,
+    "created_at": "2026-01-01T00:00:00Z",
+    "provenance": {"steps": 100},
+}
 MODEL = {
     "name": "smollm2-135m-instruct-q4_1",
     "sha256": "0" * 64,
@@ -197,6 +209,9 @@ COMMANDS: list[tuple[list[str], str, dict[str, Any], dict[str, Any], list[str]]]
     (["data", "ls"], "data.ls", {}, {"data": [DATA]}, ["notes", "1200", "3 MiB", "abababababab"]),
     (["data", "ls"], "data.ls", {}, {"data": []}, ["edged data add NAME FILE"]),
     (["data", "rm", "notes"], "data.rm", {"name": "notes"}, {"data": [DATA]}, ["notes"]),
+    (["adapters", "ls"], "adapters.ls", {}, {"adapters": [ADAPTER]}, ["mail", "smol", "16", "1 MiB"]),
+    (["adapters", "ls"], "adapters.ls", {}, {"adapters": []}, ["edged finetune"]),
+    (["adapters", "rm", "mail"], "adapters.rm", {"name": "mail"}, {"adapters": [ADAPTER]}, ["mail"]),
     (["models", "pull", "m"], "models.pull", {"name": "m"}, {"models": [MODEL]}, ["smollm2"]),
     (["plan", "--model", "m"], "plan", PLAN_BODY, PLAN, ["tensor", "laptop 0-30 50%", "12.5", "1 MiB"]),
     (
@@ -317,6 +332,59 @@ def test_a_data_file_travels_as_an_open_file(home: Any, daemon: Any, edged: Any,
     assert fake.files == [b'{"text": "a"}']
     assert "expected a data set name" in edged("data", "add", "../x", file, "--home", home.path).err
     assert "readable data file" in edged("data", "add", "x", tmp_path / "no", "--home", home.path).err
+
+
+def test_an_adapter_made_elsewhere_travels_as_two_open_files(
+    home: Any, daemon: Any, edged: Any, tmp_path: Path
+) -> None:
+    fake = daemon({"adapters.add": {"adapters": [ADAPTER]}})
+    (tmp_path / "adapter_config.json").write_bytes(b"{}")
+    line = ("adapters", "add", "mail", tmp_path, "--model", "smol", "--home", home.path, "--json")
+    assert "readable adapter file" in edged(*line).err
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"tensors")
+    assert edged(*line).document == {"adapters": [ADAPTER]}
+    assert fake.requests == [("adapters.add", {"name": "mail", "model": "smol"})]
+    assert fake.files == [b"{}", b"tensors"]
+
+
+@pytest.mark.parametrize("place", ["new", "empty"])
+def test_an_export_becomes_the_folder_with_what_there_is(
+    place: str, home: Any, daemon: Any, edged: Any, tmp_path: Path
+) -> None:
+    rows = [{"name": name, "bytes": 2} for name in ("adapter_config.json", "adapter_model.safetensors")]
+    daemon({"adapters.export": {"adapters": [ADAPTER], "files": rows}})
+    folder = tmp_path / "out"
+    if place == "empty":
+        folder.mkdir()
+    result = edged("adapters", "export", "mail", folder, "--home", home.path, "--json")
+    assert result.document == {"adapters": [ADAPTER], "files": rows, "path": str(folder)}
+    assert sorted(os.listdir(folder)) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+@pytest.mark.parametrize("place", ["file", "link", "full"])
+def test_an_export_overwrites_nothing(place: str, home: Any, edged: Any, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    if place == "file":
+        folder.write_text("mine")
+    if place == "link":
+        folder.symlink_to(tmp_path / "nowhere")
+    if place == "full":
+        folder.mkdir()
+        (folder / "mine").touch()
+    result = edged("adapters", "export", "mail", folder, "--home", home.path, "--json")
+    assert result.document["error"]["code"] == "exists"
+    assert [path.name for path in tmp_path.glob(".out*")] == []
+
+
+def test_a_failed_export_leaves_no_folder(home: Any, daemon: Any, edged: Any, tmp_path: Path) -> None:
+    def fail(body: Any, emit: Any) -> Any:
+        raise EngineError("expected to write adapter.gguf; No space left on device")
+
+    daemon({"adapters.export": fail})
+    assert edged("adapters", "export", "mail", tmp_path / "out", "--home", home.path).code == 6
+    assert [path.name for path in tmp_path.iterdir() if "out" in path.name] == []
+    missing = edged("adapters", "export", "mail", tmp_path / "no" / "out", "--home", home.path)
+    assert (missing.code, "No such file" in missing.err) == (2, True)
 
 
 @pytest.mark.parametrize("kind", ["missing", "folder", "pipe"])

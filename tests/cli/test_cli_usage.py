@@ -48,7 +48,7 @@ def test_a_wrong_command_line_is_a_document_with_json(line: list[str], words: st
 
 @pytest.mark.parametrize("name", sorted(cli.COMMANDS))
 def test_every_command_has_help_and_takes_home_and_json(name: str, edged: Any) -> None:
-    words = [name, "ls"] if name in ("models", "data") else [name]
+    words = [name, "ls"] if name in ("models", "data", "adapters") else [name]
     result = edged(*words, "--help")
     assert result.code == 0
     assert "--home" in result.out
@@ -84,10 +84,7 @@ def test_common_options_may_stand_before_the_command(home: Any, daemon: Any, edg
     assert edged("--home", home.path, "--json", "models", "ls").document == {"models": []}
 
 
-ABSENT = (
-    "finetune split c.toml --resume j",
-    "adapters export a d",
-)
+ABSENT = ("finetune split c.toml --resume j",)
 
 
 @pytest.mark.parametrize("line", ABSENT)

@@ -1,0 +1,134 @@
+"""`edged adapters`: what training left. Files are opened here and handed over, both ways."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import ConfigError
+from ..models import check_model_name
+from .asking import ask, open_file
+from .options import HomeOption, JsonOption
+from .output import Document, show
+from .tables import sized, table
+
+FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter.gguf")  # in the daemon's order
+
+adapters = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="LoRA adapters: PEFT folders, with llama.cpp's file beside them.",
+    short_help="LoRA adapters: ls, add, export, rm.",
+)
+NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="An adapter's name.")]
+
+
+@adapters.command("ls")
+def ls(home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """The adapters this node holds."""
+    show(ask(home, "adapters.ls"), as_json, _show_adapters)
+
+
+@adapters.command("add")
+def add(
+    name: NameArgument,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A PEFT folder made elsewhere.")],
+    model: Annotated[str, typer.Option(metavar="M", help="The stored model that it belongs to.")],
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Check a LoRA of peft against a stored model and keep it under a name."""
+    check_model_name(name, "adapter")
+    with contextlib.ExitStack() as stack:
+        descriptors = []
+        for file in FILES[:2]:
+            descriptors.append(open_file(folder / file, "adapter file"))
+            stack.callback(os.close, descriptors[-1])
+        body = {"name": name, "model": model}
+        document = ask(home, "adapters.add", body, descriptors, silence_s=None)
+    show(document, as_json, _show_adapters)
+
+
+@adapters.command("export")
+def export(
+    name: NameArgument,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new or empty folder.")],
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write an adapter as a PEFT folder, with adapter.gguf for llama.cpp where its base is a GGUF."""
+    check_model_name(name, "adapter")
+    with _made(folder) as (staged, descriptors):
+        document = ask(home, "adapters.export", {"name": name}, descriptors, silence_s=None)
+        for file in set(FILES) - {row["name"] for row in document["files"]}:
+            (staged / file).unlink()
+    show(document | {"path": str(folder)}, as_json, _show_export)
+
+
+@adapters.command("rm")
+def rm(name: NameArgument, home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """Delete an adapter from this node."""
+    show(ask(home, "adapters.rm", {"name": name}, silence_s=None), as_json, _show_adapters)
+
+
+@contextlib.contextmanager
+def _made(folder: Path) -> Iterator[tuple[Path, list[int]]]:
+    """A hidden folder beside `folder` and its open files; it becomes `folder` unless there is an error."""
+    target = Path(os.path.abspath(folder))
+    if (target.exists() or target.is_symlink()) and not (target.is_dir() and not any(target.iterdir())):
+        raise ConfigError(
+            f"expected a new or empty folder; there is something at {folder}",
+            remedy="name another folder: nothing is overwritten",
+            code="exists",
+        )
+    try:
+        staged = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
+    except OSError as error:
+        raise ConfigError(
+            f"expected a place to write to at {folder}; {error.strerror}", remedy="name another folder"
+        ) from error
+    try:
+        with contextlib.ExitStack() as stack:
+            descriptors = []
+            for name in FILES:
+                flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+                descriptors.append(os.open(staged / name, flags, 0o600))
+                stack.callback(os.close, descriptors[-1])
+            yield staged, descriptors
+        os.rename(staged, target)  # over an empty folder at most
+    except OSError as error:
+        raise ConfigError(
+            f"expected to write to {folder}; {error.strerror}", remedy="name another folder"
+        ) from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _show_adapters(document: Document) -> None:
+    rows = [
+        (
+            adapter.get("name"),
+            adapter.get("base_name"),
+            str(adapter.get("base_sha256"))[:12],
+            adapter.get("r"),
+            adapter.get("alpha"),
+            adapter.get("kind"),
+            adapter.get("scope"),
+            sized(adapter.get("bytes")),
+        )
+        for adapter in document.get("adapters", ())
+    ]
+    headings = ("name", "base", "sha256", "r", "alpha", "kind", "scope", "size")
+    table(headings, rows, empty="no adapters; a training makes one: `edged finetune`")
+
+
+def _show_export(document: Document) -> None:
+    rows = [(row.get("name"), sized(row.get("bytes"))) for row in document.get("files", ())]
+    table((f"written to {document.get('path')}", "size"), rows)
