@@ -191,6 +191,19 @@ def test_an_answer_that_the_template_rewrites_later_is_not_in_the_loss() -> None
     assert in_loss(one) == "(no thoughts)Farewell</a>"
 
 
+def test_a_template_that_moves_the_system_prompt_leaves_the_last_answer() -> None:
+    """Mistral's puts it before the last message of the user, so that no earlier prompt is part of the row."""
+
+    class Moving(Characters):
+        def chat(self, messages: Sequence[Mapping[str, str]], *, answers: bool) -> list[int]:
+            system, *others = messages
+            last = max(i for i, message in enumerate(others) if message["role"] == "user")
+            return super().chat([*others[:last], system, *others[last:]], answers=answers)
+
+    (one,) = encode([Row(1, tuple(CHAT))], Moving(), 200)
+    assert in_loss(one) == "Farewell</a>"
+
+
 def test_a_template_whose_prompt_leads_elsewhere_is_named_with_the_row() -> None:
     class Elsewhere(Characters):
         def chat(self, messages: Sequence[Mapping[str, str]], *, answers: bool) -> list[int]:
