@@ -19,7 +19,7 @@ from edged import EngineError, EngineSpeed, ModelDescription, TensorEntry
 from .._gguf import read_head
 from ._config import Sizes, read_config, sizes_of
 from ._families import FAMILIES, Family
-from ._gguf_config import config_of, family_of, names_of, refuse_unknown_tensors
+from ._gguf_config import config_of, family_of, refuse_unknown_tensors
 from ._safetensors_head import is_safetensors, main_type, read_safetensors_head
 
 WIDTH, ROWS, BATCH = 1024, 2048, 512  # of the benchmark's matrix, and positions that it is multiplied by
@@ -36,13 +36,13 @@ def describe(path: str) -> dict[str, Any]:
 def _of_gguf(path: str) -> ModelDescription:
     head = read_head(path)
     family = family_of(head)
-    sizes = sizes_of(family, config_of(head, family), path)
-    refuse_unknown_tensors(head, set(names_of(family, sizes.layers).values()))
+    config = config_of(head, family)
+    refuse_unknown_tensors(head, family, config)
     found = head.tensors.values()
     tensors = tuple(TensorEntry(t.name, t.type_name, t.shape, t.offset, t.bytes) for t in found)
     return _description(
         str(head.keys["general.architecture"]),
-        sizes,
+        sizes_of(family, config, path),
         tensors,
         block="blk.",
         outer=("token_embd.", "position_embd.", "token_embd_norm."),

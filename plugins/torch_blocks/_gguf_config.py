@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -64,7 +65,6 @@ def config_of(head: Head, family: Family) -> dict[str, Any]:
     head_dim = keys.whole("attention.key_length", max(1, hidden // heads))
     if keys.whole("attention.value_length", head_dim) != head_dim:
         raise EngineError(f"{head.path}: expected keys and values of one width")
-    has = {name for name in head.tensors if name.startswith("blk.0.")}
     config: dict[str, Any] = {
         "vocab_size": embedding.shape[1],
         "hidden_size": hidden,
@@ -87,8 +87,9 @@ def config_of(head: Head, family: Family) -> dict[str, Any]:
     elif head_dim * heads != hidden:
         raise EngineError(f"{head.path}: expected heads of {hidden // heads}, {head_dim} came")
     if family.name in ("llama", "gemma"):
-        config["attention_bias"] = "blk.0.attn_output.bias" in has
-        config["mlp_bias"] = "blk.0.ffn_down.bias" in has
+        config["attention_bias"] = "blk.0.attn_output.bias" in head.tensors
+    if family.name == "llama":
+        config["mlp_bias"] = "blk.0.ffn_down.bias" in head.tensors
     if family.name == "gpt2":
         config["n_inner"] = config["intermediate_size"]
     if family.name == "gpt_neox":
@@ -167,13 +168,20 @@ def names_of(family: Family, layers: int) -> dict[str, str]:
     return names
 
 
-def refuse_unknown_tensors(head: Head, known: set[str]) -> None:
+def refuse_unknown_tensors(head: Head, family: Family, config: Mapping[str, Any]) -> None:
     """A tensor without a place is a part of the model that would not be computed."""
-    known |= {name.replace("attn_qkv", f"attn_{letter}") for name in known for letter in "qkv"}
+    biases = {*family.biases}
+    if config.get("attention_bias"):
+        biases |= {"attn_q", "attn_k", "attn_v", "attn_output"}
+    if config.get("mlp_bias"):
+        biases |= {"ffn_gate", "ffn_up", "ffn_down"}
+    known = {ROPE_FREQS, ROPE_LONG, ROPE_SHORT}
+    for name in names_of(family, config["num_hidden_layers"]).values():
+        parts = [name, *(name.replace("attn_qkv", f"attn_{letter}") for letter in "qkv")]
+        has_bias = name.rpartition(".")[2] in biases
+        known |= {f"{part}.{kind}" for part in parts for kind in ("weight", *["bias"] * has_bias)}
     for name in head.tensors:
-        if name.rpartition(".")[0] in known or name in (ROPE_FREQS, ROPE_LONG, ROPE_SHORT):
-            continue
-        if not name.endswith(IGNORED):
+        if name not in known and not name.endswith(IGNORED):
             raise EngineError(
                 f"torch_blocks does not know tensor {name!r} of {head.path}",
                 remedy="this is another model than its architecture says; use one of a known family",

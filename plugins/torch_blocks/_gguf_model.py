@@ -38,7 +38,7 @@ class GgufModel:
         self.family = family_of(self.head)
         self.config = config_of(self.head, self.family)
         self._names = names_of(self.family, self.config["num_hidden_layers"])
-        refuse_unknown_tensors(self.head, set(self._names.values()))
+        refuse_unknown_tensors(self.head, self.family, self.config)
 
     def tokenizer(self) -> Tokenizer:
         """Its vocabulary; the hash is of every key that says how text becomes tokens, chat template too."""

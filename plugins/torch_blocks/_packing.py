@@ -35,7 +35,7 @@ def pack(folder: Path, out_file: Path) -> Path:
     """
     texts = _texts(folder)
     places: dict[str, tuple[Path, Entry]] = {}
-    for shard in _shards(folder):
+    for shard in _shards(folder, out_file):
         head = read_safetensors_head(str(shard))
         _add(places, shard, head)
     half = out_file.with_name(f".{out_file.name}.{os.getpid()}.half")
@@ -90,8 +90,8 @@ def _pieces(shard: Path, entry: Entry) -> Iterator[bytes]:
             yield piece
 
 
-def _shards(folder: Path) -> list[Path]:
-    """The files of the model's weights: those of its index, or its only ones."""
+def _shards(folder: Path, out_file: Path) -> list[Path]:
+    """The files of the model's weights: those of its index, or all but adapters and what is packed."""
     if (folder / INDEX).exists():
         listed = _json(folder / INDEX).get("weight_map")
         names = set(listed.values()) if isinstance(listed, dict) else set()
@@ -99,7 +99,8 @@ def _shards(folder: Path) -> list[Path]:
             raise ConfigError(f"{folder / INDEX}: expected a map of file names as weight_map")
         found = sorted(folder / name for name in names)
     else:
-        found = sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("adapter_"))
+        weights = [path for path in folder.glob("*.safetensors") if path.absolute() != out_file.absolute()]
+        found = sorted(path for path in weights if not path.name.startswith("adapter_"))
     missing = [path.name for path in found if not path.is_file()]
     if missing or not found:
         raise ConfigError(

@@ -66,7 +66,7 @@ def make(family: str, folder: Path) -> tuple[Any, Path]:
     logging.disable_progress_bar()  # a thread of its own
     model.save_pretrained(folder)
     write_tokenizer(folder)
-    return model, pack(folder, folder / "packed.safetensors")
+    return model, pack(folder, folder.with_suffix(".packed"))
 
 
 def write_tokenizer(folder: Path, template: str = "") -> None:

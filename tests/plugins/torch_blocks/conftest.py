@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+sys.path.append(str(Path(__file__).parent.parent / "shard"))  # its rig has libllama
+
 NEEDED = ("torch", "transformers", "peft", "safetensors", "tokenizers", "gguf", "llama_cpp")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
