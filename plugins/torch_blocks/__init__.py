@@ -27,7 +27,7 @@ def edged_engines(settings: Mapping[str, Any]) -> Sequence[EngineEntry]:
             describe="edged_plugins.torch_blocks._describe:describe",
             measure="edged_plugins.torch_blocks._describe:measure",
             check="edged_plugins.torch_blocks._describe:check",
-            takes=("shard", "llama_cpp"),
+            takes=("shard", "llama_cpp", "llama_rpc"),  # and so it describes last: a GGUF stays theirs
             strategies=(),
             numerics=("fast",),
             remedy="this engine trains; to generate, load an engine that does, such as shard",

@@ -6,7 +6,10 @@ import functools
 
 from edged import Channel, EngineSpec
 
+from ._config import sizes_of
 from ._gguf_model import GgufModel
+from ._safetensors_head import is_safetensors
+from ._safetensors_model import SafetensorsModel
 from ._span import Source, Span
 from ._tokens import Tokenizer
 
@@ -16,11 +19,9 @@ class Blocks:
 
     def __init__(self, source: Source) -> None:
         self.source, self.family = source, source.family.name
-        config = source.config
-        self.layers: int = config["num_hidden_layers"]
-        self.hidden: int = config["hidden_size"]
-        self.vocab: int = config["vocab_size"]
-        self.context_tokens: int = config["max_position_embeddings"]
+        sizes = sizes_of(source.family, source.config, source.path)
+        self.layers, self.hidden, self.vocab = sizes.layers, sizes.hidden, sizes.vocab
+        self.context_tokens = sizes.context_tokens
         self.targets = source.family.targets
 
     @functools.cached_property
@@ -45,5 +46,5 @@ def load(spec: EngineSpec, channel: Channel) -> Blocks:
 
 
 def open_blocks(path: str) -> Blocks:
-    """The model at `path`, opened."""
-    return Blocks(GgufModel(path))
+    """The model at `path`, opened: a GGUF, or a packed safetensors file."""
+    return Blocks(SafetensorsModel(path) if is_safetensors(path) else GgufModel(path))

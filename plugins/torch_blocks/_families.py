@@ -44,6 +44,7 @@ class Family:
     has_alibi: bool = False
     has_scaled_embedding: bool = False  # by the root of the width
     undo: Mapping[str, str] | None = None
+    biases: tuple[str, ...] = ()  # parts with one, by llama.cpp's names; Llama may have them
 
     @property
     def module(self) -> str:
@@ -86,6 +87,10 @@ _LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj"
 _PERMUTED = {"self_attn.q_proj": "permuted", "self_attn.k_proj": "permuted"}
 _GPT_FFN = {"mlp.dense_h_to_4h": "ffn_up", "mlp.dense_4h_to_h": "ffn_down"}
 _GPT_NORMS = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm"}
+_GPT_BIASES = (
+    *("attn_norm", "attn_qkv", "attn_output", "ffn_norm", "ffn_up", "ffn_down"),
+    *("output_norm", "token_embd_norm"),
+)
 _GPT_TARGETS = ("query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h")
 
 FAMILIES = {
@@ -93,7 +98,9 @@ FAMILIES = {
     for family in (
         Family("llama", "Llama", _LLAMA_BLOCKS, _LLAMA_TARGETS, "llama", undo=_PERMUTED),
         Family("mistral", "Mistral", _LLAMA_BLOCKS, _LLAMA_TARGETS, undo=_PERMUTED),
-        Family("qwen2", "Qwen2", _LLAMA_BLOCKS, _LLAMA_TARGETS, "qwen2"),
+        Family(
+            "qwen2", "Qwen2", _LLAMA_BLOCKS, _LLAMA_TARGETS, "qwen2", biases=("attn_q", "attn_k", "attn_v")
+        ),
         Family(
             "qwen3",
             "Qwen3",
@@ -142,6 +149,7 @@ FAMILIES = {
             "gpt2",
             layer="Block",
             norm="",
+            biases=_GPT_BIASES,
             base="transformer",
             layers="h",
             embedding="wte",
@@ -163,6 +171,7 @@ FAMILIES = {
             "gptneox",
             layer="Layer",
             norm="",
+            biases=_GPT_BIASES,
             base="gpt_neox",
             embedding="embed_in",
             final_norm="final_layer_norm",
@@ -181,6 +190,7 @@ FAMILIES = {
             "bloom",
             layer="Block",
             norm="",
+            biases=_GPT_BIASES,
             base="transformer",
             layers="h",
             embedding="word_embeddings",

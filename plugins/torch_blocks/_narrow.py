@@ -28,11 +28,17 @@ class _Widened(torch.autograd.Function):
         return gradient @ weight.float(), None
 
 
+def widened(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """x @ weight.T in F32, of a frozen weight of any float type."""
+    found: torch.Tensor = _Widened.apply(x, weight)
+    return found
+
+
 class NarrowLinear(nn.Linear):
     """nn.Linear of a BF16 weight. Input and output (..., columns) and (..., rows), F32."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        found = _Widened.apply(x, self.weight)
+        found = widened(x, self.weight)
         return found if self.bias is None else found + self.bias
 
 
@@ -40,7 +46,7 @@ class NarrowConv1D(Conv1D):
     """GPT-2's linear layer, whose weight is (in, out), with a BF16 weight."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _Widened.apply(x, self.weight.T) + self.bias
+        return widened(x, self.weight.T) + self.bias
 
 
 def narrow(module: nn.Module) -> None:

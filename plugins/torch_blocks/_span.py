@@ -50,10 +50,14 @@ class Source(Protocol):
 
 
 def make_config(family: Family, fields: Mapping[str, Any]) -> Any:
-    """Transformers' configuration, without dropout: the base is frozen, and only LoRA may have some."""
+    """Transformers' configuration, without dropout: the base is frozen, and only LoRA may have some.
+    EngineError where transformers refuses the fields."""
     module = importlib.import_module(family.config_module)
     known = {key: value for key, value in fields.items() if key not in DROPOUTS}
-    config = getattr(module, f"{family.classes}Config")(**known)
+    try:
+        config = getattr(module, f"{family.classes}Config")(**known)
+    except Exception as error:  # a file's own fields: each check of transformers has its own exception
+        raise EngineError(f"transformers refuses this configuration of {family.name}: {error}") from error
     for name in DROPOUTS:
         if hasattr(config, name):
             setattr(config, name, 0.0)
@@ -97,31 +101,13 @@ class Span(nn.Module):
     # --- making -----------------------------------------------------------------------------------
 
     def _build(self) -> None:
-        family, config = self.family, self._config
-        module = importlib.import_module(family.module)
-        layer = getattr(module, family.classes + family.layer)
-        with torch.device("meta"):
-            base = nn.Module()
-            # by their number in the model, so that names are the model's own in every span
-            blocks = nn.ModuleDict({str(i): layer(config, layer_idx=i) for i in range(self.first, self.last)})
-            base.add_module(family.layers, blocks)
-            if self.has_embedding:
-                base.add_module(family.embedding, nn.Embedding(config.vocab_size, config.hidden_size))
-                if family.positions:
-                    rows = config.max_position_embeddings
-                    base.add_module(family.positions, nn.Embedding(rows, config.hidden_size))
-                if family.embedding_norm:
-                    base.add_module(family.embedding_norm, _layer_norm(config))
-            if self.has_head:
-                norm = getattr(module, family.classes + family.norm) if family.norm else None
-                made = norm(config.hidden_size, eps=config.rms_norm_eps) if norm else _layer_norm(config)
-                base.add_module(family.final_norm, made)
-                self.add_module(family.head, nn.Linear(config.hidden_size, config.vocab_size, bias=False))
-            self.add_module(family.base, base)
-        self._base, self._blocks = (base,), tuple(blocks.values())  # a tuple: not registered twice
+        self._base, self._blocks = _modules(
+            self, self.family, self._config, range(self.first, self.last), self.has_embedding, self.has_head
+        )
         self._rotary: tuple[nn.Module, ...] = ()
-        if family.has_rope:
-            self._rotary = (getattr(module, f"{family.classes}RotaryEmbedding")(config),)
+        if self.family.has_rope:
+            module = importlib.import_module(self.family.module)
+            self._rotary = (getattr(module, f"{self.family.classes}RotaryEmbedding")(self._config),)
 
     def _load(self, source: Source, dtype: torch.dtype) -> None:
         family, head = self.family, f"{self.family.head}.weight"
@@ -288,6 +274,41 @@ class Span(nn.Module):
         for name, parameter in self.named_parameters():
             if ".lora_A." in name or ".lora_B." in name:
                 yield PREFIX + name.replace(f".{ADAPTER}.", "."), parameter
+
+
+def shapes_of(family: Family, fields: Mapping[str, Any]) -> dict[str, torch.Size]:
+    """Transformers' names of all tensors of a model of this configuration, and their shapes."""
+    config = make_config(family, fields)
+    whole = nn.Module()
+    _modules(whole, family, config, range(config.num_hidden_layers), True, True)
+    return {name: parameter.shape for name, parameter in whole.named_parameters()}
+
+
+def _modules(
+    root: nn.Module, family: Family, config: Any, numbers: range, embed: bool, head: bool
+) -> tuple[tuple[nn.Module], tuple[nn.Module, ...]]:
+    """Put transformers' modules below `root`, without memory; the base in a tuple, and the blocks."""
+    module = importlib.import_module(family.module)
+    layer = getattr(module, family.classes + family.layer)
+    width = config.hidden_size
+    with torch.device("meta"):
+        base = nn.Module()
+        # by their number in the model, so that names are the model's own in every span
+        blocks = nn.ModuleDict({str(i): layer(config, layer_idx=i) for i in numbers})
+        base.add_module(family.layers, blocks)
+        if embed:
+            base.add_module(family.embedding, nn.Embedding(config.vocab_size, width))
+        if embed and family.positions:
+            base.add_module(family.positions, nn.Embedding(config.max_position_embeddings, width))
+        if embed and family.embedding_norm:
+            base.add_module(family.embedding_norm, _layer_norm(config))
+        if head:
+            norm = getattr(module, family.classes + family.norm) if family.norm else None
+            made = norm(width, eps=config.rms_norm_eps) if norm else _layer_norm(config)
+            base.add_module(family.final_norm, made)
+            root.add_module(family.head, nn.Linear(width, config.vocab_size, bias=False))
+        root.add_module(family.base, base)
+    return (base,), tuple(blocks.values())  # tuples: a module that held them would register them twice
 
 
 def _layer_norm(config: Any) -> nn.LayerNorm:

@@ -1,0 +1,45 @@
+"""Tiny models of every family, made by transformers and packed, once a session."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent.parent / "shard"))  # its rig has libllama
+
+NEEDED = ("torch", "transformers", "peft", "safetensors", "tokenizers", "gguf", "llama_cpp")
+MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+
+# The tests and their rig import what is missing here, so they are not collected without it.
+collect_ignore_glob = ["test_blocks_*.py"] if MISSING else []
+if MISSING:
+
+    def pytest_report_header() -> str:
+        return f"tests of blocks are skipped: {', '.join(MISSING)} not installed (pip install edged[train])"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
+    """By a family's name: transformers' model, and the same packed into one file."""
+    from blocks_rig import make
+
+    made: dict[str, tuple[Any, Path]] = {}
+
+    def find(family: str) -> tuple[Any, Path]:
+        if family not in made:
+            made[family] = make(family, tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return find
