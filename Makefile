@@ -41,16 +41,16 @@ install: $(LLAMA_INSTALLED) $(ALL_INSTALLED)
 demo: $(LLAMA_INSTALLED)
 	$(BIN)/edged demo
 
-test: $(LLAMA_INSTALLED) $(DEV_INSTALLED)
+test: $(ALL_INSTALLED) $(DEV_INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-check: $(LLAMA_INSTALLED) $(DEV_INSTALLED)
+check: $(ALL_INSTALLED) $(DEV_INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy edged
 	$(BIN)/python -m pytest -m "not slow and not network and not systemd" $(PYTEST_ARGS)
 
-bench: $(LLAMA_INSTALLED) $(DEV_INSTALLED)
+bench: $(ALL_INSTALLED) $(DEV_INSTALLED)
 	@mkdir -p $(RESULTS)
 	@for name in $(or $(BENCH),$(BENCHES)); do echo "bench $$name"; \
 		$(BIN)/edged bench $$name --out $(RESULTS)/$$name.json || exit 1; done
