@@ -59,6 +59,7 @@ class Device:
         self.meter = Meter(profile.device.idle_watts)
         self._sustained: dict[str, Sustained] = {}  # by weight type; of this run alone, as heat is
         self.worked_at = time.monotonic()  # when a role last computed, as far as was looked
+        self._unmeasured: set[str] = set()  # engines whose benchmark did not run, since the start
         self._lock = asyncio.Lock()  # two benchmarks at once would measure each other
 
     def read(self) -> DeviceState:
@@ -181,7 +182,12 @@ class Device:
         async with self._lock:
             for engine in self._engines.values():
                 params = {"function": engine.measure, "settings": self._settings(engine)}
-                result = await self._supervisor.run_task("edged.worker:call", params, timeout_s=MEASURE_S)
+                try:
+                    result = await self._supervisor.run_task("edged.worker:call", params, timeout_s=MEASURE_S)
+                except EngineError as error:  # its library is not installed, say; the others are
+                    log.warning("engine not measured", extra={"engine": engine.name, "reason": str(error)})
+                    self._unmeasured.add(engine.name)
+                    continue
                 speeds = msgspec.convert(result["answer"], list[EngineSpeed])
                 self._write("speed", engine, msgspec.to_builtins(speeds))
             self._sustained.clear()  # they were of the benchmark before
@@ -189,7 +195,8 @@ class Device:
 
     async def ensure_measured(self) -> tuple[EngineSpeed, ...]:
         """Speeds as they were measured, now or before; an engine may have none of its own."""
-        is_measured = all(self._file("speed", engine).exists() for engine in self._engines.values())
+        wanted = [engine for engine in self._engines.values() if engine.name not in self._unmeasured]
+        is_measured = all(self._file("speed", engine).exists() for engine in wanted)
         return self.speeds() if is_measured else await self.measure()
 
     async def check(self, engine: EngineEntry) -> None:

@@ -26,7 +26,8 @@ LAYERS = {
     4: "transport certificate stream meeting streams channel exchanging dataplane control client "
     "worker supervisor models partial ingest datasets ingest_rows adapters adapter_files transfer "
     "health sdnotify device bearing limits pressure saving",
-    5: "peers probing transfers watching viewing roles groups choosing coordinator commands parts daemon",
+    5: "peers probing transfers watching viewing roles groups choosing coordinator training commands parts "
+    "daemon",
     6: "cli testing",
 }
 LAYER_OF = {module: layer for layer, modules in LAYERS.items() for module in modules.split()}
@@ -85,7 +86,10 @@ PLUGIN_DOORS = {
     "ssl": ("_cloud_stream", "one client decides whom it speaks to"),
     "transformers": ("torch_blocks", "one engine builds blocks"),
     "peft": ("torch_blocks", "one engine puts LoRA on them"),
-    "safetensors": ("torch_blocks _tensors split_learning", "weights, adapters and checkpoints that run no code"),
+    "safetensors": (
+        "torch_blocks _tensors split_learning",
+        "weights, adapters and checkpoints that run no code",
+    ),
     "tokenizers": ("torch_blocks", "one engine reads vocabularies"),
     "jinja2": ("torch_blocks", "a template is a program of the model's author"),
     "numpy": (

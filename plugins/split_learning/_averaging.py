@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from torch import nn
 
 from edged import ProtocolError
 
-if TYPE_CHECKING:
-    from ._rank import Rank
+from ._link import Link
+from ._places import Places
 
 
-def average_clients(rank: Rank, step: int) -> None:
+def average_clients(
+    places: Places, rank: int, link: Callable[[int], Link], parameters: Sequence[nn.Parameter], step: int
+) -> None:
     """Clients send their values in one frame and take the mean's; nothing where there is one client."""
-    places = rank.places
-    if len(places.clients) < 2 or rank.rank > places.server:
+    if len(places.clients) < 2:
         return
-    if rank.rank in places.clients:
-        link = rank.link(places.server)
-        link.send("mine", [step], {}, [flat(rank)])
-        _, (frame,) = link.receive("mean", [step])
-        _set(rank, np.frombuffer(frame, "<f4"))
+    if rank in places.clients:
+        link(places.server).send("mine", [step], {}, [flat(parameters)])
+        _, (frame,) = link(places.server).receive("mean", [step])
+        _set(parameters, np.frombuffer(frame, "<f4"))
         return
     total: np.ndarray | None = None
     for client in places.clients:
-        _, (frame,) = rank.link(client).receive("mine", [step])
+        _, (frame,) = link(client).receive("mine", [step])
         values = np.frombuffer(frame, "<f4").astype(np.float64)
         if total is not None and values.shape != total.shape:
             raise ProtocolError(f"expected {total.size} values of client {client}, got {values.size}")
@@ -34,19 +35,19 @@ def average_clients(rank: Rank, step: int) -> None:
     assert total is not None
     mean = (total / len(places.clients)).astype("<f4")
     for client in places.clients:
-        rank.link(client).send("mean", [step], {}, [mean])
+        link(client).send("mean", [step], {}, [mean])
 
 
-def flat(rank: Rank) -> np.ndarray:
+def flat(parameters: Sequence[nn.Parameter]) -> np.ndarray:
     """Every tuned value, in the order of the parameters."""
-    return np.concatenate([p.detach().numpy().astype("<f4").ravel() for p in rank.parameters])
+    return np.concatenate([p.detach().numpy().astype("<f4").ravel() for p in parameters])
 
 
-def _set(rank: Rank, values: np.ndarray) -> None:
-    sizes = [parameter.numel() for parameter in rank.parameters]
+def _set(parameters: Sequence[nn.Parameter], values: np.ndarray) -> None:
+    sizes = [parameter.numel() for parameter in parameters]
     if values.size != sum(sizes):
         raise ProtocolError(f"expected the mean of {sum(sizes)} values, got {values.size}")
     parts = np.split(values.astype(np.float32), np.cumsum(sizes)[:-1])
     with torch.no_grad():
-        for parameter, part in zip(rank.parameters, parts, strict=True):
+        for parameter, part in zip(parameters, parts, strict=True):
             parameter.copy_(torch.from_numpy(part.copy()).reshape(parameter.shape))

@@ -238,7 +238,7 @@ class Stage(Rank):
     # --- evaluation -----------------------------------------------------------------------------
 
     def evaluate(self, step: int, report: Report) -> None:
-        self.span.eval()
+        self.span.train(False)
         with torch.no_grad():
             if self.is_source:
                 self._evaluate_source(step, report)
@@ -292,7 +292,7 @@ class Stage(Rank):
     # --- several clients ------------------------------------------------------------------------
 
     def average(self, step: int) -> None:
-        average_clients(self, step)
+        average_clients(self.places, self.rank, self.link, self.parameters, step)
         if self._hierarchy is not None:
             self._hierarchy.average()
 

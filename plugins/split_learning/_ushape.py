@@ -122,7 +122,7 @@ class UShape(Rank):
 
     def evaluate(self, step: int, report: Report) -> None:
         for span in self.spans:
-            span.eval()
+            span.train(False)
         with torch.no_grad():
             if self.is_client:
                 self._evaluate(step, report)
@@ -156,7 +156,7 @@ class UShape(Rank):
     # --- several clients ------------------------------------------------------------------------
 
     def average(self, step: int) -> None:
-        average_clients(self, step)
+        average_clients(self.places, self.rank, self.link, self.parameters, step)
         if self._hierarchy is not None:
             self._hierarchy.average()
 
