@@ -232,6 +232,9 @@ def test_a_truncated_file_is_refused_before_a_tensor_is_read(tiny: Tiny, smol: P
             open_blocks(str(cut))
 
 
+MANY = '{"model_type": "qwen2", "num_hidden_layers": 2000000000}'
+
+
 @pytest.mark.parametrize(
     ("head", "words"),
     [
@@ -247,6 +250,7 @@ def test_a_truncated_file_is_refused_before_a_tensor_is_read(tiny: Tiny, smol: P
         ({"__metadata__": {"config": "["}}, "expected JSON as its config"),
         ({"__metadata__": {"config": '{"model_type": "t5"}'}}, "model type 't5' .* llama, mistral"),
         ({"__metadata__": {"tokenizer": "", "config": '{"model_type": "llama"}'}}, "num_hidden_layers"),
+        ({"__metadata__": {"tokenizer": "", "config": MANY}}, "num_hidden_layers .* from 1 to 1024"),
     ],
 )
 def test_a_damaged_head_costs_an_error_and_nothing_else(tmp_path: Path, head: Any, words: str) -> None:
