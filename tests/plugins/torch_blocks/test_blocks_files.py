@@ -24,6 +24,7 @@ from edged_plugins.torch_blocks._engine import load, open_blocks
 from edged_plugins.torch_blocks._packing import pack
 
 from edged import ConfigError, EngineError, EngineSpec, EngineSpeed, ModelDescription
+from edged.ingest import ingest
 
 Tiny = Callable[[str], tuple[Any, Path]]
 
@@ -170,6 +171,26 @@ def test_an_engine_that_generates_goes_on_describing_its_models() -> None:
     assert entry.strategies == ()
     with pytest.raises(ConfigError, match="unknown setting 'thread'"):
         edged_engines({"thread": 1})
+
+
+def test_a_packed_model_is_stored_under_this_engine_and_opens_from_there(tiny: Tiny, tmp_path: Path) -> None:
+    describers = [
+        ["shard", "edged_plugins.shard._describe:describe"],
+        ["llama_cpp", "edged_plugins._llama_describe:describe"],
+        ["torch_blocks", "edged_plugins.torch_blocks._describe:describe"],
+    ]
+    with tiny("gpt2")[1].open("rb") as file:
+        wanted = {
+            "source_fd": file.fileno(),
+            "name": "small",
+            "models": str(tmp_path),
+            "describe": describers,
+        }
+        stored = ingest(wanted, lambda event: None)
+    assert stored["engine"] == "torch_blocks"
+    blocks = open_blocks(stored["path"])
+    assert (blocks.family, blocks.tokenizer.vocab) == ("gpt2", VOCAB)
+    blocks.close()
 
 
 def test_the_benchmark_names_its_own_weight_types() -> None:
