@@ -28,6 +28,7 @@ from .._tensors.rows import Batches, Encoded, encode, read_rows
 from .._tensors.sparse import Scores, SparseMask
 from . import _adapter
 from ._checkpoints import Checkpoints
+from ._cost import packed_bytes
 from ._job import Job, read
 from ._link import Link, Stopped
 from ._places import Places
@@ -123,6 +124,7 @@ class Rank(abc.ABC):
         """What the prediction of bytes needs to know of this rank's rows and adapter."""
         found: dict[str, Any] = {
             "adapter_values": sum(p.numel() for p in self.parameters),
+            "adapter_names": sum(packed_bytes([k, list(v.shape)]) for k, v in self.adapter().items()),
             "keeps": bool(self.parameters),
         }
         if self.rows is not None:

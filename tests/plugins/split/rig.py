@@ -57,12 +57,11 @@ def write_rows(path: Path, count: int = 10, held_out: int = 3, seed: int = 0) ->
     def words(low: int, high: int) -> str:
         return " ".join(f"w{chance.choice(WORDS)}" for _ in range(chance.randint(low, high)))
 
-    rows: list[dict[str, str]] = []
+    rows = []
     for number in range(count + held_out):
+        row = {"text": words(6, 18)}
         if number % 2:
             row = {"instruction": words(3, 8), "output": words(2, 9)}
-        else:
-            row = {"text": words(6, 18)}
         rows.append(row | ({"split": "test"} if number >= count else {}))
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
@@ -230,7 +229,9 @@ def drive(
         _watch(trainer, outcome, keep == "history")
         if change is not None:
             change(trainer)
-        trainer.run(step, lambda kind, at, values: outcome.reports.append((kind, at, dict(values))), is_stopped)
+        trainer.run(
+            step, lambda kind, at, values: outcome.reports.append((kind, at, dict(values))), is_stopped
+        )
         outcome.lora = adapter_of(trainer)
         outcome.kept = tuple(trainer.checkpoints.steps)
         trainer.close()
@@ -292,13 +293,25 @@ def finished(outcomes: Sequence[Outcome]) -> Sequence[Outcome]:
 
 
 class Hall:
-    """Where the ranks of a process meet: messages between them, and whose turn it is. One thread runs until it
-    waits for a message; each has random numbers of its own, as it has in a process of its own."""
+    """Where the ranks of a process meet: messages between them, and whose turn it is.
+
+    One thread runs until it waits for a message; each has random numbers of its own, as in a process."""
 
     def __init__(self, size: int) -> None:
         self.turn = threading.Condition()
         self.boxes = {(a, b): deque[tuple[bytes, list[bytes]]]() for a in range(size) for b in range(size)}
+        self.waits: dict[int, deque[Any]] = {}  # by rank
+        self.at_work = size
         self.is_stopped = False
+
+    def wait(self, rank: int, box: deque[Any], timeout_s: float) -> None:
+        """Until there is something in the box; AssertionError where nobody is left to put it there."""
+        self.waits[rank] = box
+        if len(self.waits) == self.at_work and not any(self.waits.values()) and not self.is_stopped:
+            self.stop()
+            raise AssertionError(f"ranks {sorted(self.waits)} wait for each other")
+        self.turn.wait_for(lambda: bool(box) or self.is_stopped, timeout_s)
+        del self.waits[rank]
 
     def stop(self) -> None:
         self.is_stopped = True
@@ -326,7 +339,7 @@ class QueueChannel:
         box = self._hall.boxes[source, self.rank]
         if not box:
             numbers = torch.get_rng_state()
-            self._hall.turn.wait_for(lambda: bool(box) or self._hall.is_stopped, timeout_s)
+            self._hall.wait(self.rank, box, timeout_s)
             torch.set_rng_state(numbers)
         return bool(box)
 
@@ -349,10 +362,12 @@ def run_threads(
             channel = QueueChannel(hall, rank, size)
             if ranks and rank in ranks:
                 ranks[rank](channel)
+                hall.at_work -= 1
                 return
             change = (changes or {}).get(rank)
             outcome = drive(plan.specs[rank], plan.path, channel, step, lambda: hall.is_stopped, keep, change)
             outcomes[rank] = outcome
+            hall.at_work -= 1
             if outcome.error is not None:
                 hall.stop()
 
@@ -460,16 +475,28 @@ class Processes:
     """Processes that wait for ranks: forked from one that has loaded PyTorch, so that each starts at once."""
 
     def __init__(self, count: int) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(PRELOADED)
+        self._count = count
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(PRELOADED)
+        self._start()
+
+    def _start(self) -> None:
         self._pipes, self._processes = [], []
-        for _ in range(count):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        for _ in range(self._count):
+            ours, theirs = self._context.Pipe()
+            process = self._context.Process(target=_serve, args=(theirs,), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
             self._processes.append(process)
+
+    def _end(self) -> None:
+        for process in self._processes:
+            process.kill()  # nothing of it is wanted, and PyTorch takes seconds to end
+            process.join(PATIENCE_S)
+            process.close()
+        for pipe in self._pipes:
+            pipe.close()
 
     def pid(self, rank: int) -> int:
         return int(self._processes[rank].pid)
@@ -480,8 +507,8 @@ class Processes:
         pipes, relays = self._pipes[:size], []
         for spec, pipe in zip(plan.specs, pipes, strict=True):
             pipe.send((spec, plan.path, size, step, keep, change))
-        told = [_answer(pipe) for pipe in pipes]
         try:
+            told = [_answer(pipe) for pipe in pipes]
             for rank, pipe in enumerate(pipes):
                 ends = {}
                 for other in range(size):
@@ -501,6 +528,10 @@ class Processes:
             counted = sum(sum(relay.counts) for relay in relays) - before
             for pipe in pipes:
                 pipe.send("close")
+        except BaseException:
+            self._end()  # who waits for what is not known any more
+            self._start()
+            raise
         finally:
             for relay in relays:
                 relay.close()
@@ -521,12 +552,7 @@ class Processes:
         return [found[rank] for rank in range(len(pipes))]
 
     def close(self) -> None:
-        for pipe in self._pipes:
-            pipe.close()
-        for process in self._processes:
-            process.kill()  # nothing of it is wanted, and PyTorch takes seconds to end
-            process.join(PATIENCE_S)
-            process.close()
+        self._end()
         forkserver._forkserver._stop()  # type: ignore[attr-defined] - 390 MB until the session ends otherwise
         resource_tracker._resource_tracker._stop()  # type: ignore[attr-defined]
 
