@@ -237,7 +237,7 @@ def frame_bytes(count: int) -> int:
 
 
 def packed_bytes(value: Any) -> int:
-    """How long msgpack makes a value of maps, lists, texts and whole numbers (its specification, "formats")."""
+    """How long msgpack makes maps, lists, texts and whole numbers from 0 (its specification, "formats")."""
     if isinstance(value, Mapping):
         return _head(len(value), 16) + sum(packed_bytes(k) + packed_bytes(v) for k, v in value.items())
     if isinstance(value, list | tuple):

@@ -18,6 +18,7 @@ import random
 import socket
 import threading
 import warnings
+import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from multiprocessing import forkserver, resource_tracker
@@ -32,6 +33,7 @@ from edged_plugins._tensors.rows import Batches, encode, read_rows
 from edged_plugins.split_learning._cost import cost
 from edged_plugins.split_learning._job import check_local, check_split, read
 from edged_plugins.split_learning._layout import plan_local, plan_split
+from edged_plugins.split_learning._link import Stopped
 from edged_plugins.split_learning._trainer import load
 from edged_plugins.torch_blocks._describe import describe
 from edged_plugins.torch_blocks._engine import open_blocks
@@ -162,7 +164,7 @@ def described(path: Path) -> ModelDescription:
 @dataclasses.dataclass
 class Outcome:
     """What came of a rank. `gradients`: of each of its optimiser's steps, by PEFT's names. `received`: every
-    message as (source, header, frames). `under_way`: how many forwards were without a backward, at most."""
+    message as (source, header, frames). `log`: of messages both ways, as ("sent" or "received", kind)."""
 
     rank: int
     reports: list[tuple[str, int, dict[str, float]]] = dataclasses.field(default_factory=list)
@@ -173,7 +175,7 @@ class Outcome:
     history: list[dict[str, np.ndarray]] = dataclasses.field(default_factory=list)
     gradients: list[Gradients] = dataclasses.field(default_factory=list)
     received: list[tuple[int, dict[str, Any], list[bytes]]] = dataclasses.field(default_factory=list)
-    sent: list[tuple[int, dict[str, Any]]] = dataclasses.field(default_factory=list)
+    log: list[tuple[str, str]] = dataclasses.field(default_factory=list)
     bytes_sent: int = 0
     error: Exception | None = None
 
@@ -194,11 +196,12 @@ class Recording:
         self.rank, self.size, self.poll = channel.rank, channel.size, channel.poll
 
     def send(self, to: int, header: Mapping[str, Any], frames: Sequence[Any] = ()) -> None:
-        self._outcome.sent.append((to, dict(header)))
+        self._outcome.log.append(("sent", str(header["k"])))
         self._channel.send(to, header, frames)
 
     def receive(self, source: int, timeout_s: float) -> tuple[dict[str, Any], list[memoryview]]:
         header, frames = self._channel.receive(source, timeout_s)
+        self._outcome.log.append(("received", str(header["k"])))
         self._outcome.received.append((source, dict(header), [bytes(frame) for frame in frames]))
         return header, frames
 
@@ -225,10 +228,10 @@ def drive(
         within = Recording(channel, outcome) if keep == "messages" else channel
         trainer = load(spec, open_blocks(str(path)), within)
         outcome.survey, outcome.kept = dict(trainer.survey), tuple(trainer.steps_kept)
-        outcome.start = adapter_of(trainer)
-        _watch(trainer, outcome, keep == "history")
         if change is not None:
             change(trainer)
+        outcome.start = adapter_of(trainer)
+        _watch(trainer, outcome, keep == "history")
         trainer.run(
             step, lambda kind, at, values: outcome.reports.append((kind, at, dict(values))), is_stopped
         )
@@ -265,6 +268,16 @@ def _watch(trainer: Any, outcome: Outcome, with_history: bool) -> None:
             outcome.history.append(adapter_of(trainer))
 
     trainer.update = watched
+
+
+def random_start(trainer: Any) -> None:
+    """A change: LoRA's values are random, alike in every cut, so that no gradient is zero."""
+    for span in trainer.spans:
+        found = {}
+        for name, value in span.lora().items():
+            seed = zlib.crc32(name.encode())
+            found[name] = 0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(seed))
+        span.set_lora(found)
 
 
 def gradients_of(outcomes: Sequence[Outcome], step: int = 0) -> Gradients:
@@ -390,6 +403,7 @@ def stopping_at(step: int) -> Change:
         def until(number: int, report: Any) -> None:
             if number == step:
                 trainer.channel._hall.stop()
+                raise Stopped
             real(number, report)
 
         trainer.step = until
