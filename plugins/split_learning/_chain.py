@@ -184,7 +184,6 @@ class Stage(Rank):
                 losses.append(loss)
                 targets.append(wanted)
                 tokens += seen
-                self.check_loss(step, loss)
                 self.update(step)
         total = sum(targets)
         loss = sum(a * b for a, b in zip(losses, targets, strict=True)) / max(1, total)
@@ -197,6 +196,7 @@ class Stage(Rank):
             given, labels, header = self._take(before, step, micro)
             count, targets = header["of"], header["targets"]
             loss = summed(self.span, self.span(given), labels) / max(1, targets)
+            self.check_loss(step, loss.item())  # before a gradient goes back, by which others would step
             loss.backward()
             self._send_gradient(before, step, micro, given)
             total += loss.item()
