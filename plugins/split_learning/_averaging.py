@@ -22,13 +22,11 @@ def average_clients(
         return
     if rank in places.clients:
         link(places.server).send("mine", [step], {}, [flat(parameters)])
-        _, (frame,) = link(places.server).receive("mean", [step])
-        _set(parameters, np.frombuffer(frame, "<f4"))
+        _set(parameters, _taken(link(places.server), "mean", step))
         return
     total: np.ndarray | None = None
     for client in places.clients:
-        _, (frame,) = link(client).receive("mine", [step])
-        values = np.frombuffer(frame, "<f4").astype(np.float64)
+        values = _taken(link(client), "mine", step).astype(np.float64)
         if total is not None and values.shape != total.shape:
             raise ProtocolError(f"expected {total.size} values of client {client}, got {values.size}")
         total = values if total is None else total + values
@@ -36,6 +34,14 @@ def average_clients(
     mean = (total / len(places.clients)).astype("<f4")
     for client in places.clients:
         link(client).send("mean", [step], {}, [mean])
+
+
+def _taken(link: Link, kind: str, step: int) -> np.ndarray:
+    """The one frame's numbers."""
+    _, frames = link.receive(kind, [step])
+    if len(frames) != 1 or frames[0].nbytes % 4:
+        raise ProtocolError(f"expected {kind} of rank {link.other} in one frame of F32 values")
+    return np.frombuffer(frames[0], "<f4")
 
 
 def flat(parameters: Sequence[nn.Parameter]) -> np.ndarray:

@@ -121,19 +121,18 @@ class Stage(Rank):
         """The oldest one's gradient, from the rank after us, through what is here."""
         assert self.after is not None
         micro, hidden = under_way.popleft()
-        gradient, _, _ = self.link(self.after).receive_tensor("backward", [step, micro], list(hidden.shape))
+        link, shape = self.link(self.after), list(hidden.shape)
+        gradient, _, _ = link.receive_tensor("backward", [step, micro], shape, is_exact=True)
         hidden.backward(gradient)
 
     def _take(self, before: int, step: int, micro: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """A micro-batch of the rank before us: hidden states (a leaf), labels, and its header."""
         most = [self.job.batch_size, self.job.max_length, self.blocks.hidden]
         hidden, header, (frame,) = self.link(before).receive_tensor("forward", [step, micro], most, 1)
-        if hidden.shape[-1] != self.blocks.hidden:
-            raise ProtocolError(f"expected hidden states of width {self.blocks.hidden}")
         labels = ints(frame, hidden.shape[:2], self.blocks.vocab)
-        for word, high in (("of", self.job.micro_batches), ("targets", TOKENS_MAX)):
-            if type(header.get(word)) is not int or not 0 <= header[word] <= high:
-                raise ProtocolError(f"expected {word} from 0 to {high} of rank {before}")
+        for word, low, high in (("of", micro + 1, self.job.micro_batches), ("targets", 0, TOKENS_MAX)):
+            if type(header.get(word)) is not int or not low <= header[word] <= high:
+                raise ProtocolError(f"expected {word} from {low} to {high} of rank {before}")
         return hidden.requires_grad_(), labels, header
 
     def _pass_on(self, step: int) -> None:
@@ -185,7 +184,6 @@ class Stage(Rank):
                 losses.append(loss)
                 targets.append(wanted)
                 tokens += seen
-                self.check_loss(step, loss)
                 self.update(step)
         total = sum(targets)
         loss = sum(a * b for a, b in zip(losses, targets, strict=True)) / max(1, total)
@@ -198,6 +196,7 @@ class Stage(Rank):
             given, labels, header = self._take(before, step, micro)
             count, targets = header["of"], header["targets"]
             loss = summed(self.span, self.span(given), labels) / max(1, targets)
+            self.check_loss(step, loss.item())  # before a gradient goes back, by which others would step
             loss.backward()
             self._send_gradient(before, step, micro, given)
             total += loss.item()
@@ -255,15 +254,12 @@ class Stage(Rank):
             ]
             report_eval(step, sums, report)
             return
-        link = self.link(self.after)
+        link, batches = self.link(self.after), batches if self.noise.allows(step) else []
         link.send("evals", [step], {"of": len(batches)}, [])
         for index, (ids, labels) in enumerate(batches):
-            link.send(
-                "eval",
-                [step, index],
-                {"shape": list(ids.shape)},
-                [frame_of(self.span(ids)), int_frame(labels)],
-            )
+            hidden = self.noise.held_out(self.span(ids), step, index * self.job.batch_size)
+            frames = [frame_of(hidden), int_frame(labels)]
+            link.send("eval", [step, index], {"shape": list(ids.shape)}, frames)
 
     def _evaluate_others(self, step: int, report: Report) -> None:
         sums: list[tuple[float, int]] = []

@@ -1,18 +1,19 @@
 """What a training should cost: memory of a rank, seconds of a step, bytes on the links. Pure.
 
-Memory and time are estimates from shapes and measured speeds; bytes are counted exactly from what the
-clients' own rows say (`survey`), but for a few dozen bytes around each message.
+Memory and time are estimates from shapes and measured speeds; bytes are counted from what the clients' own
+rows say (`survey`), message by message, exactly but for how many digits a number in a header has.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edged import ModelDescription, NodeView, TrainingCost, TrainingPlan
 
-from .._codec_sizes import payload_bytes
+from .._codec_sizes import kept, payload_bytes
 from ._job import Job, read
 from ._places import Part, Places
 
@@ -21,7 +22,8 @@ F32 = 4
 WORKER_BYTES = (
     440 << 20
 )  # torch, transformers and peft loaded, without a tensor (measured: 390 MB and arenas)
-MESSAGE_BYTES = 190  # a header, and what ZeroMQ and CURVE put around it and its frames
+BOX_BYTES = 33  # of CURVE around a frame
+HASH = 64  # characters of a hash
 LABEL_BYTES = 4
 ANSWER_PART = 0.5  # of the positions, before the rows are known
 COLLECTOR_BYTES = 64 << 20
@@ -112,42 +114,53 @@ def bytes_sent(
     """From the shapes of every step's batches, which each client's survey lists."""
     if places.is_local:
         return 0
-    total = 0
+    total = _hello_bytes(places, surveys)
     for client in places.clients:
         survey = surveys[client]
         for rows, length, count in survey["shapes"]:
             total += count * _step_bytes(job, model, places, client, rows, length)
         for rows, length, count in survey["eval_shapes"]:
             total += evaluations(job) * count * _eval_bytes(job, model, places, client, rows, length)
-    return total + _averaging_bytes(job, places, surveys) + _end_bytes(places, surveys)
+        links = len(_chain(places, client)) - 1
+        total += evaluations(job) * links * message_bytes({"k": "evals", "at": [job.steps], "of": 1})
+    return total + _averaging_bytes(job, places, surveys) + _end_bytes(job, places, surveys)
+
+
+def _chain(places: Places, client: int) -> list[int]:
+    """The way of a client's batch."""
+    return places.chain if client == 0 else [client, places.server]
 
 
 def _step_bytes(
     job: Job, model: ModelDescription, places: Places, client: int, rows: int, length: int
 ) -> int:
     """Of one batch, to and fro."""
-    micro = divided(rows, job.micro_batches)
-    chain = places.chain if client == 0 else [client, places.server]
     total = 0
-    for size in micro:
-        for a, b in itertools.pairwise(chain):
-            ratio = places.ratio(a, b)
-            crossings = 4 if job.topology == "u-shape" else 2
-            hidden = hidden_bytes(job, model, size, length, ratio)
-            total += crossings * (hidden + MESSAGE_BYTES)
-            if job.topology in ("label-sharing", "pipeline"):
-                total += LABEL_BYTES * size * length + 40
+    micro = divided(rows, job.micro_batches)
+    labels: dict[str, Any] = {"of": len(micro), "targets": rows * length // 2}
+    for a, b in itertools.pairwise(_chain(places, client)):
+        ratio = places.ratio(a, b)
+        for size in micro:
+            shape = (size, length, model.hidden)
+            if job.topology == "u-shape":
+                for kind in ("up", "back", "back gradient", "up gradient"):
+                    total += tensor_bytes(job, kind, shape, ratio, 1)
+            else:
+                total += tensor_bytes(job, "forward", shape, ratio, 2, [LABEL_BYTES * size * length], labels)
+                total += tensor_bytes(job, "backward", shape, ratio, 2)
     return total
 
 
 def _eval_bytes(
     job: Job, model: ModelDescription, places: Places, client: int, rows: int, length: int
 ) -> int:
-    chain = places.chain if client == 0 else [client, places.server]
+    """Of one batch that is held out: hidden states without a codec, and labels or hidden states back."""
     hidden = F32 * rows * length * model.hidden
+    words: dict[str, Any] = {"at": [job.steps // 2, 1], "shape": [rows, length]}
     if job.topology == "u-shape" or job.topology == "remote-blocks":
-        return 2 * (hidden + MESSAGE_BYTES)
-    return (len(chain) - 1) * (hidden + LABEL_BYTES * rows * length + MESSAGE_BYTES + 40)
+        return sum(message_bytes({"k": kind, **words}, [hidden]) for kind in ("eval", "eval back"))
+    links = len(_chain(places, client)) - 1
+    return links * message_bytes({"k": "eval", **words}, [hidden, LABEL_BYTES * rows * length])
 
 
 def evaluations(job: Job) -> int:
@@ -155,23 +168,88 @@ def evaluations(job: Job) -> int:
     return 2 + ((job.steps - 1) // job.eval_every if job.eval_every else 0)
 
 
+def _hello_bytes(places: Places, surveys: Sequence[Mapping[str, Any]]) -> int:
+    """Every rank says to each of its neighbours what it trains."""
+    total = 0
+    for rank in range(places.server + 1):
+        words = {"model": "0" * HASH, "tokenizer": "0" * HASH if rank in places.clients else ""}
+        hello = message_bytes({"k": "hello", "at": [], **words, "job": "0" * HASH})
+        total += hello * len(places.neighbours(rank))
+    return total
+
+
 def _averaging_bytes(job: Job, places: Places, surveys: Sequence[Mapping[str, Any]]) -> int:
     if len(places.clients) < 2:
         return 0
     times = job.steps // job.average_every + (1 if job.steps % job.average_every else 0)
     return times * sum(
-        2 * (F32 * surveys[client]["adapter_values"] + MESSAGE_BYTES) for client in places.clients
+        2 * message_bytes({"k": "mean", "at": [job.steps]}, [F32 * surveys[client]["adapter_values"]])
+        for client in places.clients
     )
 
 
-def _end_bytes(places: Places, surveys: Sequence[Mapping[str, Any]]) -> int:
+def _end_bytes(job: Job, places: Places, surveys: Sequence[Mapping[str, Any]]) -> int:
     """Parts of the adapter on their way to the collector."""
-    collector = places.collector
-    return sum(
-        F32 * surveys[rank]["adapter_values"] + surveys[rank].get("adapter_names", 0) + MESSAGE_BYTES
-        for rank in places.givers()
-        if rank != collector
-    )
+    total = 0
+    for rank in places.givers():
+        if rank != places.collector:
+            survey = surveys[rank]
+            header = message_bytes({"k": "part", "at": [job.steps], "tensors": []})
+            total += header + survey.get("adapter_names", 0) + frame_bytes(F32 * survey["adapter_values"])
+    return total
+
+
+# --- messages -----------------------------------------------------------------------------------------
+
+
+def tensor_bytes(
+    job: Job,
+    kind: str,
+    shape: Sequence[int],
+    ratio: float,
+    place: int,
+    more: Sequence[int] = (),
+    words: Mapping[str, Any] | None = None,
+) -> int:
+    """Of a tensor through the job's codec, its header of `place` numbers, and `more` frames after it."""
+    said: dict[str, Any] = {"codec": job.codec, "shape": list(shape)}
+    payload = payload_bytes(job.codec, shape, ratio)
+    frames = [payload]
+    if job.codec in ("topk", "adatopk"):
+        said["k"] = kept(math.prod(shape), ratio)
+        if payload < F32 * math.prod(shape) or job.codec == "topk":
+            frames = [payload // 2, payload // 2]
+    elif job.codec == "int8":
+        frames = [payload - math.prod(shape), math.prod(shape)]
+    at = [job.steps // 2, 1][:place]
+    return message_bytes({"k": kind, "at": at, **(words or {}), "tensor": said}, [*frames, *more])
+
+
+def message_bytes(header: Mapping[str, Any], frames: Sequence[int] = ()) -> int:
+    """Of a message with frames of these sizes, as it is on TCP."""
+    return frame_bytes(packed_bytes(header)) + sum(map(frame_bytes, frames))
+
+
+def frame_bytes(count: int) -> int:
+    """Of a frame: CURVE puts a box around it (RFC 26), ZMTP a head before that (RFC 23)."""
+    boxed = count + BOX_BYTES
+    return boxed + (2 if boxed < 256 else 9)
+
+
+def packed_bytes(value: Any) -> int:
+    """How long msgpack makes maps, lists, texts and whole numbers from 0 (its specification, "formats")."""
+    if isinstance(value, Mapping):
+        return _head(len(value), 16) + sum(packed_bytes(k) + packed_bytes(v) for k, v in value.items())
+    if isinstance(value, list | tuple):
+        return _head(len(value), 16) + sum(map(packed_bytes, value))
+    if isinstance(value, str):
+        size = len(value.encode())
+        return size + (1 if size < 32 else 2 if size < 1 << 8 else 3)
+    return next(size for size, most in ((1, 7), (2, 8), (3, 16), (5, 32), (9, 64)) if value < 1 << most)
+
+
+def _head(count: int, short: int) -> int:
+    return 1 if count < short else 3
 
 
 def divided(rows: int, parts: int) -> list[int]:

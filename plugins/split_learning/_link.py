@@ -59,29 +59,32 @@ class Link:
         self.send(kind, place, {**words, "tensor": header}, [*frames, *more])
 
     def receive_tensor(
-        self, kind: str, place: Sequence[int], shape: Sequence[int | None], more: int = 0
+        self, kind: str, place: Sequence[int], most: Sequence[int], more: int = 0, is_exact: bool = False
     ) -> tuple[Tensor, dict[str, Any], list[memoryview]]:
-        """A tensor of `shape`, in which None is a size from 1 to what `bounds` of the header's shape allow
-        (see `shape_of`); its header; the `more` frames after it."""
+        """A tensor of at most `most` in each dimension but the last, which is the width, or `is_exact`ly
+        of that shape; its header; the `more` frames after it."""
         header, frames = self.receive(kind, place)
         said = header.get("tensor")
         if not isinstance(said, dict):
             raise ProtocolError(f"expected a tensor with {kind} of rank {self.other}")
         own = frames[: len(frames) - more] if more else frames
-        tensor = self.codec.decode(said, own, shape_of(said, shape))
+        tensor = self.codec.decode(said, own, shape_of(said, most, is_exact))
         return tensor, header, frames[len(frames) - more :] if more else []
 
 
-def shape_of(said: Mapping[str, Any], most: Sequence[int | None]) -> tuple[int, ...]:
-    """The shape that a header says, if it has as many dimensions as `most` and none above it (None: any)."""
+def shape_of(said: Mapping[str, Any], most: Sequence[int], is_exact: bool = False) -> tuple[int, ...]:
+    """The shape that a header says, if it is `most`, or is so wide and in no other dimension above it."""
     shape = said.get("shape")
     if (
         not isinstance(shape, list)
         or len(shape) != len(most)
         or not all(type(size) is int and size >= 1 for size in shape)
-        or any(limit is not None and size > limit for size, limit in zip(shape, most, strict=True))
+        or any(size > limit for size, limit in zip(shape, most, strict=True))
+        or shape[-1] != most[-1]
+        or (is_exact and shape != list(most))
     ):
-        raise ProtocolError(f"expected a tensor of at most {tuple(most)}, got {str(shape)[:60]}")
+        how = "" if is_exact else "at most "
+        raise ProtocolError(f"expected a tensor of {how}{tuple(most)}, got {str(shape)[:60]}")
     return tuple(shape)
 
 

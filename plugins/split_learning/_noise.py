@@ -12,9 +12,11 @@ from typing import Any
 from torch import Tensor
 
 from .._tensors.privacy import Budget, Gaussian
+from ._cost import evaluations
 from ._job import Job
 
 SECRET_BYTES = 32
+EVALUATIONS = 1 << 32  # numbers of noise from here on are of evaluations, below it of steps
 SECRET = "noise.secret"
 
 
@@ -27,12 +29,15 @@ class Noise:
 
     def __init__(self, job: Job, folder: str, rows: Any) -> None:
         self._job, self._gaussian, self._budget = job, None, None
+        self._held_out: Budget | None = None
         if rows is None or not job.clip:
             return
         self._gaussian = Gaussian(job.clip, job.noise, _secret(Path(folder)))
         if job.epsilon or job.noise:
             most = job.epsilon or 1e9
             self._budget = Budget(most, job.delta, job.noise, job.batch_size, rows.count)
+            if rows.held_out:  # each is sent once an evaluation
+                self._held_out = Budget(most, job.delta, job.noise, 1, 1)
 
     def __call__(self, hidden: Tensor, step: int, first: int = 0) -> Tensor:
         """Hidden states (B, S, d) of the rows from `first` on of a step's batch. PolicyViolation where the
@@ -43,11 +48,35 @@ class Noise:
             return hidden
         return self._gaussian(hidden, step, range(first, first + len(hidden)))
 
+    def allows(self, step: int) -> bool:
+        """Does the budget of the rows that are held out allow the evaluation before `step`?"""
+        if self._held_out is None or not self._job.epsilon:
+            return True
+        return self._number(step) < self._held_out.steps_allowed()
+
+    def held_out(self, hidden: Tensor, step: int, first: int) -> Tensor:
+        """The same of the rows from `first` on that are held out, in the evaluation before `step`."""
+        if self._gaussian is None:
+            return hidden
+        return self._gaussian(hidden, EVALUATIONS + self._number(step), range(first, first + len(hidden)))
+
+    def _number(self, step: int) -> int:
+        """How many evaluations come before the one before `step`."""
+        if step == self._job.steps:
+            return evaluations(self._job) - 1
+        return step // self._job.eval_every if self._job.eval_every else 0
+
     def spent(self, steps: int) -> dict[str, float]:
-        """For the job's document."""
+        """For the job's document: epsilon of the row that cost most, of this client's."""
         if self._budget is None:
             return {}
-        return {"epsilon": self._budget.spent(steps), "delta": self._job.delta}
+        spent = self._budget.spent(steps)
+        if self._held_out is not None:
+            count = evaluations(self._job)
+            if self._job.epsilon:
+                count = min(count, self._held_out.steps_allowed())
+            spent = max(spent, self._held_out.spent(count))
+        return {"epsilon": spent, "delta": self._job.delta}
 
 
 def _secret(folder: Path) -> bytes:

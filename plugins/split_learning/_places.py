@@ -84,7 +84,9 @@ class Places:
             return []
         if rank == self.server and not self.job.stages:
             return list(self.clients)
-        place = self.chain.index(rank) if rank in self.chain else 0
+        if rank in self.clients:
+            return [self.chain[1]]
+        place = self.chain.index(rank)
         near = self.chain[max(0, place - 1) : place + 2]
         return [other for other in near if other != rank]
 

@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edged import Channel, Computed, EngineError, ProtocolError, TrainingSpec
+from edged import Channel, Computed, ConfigError, EngineError, ProtocolError, TrainingSpec
 
 from .._tensors import codecs
 from .._tensors.rows import Batches, Encoded, encode, read_rows
 from .._tensors.sparse import Scores, SparseMask
 from . import _adapter
 from ._checkpoints import Checkpoints
+from ._cost import packed_bytes
 from ._job import Job, read
 from ._link import Link, Stopped
 from ._places import Places
@@ -123,6 +124,7 @@ class Rank(abc.ABC):
         """What the prediction of bytes needs to know of this rank's rows and adapter."""
         found: dict[str, Any] = {
             "adapter_values": sum(p.numel() for p in self.parameters),
+            "adapter_names": sum(packed_bytes([k, list(v.shape)]) for k, v in self.adapter().items()),
             "keeps": bool(self.parameters),
         }
         if self.rows is not None:
@@ -289,8 +291,22 @@ class Rank(abc.ABC):
 
     def _restore(self, step: int) -> None:
         state, words = self.checkpoints.load(step)
-        if words.get("step") != step:
-            raise EngineError(f"expected the checkpoint of step {step}; it is of {words.get('step')}")
+        try:
+            if words.get("step") != step or _under(state, "parameter.").keys() != set(self._numbers()):
+                raise ValueError(f"it is of step {words.get('step')} with {len(state)} tensors")
+            self._put(state, step)
+        except (AssertionError, ConfigError, IndexError, KeyError, RuntimeError, ValueError) as error:
+            raise EngineError(
+                f"expected a checkpoint of this job's step {step}; {error}",
+                remedy="remove it, to go on from an earlier one",
+                code="disk",
+            ) from error
+
+    def _numbers(self) -> list[str]:
+        return [str(i) for i in range(len(self.parameters))]
+
+    def _put(self, state: Mapping[str, Tensor], step: int) -> None:
+        """A checkpoint's tensors, where they belong."""
         residuals: dict[int, dict[str, Tensor]] = {}
         for name, value in state.items():
             kind, _, rest = name.partition(".")
@@ -352,7 +368,7 @@ class Rank(abc.ABC):
             named = [(str(name), tuple(int(size) for size in shape)) for name, shape in header["tensors"]]
             sizes = [4 * math.prod(shape) for _, shape in named]
             (joined,) = frames
-            if sum(sizes) != joined.nbytes or min(sizes, default=0) < 0:
+            if sum(sizes) != joined.nbytes or any(size < 0 for _, shape in named for size in shape):
                 raise ValueError
         except (KeyError, TypeError, ValueError) as error:
             raise ProtocolError(f"expected the adapter's part of {self.places.name(giver)}") from error

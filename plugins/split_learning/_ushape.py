@@ -13,6 +13,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from edged import ProtocolError
+
 from ._averaging import average_clients
 from ._chain import Hierarchy, frame_of, report_eval, take_plain
 from ._loss import summed, targets_of
@@ -57,14 +59,14 @@ class UShape(Rank):
         link, targets = self.link(self.places.server), targets_of(labels)
         sent = self.noise(head(ids), step, 0)
         link.send_tensor("up", [step], sent, self.feedback_key("up"))
-        back, _, _ = link.receive_tensor("back", [step], list(sent.shape))
+        back, _, _ = link.receive_tensor("back", [step], list(sent.shape), is_exact=True)
         back.requires_grad_()
         loss = summed(tail, tail(back), labels) / max(1, targets)
         self.check_loss(step, loss.item())
         loss.backward()
         assert back.grad is not None
         link.send_tensor("back gradient", [step], back.grad, self.feedback_key("back gradient"))
-        gradient, _, _ = link.receive_tensor("up gradient", [step], list(sent.shape))
+        gradient, _, _ = link.receive_tensor("up gradient", [step], list(sent.shape), is_exact=True)
         if sent.requires_grad:
             sent.backward(gradient)
         self.update(step)
@@ -79,7 +81,8 @@ class UShape(Rank):
         self.link(client).send_tensor("back", [step], hidden, self.feedback_key("back"))
 
     def _gradient(self, step: int, client: int, hidden: Tensor) -> Tensor:
-        return self.link(client).receive_tensor("back gradient", [step], list(hidden.shape))[0]
+        shape = list(hidden.shape)
+        return self.link(client).receive_tensor("back gradient", [step], shape, is_exact=True)[0]
 
     def _return(self, step: int, client: int, given: Tensor) -> None:
         assert given.grad is not None
@@ -134,13 +137,15 @@ class UShape(Rank):
 
     def _evaluate(self, step: int, report: Report) -> None:
         (head, tail), link, sums = self.spans, self.link(self.places.server), []
-        batches = self.eval_batches()
+        batches = self.eval_batches() if self.noise.allows(step) else []
         link.send("evals", [step], {"of": len(batches)}, [])
         for index, (ids, labels) in enumerate(batches):
-            shape = {"shape": list(ids.shape)}
-            link.send("eval", [step, index], shape, [frame_of(head(ids))])
+            hidden = self.noise.held_out(head(ids), step, index * self.job.batch_size)
+            link.send("eval", [step, index], {"shape": list(ids.shape)}, [frame_of(hidden)])
             header, frames = link.receive("eval back", [step, index])
             back, _ = take_plain(header, frames, *ids.shape, self.blocks.hidden, 0)
+            if back.shape[:2] != ids.shape:
+                raise ProtocolError(f"expected {tuple(ids.shape)} hidden states back")
             sums.append((summed(tail, tail(back), labels).item(), targets_of(labels)))
         report_eval(step, sums, report)
 

@@ -1,0 +1,55 @@
+"""Tiny models, and the processes that ranks run in, once a session."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).parent.parent / "torch_blocks"))  # its rig makes the models
+
+NEEDED = ("torch", "transformers", "peft", "safetensors", "tokenizers", "gguf")
+MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
+
+# The tests and their rig import what is missing here, so they are not collected without it.
+collect_ignore_glob = ["test_split_*.py"] if MISSING else []
+if MISSING:
+
+    def pytest_report_header() -> str:
+        return f"tests of split learning are skipped: {', '.join(MISSING)} not installed (edged[train])"
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch = sys.modules.get("torch")
+    if torch is not None:
+        torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any, Path]]:
+    """By a family's name: transformers' model of four blocks, and the same packed into one file."""
+    from blocks_rig import make
+
+    made: dict[str, tuple[Any, Path]] = {}
+
+    def find(family: str) -> tuple[Any, Path]:
+        if family not in made:
+            made[family] = make(family, tmp_path_factory.mktemp(family))
+        return made[family]
+
+    return find
+
+
+@pytest.fixture(scope="session")
+def processes() -> Iterator[Any]:
+    """Four that ranks run in, started once."""
+    from rig import Processes
+
+    pool = Processes(4)
+    yield pool
+    pool.close()
