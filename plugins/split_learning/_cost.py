@@ -22,6 +22,7 @@ WORKER_BYTES = (
     440 << 20
 )  # torch, transformers and peft loaded, without a tensor (measured: 390 MB and arenas)
 MESSAGE_BYTES = 190  # a header, and what ZeroMQ and CURVE put around it and its frames
+ASK_BYTES, STATES_BYTES = 175, 124  # the same of parallel adapters' two kinds of message
 LABEL_BYTES = 4
 ANSWER_PART = 0.5  # of the positions, before the rows are known
 COLLECTOR_BYTES = 64 << 20
@@ -226,9 +227,9 @@ def _asked_bytes(job: Job, model: ModelDescription, survey: Mapping[str, Any]) -
     """Rows that the server computes: embeddings and positions up, every block's states down."""
     total = 4 * MESSAGE_BYTES  # both greetings, and that it may rest, and end
     for length, wanted, count in survey["asks"]:
-        up = payload_bytes(job.codec, (length, model.hidden)) + LABEL_BYTES * wanted + 40
-        down = model.layers * (payload_bytes(job.codec, (wanted, model.hidden)) + MESSAGE_BYTES)
-        total += count * (up + MESSAGE_BYTES + down)
+        up = payload_bytes(job.codec, (length, model.hidden)) + LABEL_BYTES * wanted + ASK_BYTES
+        down = model.layers * (payload_bytes(job.codec, (wanted, model.hidden)) + STATES_BYTES)
+        total += count * (up + down)
     return total
 
 

@@ -117,7 +117,8 @@ class Client(Rank):
             total, first = total + loss.item(), first + size
         self.check_loss(step, total)
         self.update(step)
-        self._rest_if_complete()
+        if self.computed_rows == before:  # a step that found all it needs
+            self._rest_if_complete()
         said = {
             "loss": total,
             "tokens": float(sum(row.ids.numel() for row in rows)),
