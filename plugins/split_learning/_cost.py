@@ -183,8 +183,7 @@ def side_values(job: Job, model: ModelDescription) -> int:
 
 def _parallel_memory_bytes(job: Job, model: ModelDescription, parts: Sequence[Part]) -> int:
     weight, total = 2 if job.weights == "bf16" else F32, float(WORKER_BYTES)
-    share = ANSWER_PART if job.loss_on == "answer" else 1
-    positions = job.batch_size * job.max_length // max(1, job.micro_batches) * share
+    positions = job.batch_size * job.max_length // max(1, job.micro_batches)  # all may be in the loss
     for part in parts:
         count = part.last - part.first
         total += weight * (

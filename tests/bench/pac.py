@@ -5,6 +5,7 @@ position, or on the answer's last quarter. `ratio` is the first epoch's seconds 
 third, round by round, and must reach `target`. `bound` is the same ratio of floating-point operations:
 blocks, forward only, against head (logits and their gradient) and side network (forward and both gradients);
 what an epoch does beside those, such as softmax, AdamW and reading `kept_bytes` from disk, is in no bound.
+`freed_bytes`: private memory that the process gave back when the blocks had no more to do.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ def _put(record: Record, row: str, loss: str, timed: Sequence[dict[str, float]],
         target=LOSSES[loss],
         bound=round(timed[-1]["bound"], 3),
         kept_bytes=int(timed[-1]["kept_bytes"]),
+        freed_bytes=spread([each["freed_bytes"] for each in timed]),
         computed_rows=int(timed[-1]["computed_rows"]),
     )
 
@@ -94,12 +96,13 @@ def _epochs(blocks: Any, loss: str, threads: int) -> dict[str, float]:
         )
         client = load(spec, blocks, _NoChannel())
         client._training = [_random(client, number, loss) for number in range(ROWS)]  # of the length we want
-        took: list[float] = []
+        took, held = list[float](), list[int]()
         for epoch in range(EPOCHS):
             began = time.perf_counter()
             for step in range(epoch * steps // EPOCHS, (epoch + 1) * steps // EPOCHS):
                 client.step(step, lambda kind, step, values: None)
             took.append(time.perf_counter() - began)
+            held.append(_private_bytes())
         kept, computed = client.kept.bytes, client.computed_rows
         bound = _bound(client, loss)
         client.close()
@@ -109,8 +112,14 @@ def _epochs(blocks: Any, loss: str, threads: int) -> dict[str, float]:
         "later_s": later_s,
         "bound": bound,
         "kept_bytes": kept,
+        "freed_bytes": held[0] - held[-1],
         "computed_rows": computed,
     }
+
+
+def _private_bytes() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) << 10
 
 
 def _random(client: Any, number: int, loss: str) -> Any:
