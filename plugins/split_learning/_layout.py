@@ -156,11 +156,10 @@ def _step_s(job: Job, model: ModelDescription, places: Places, chosen: Sequence[
         chain = places.chain if client == 0 else [client, places.server]
         for a, b in itertools.pairwise(chain):
             size = _cost.hidden_bytes(job, model, job.batch_size, job.max_length, places.ratio(a, b))
-            crossings = 4 if job.topology == "u-shape" else 2
             took = _cost.link_s(by_id, chosen[a].node_id, chosen[b].node_id, size)
             if took is None:
                 return None
-            links.append(crossings * took)
+            links.append(_cost.crossings(job, model) * took)
     clients = len(places.clients)
     served = clients * times[places.server]
     if job.micro_batches > 1:

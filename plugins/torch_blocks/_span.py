@@ -139,11 +139,17 @@ class Span(nn.Module):
         """Hidden states (B, S, d) after the last block, through the final norm where this span has the head.
         `x`: ids (B, S), int64, where it has the embedding; else hidden states (B, S, d), F32."""
         (hidden,) = deque(self._walk(x), maxlen=1)
-        return self._part(self.family.final_norm)(hidden) if self.has_head else hidden
+        return self.normed(hidden) if self.has_head else hidden
 
     def states(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Hidden states (B, S, d) before the first block and after each, before any final norm."""
         return list(self._walk(x))
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """States of the last block, (..., d), through the final norm; of a span with the head."""
+        if not self.has_head:
+            raise EngineError("expected a span with the final norm; this one was loaded without")
+        return self._part(self.family.final_norm)(hidden)
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (..., vocab) of what `forward` gives, (..., d); of a span with the head."""
