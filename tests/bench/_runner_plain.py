@@ -1,7 +1,7 @@
 """The plain way to tune a model with LoRA: transformers and peft, the whole model in one process.
 
 One JSON line for each step on standard output, its loss and seconds; last the peak of resident memory.
-Reads rows as ids, (step, row, token), from a file, and the model from a GGUF through transformers' own reader.
+Reads rows as ids, (step, row, token), from a file, and the model from a GGUF through transformers' reader.
 """
 
 from __future__ import annotations
