@@ -525,6 +525,8 @@ class EngineEntry:
     adapt(folder: str, base: str, out: str) -> dict {"r": int, "alpha": float, "made_for": str | None}:
         checks a PEFT folder for the model file `base` and writes llama.cpp's file of it to `out`;
         ConfigError where it does not fit. Empty: it brings no such function.
+    pack(folder: Path, file: Path) -> makes one file, which `describe` knows, of a model that is a folder; in
+        the command line's own process, so it is light. ConfigError where the folder is no such model.
 
     `window_bytes`: memory in which the engine computes with weights of any size, read again for every
     token (`EngineSpec.weights_bytes`); 0: they must all fit.
@@ -551,6 +553,7 @@ class EngineEntry:
     models: tuple[str, ...] | None = None
     stated: Predicted | None = None
     adapt: str = ""
+    pack: str = ""
 
 
 class Propose(Protocol):

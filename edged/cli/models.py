@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..errors import ConfigError
 from ..models import check_model_name, name_of
+from ..plugins import Host
 from .asking import ask, open_file
+from .detecting import first_party_plugins
 from .options import HomeOption, JsonOption
 from .output import Document, show
 from .tables import sized, table
@@ -31,19 +38,45 @@ def ls(home: HomeOption = None, as_json: JsonOption = False) -> None:
 
 @models.command("add")
 def add(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A GGUF file.")],
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="A GGUF file, or a folder with config.json and safetensors."),
+    ],
     name: Annotated[str | None, typer.Option(metavar="NAME", help="Instead of the file's own.")] = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> None:
-    """Store a model file; its name comes from the file's."""
-    chosen = check_model_name(name) if name is not None else name_of(file.name)
-    descriptor = open_file(file, "model file")
-    try:
-        document = ask(home, "models.add", {"name": chosen}, [descriptor], silence_s=None)
-    finally:
-        os.close(descriptor)
+    """Store a model; its name comes from the file's. A folder is packed into one file first, for training."""
+    chosen = check_model_name(name) if name is not None else name_of(file.resolve().name)
+    with _as_file(file) as packed:
+        descriptor = open_file(packed, "model file")
+        try:
+            document = ask(home, "models.add", {"name": chosen}, [descriptor], silence_s=None)
+        finally:
+            os.close(descriptor)
     show(document, as_json, _show_models)
+
+
+@contextlib.contextmanager
+def _as_file(path: Path) -> Iterator[Path]:
+    """`path` itself, or the file that an engine packs a folder into, gone afterwards."""
+    if not path.is_dir():
+        yield path
+        return
+    host = Host()
+    host.load(first_party_plugins()[0], {})
+    engines = host.registrations("edged_engines").values()
+    packers = [engine.pack for engine in engines if engine.pack]
+    if not packers:
+        raise ConfigError(
+            f"expected a model file; {path} is a folder, and no plugin packs folders",
+            remedy="install edged with the extra that brings one: pip install 'edged[train]'",
+        )
+    module, _, attribute = packers[0].partition(":")
+    with tempfile.TemporaryDirectory(prefix="edged-pack-") as folder:
+        packed = Path(folder) / "model.safetensors"
+        getattr(importlib.import_module(module), attribute)(path, packed)
+        yield packed
 
 
 @models.command("rm")
