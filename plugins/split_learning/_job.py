@@ -39,6 +39,7 @@ LOCAL_KEYS = [  # the others are of no use to a job on one node
         "sparse",
         "width",
         "cache",
+        "codec",
     ),
     *("gradient_checkpointing", "weights", "eval_every", "eval_rows", "checkpoint_every", "adapter"),
     "patience_s",
@@ -87,7 +88,10 @@ class Job:
     loss_on: str = _key("answer", '"all": on the prompt\'s tokens, too')
     schedule: str = _key("sequential", "several clients: sequential, client-batch or server-hierarchical")
     average_every: int = _key(100, "steps between two means of the clients' adapters")
-    codec: str = _key("f32", "of what travels: f32, f16, int8, topk or adatopk")
+    codec: str = _key(
+        "f32",
+        "of what travels: f32, f16, int8, topk or adatopk; of parallel-adapters f32 or f16, and kept so",
+    )
     ratio: float = _key(10.0, "topk, adatopk: one of so many values is sent")
     error_feedback: bool = _key(True, "topk, adatopk: what was not sent is added to the next")
     clip: float = _key(0.0, "most that a row's hidden states may be long (L2); 0: as they are")
@@ -159,7 +163,13 @@ def check_local(table: Mapping[str, Any]) -> dict[str, Any]:
         if key not in LOCAL_KEYS and not complete:
             raise _unknown(key, [*LOCAL_KEYS, "data"])
     job = read(table)
-    _check([(len(job.clients) == 1 and job.clients[0].data, 'one data = "NAME"')])
+    is_parallel = job.topology == "parallel-adapters"
+    _check(
+        [
+            (len(job.clients) == 1 and job.clients[0].data, 'one data = "NAME"'),
+            (is_parallel or job.codec == "f32", "codec f32: on one node nothing travels"),
+        ]
+    )
     return to_table(job)
 
 
@@ -249,6 +259,15 @@ def _rules(job: Job) -> list[tuple[Any, str]]:
         (0 < job.sparse <= 1, f"sparse above 0 and at most 1; {job.sparse!r} came"),
         (job.clip > 0 or not (job.noise or job.epsilon), "clip above 0 with noise or epsilon"),
         (job.noise > 0 or not job.epsilon, "noise above 0 with epsilon: without it nothing is private"),
+        *(_parallel_rules(job) if job.topology == "parallel-adapters" else ()),
+    ]
+
+
+def _parallel_rules(job: Job) -> list[tuple[Any, str]]:
+    return [
+        (job.codec in ("f32", "f16"), f"codec f32 or f16 with parallel-adapters; {job.codec!r} came"),
+        (not job.dropout, "dropout = 0 with parallel-adapters: they have none"),
+        (not job.clip, "clip = 0 with parallel-adapters: a row is sent once, and its states are kept"),
     ]
 
 
