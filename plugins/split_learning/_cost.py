@@ -124,7 +124,7 @@ def bytes_sent(
     if places.is_local:
         return 0
     if job.topology == "parallel-adapters":
-        return _asked_bytes(job, model, surveys[places.clients[0]]) + _end_bytes(places, surveys)
+        return _asked_bytes(job, model, surveys[places.clients[0]]) + _end_bytes(job, places, surveys)
     total = _hello_bytes(places, surveys)
     for client in places.clients:
         survey = surveys[client]
