@@ -83,8 +83,8 @@ def shape_of(said: Mapping[str, Any], most: Sequence[int], is_exact: bool = Fals
         or shape[-1] != most[-1]
         or (is_exact and shape != list(most))
     ):
-        how = "" if is_exact else "at most "
-        raise ProtocolError(f"expected a tensor of {how}{tuple(most)}, got {str(shape)[:60]}")
+        what = f"{tuple(most)}" if is_exact else f"at most {tuple(most[:-1])} and width {most[-1]}"
+        raise ProtocolError(f"expected a tensor of {what}, got {str(shape)[:60]}")
     return tuple(shape)
 
 

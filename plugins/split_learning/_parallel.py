@@ -291,9 +291,7 @@ class There:
         shape = (len(row.wanted), self._rank.blocks.hidden)
         found = torch.empty(self._rank.blocks.layers, *shape)
         for layer, plane in enumerate(found):
-            states, _, _ = self._link().receive_tensor("states", [number, layer], shape)
-            if states.shape != shape:
-                raise ProtocolError(f"expected states of {shape}, got {tuple(states.shape)}")
+            states, _, _ = self._link().receive_tensor("states", [number, layer], shape, is_exact=True)
             plane.copy_(states)
         return found
 

@@ -15,6 +15,8 @@ sys.path.append(str(Path(__file__).parent.parent / "torch_blocks"))  # its rig m
 NEEDED = ("torch", "transformers", "peft", "safetensors", "tokenizers", "gguf")
 MISSING = [name for name in NEEDED if importlib.util.find_spec(name) is None]
 
+POOLS: list[Any] = []
+
 # The tests and their rig import what is missing here, so they are not collected without it.
 collect_ignore_glob = ["test_split_*.py"] if MISSING else []
 if MISSING:
@@ -47,9 +49,22 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any,
 
 @pytest.fixture(scope="session")
 def processes() -> Iterator[Any]:
-    """Four that ranks run in, started once."""
+    """Four that ranks run in, started once; `pytest_runtest_teardown` ends them."""
     from rig import Processes
 
     pool = Processes(4)
+    POOLS.append(pool)
     yield pool
-    pool.close()
+    _end_pools()
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """After the last test of this folder, and not at the session's end: they hold half a gigabyte."""
+    if nextitem is None or Path(__file__).parent not in nextitem.path.parents:
+        _end_pools()
+
+
+def _end_pools() -> None:
+    while POOLS:
+        POOLS.pop().close()

@@ -270,14 +270,19 @@ def _watch(trainer: Any, outcome: Outcome, with_history: bool) -> None:
     trainer.update = watched
 
 
-def random_start(trainer: Any) -> None:
+def random_start(trainer: Any, scale: float = 0.3) -> None:
     """A change: LoRA's values are random, alike in every cut, so that no gradient is zero."""
     for span in trainer.spans:
         found = {}
         for name, value in span.lora().items():
             seed = zlib.crc32(name.encode())
-            found[name] = 0.3 * torch.randn(value.shape, generator=torch.Generator().manual_seed(seed))
+            found[name] = scale * torch.randn(value.shape, generator=torch.Generator().manual_seed(seed))
         span.set_lora(found)
+
+
+def small_start(trainer: Any) -> None:
+    """A change: the same for a model that is trained, and stays one that can speak."""
+    random_start(trainer, 0.01)
 
 
 def gradients_of(outcomes: Sequence[Outcome], step: int = 0) -> Gradients:

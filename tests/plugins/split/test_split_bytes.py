@@ -34,6 +34,7 @@ JOBS: dict[str, tuple[int, dict[str, Any]]] = {
     "clipped and noisy": (1, {"clip": 4.0, "noise": 0.1}),
     "submitted elsewhere": (1, {"is_apart": True, "topology": "u-shape"}),
     "sparse": (1, {"sparse": 0.5}),
+    "parallel adapters": (1, {"topology": "parallel-adapters", "width": 8}),
 }
 
 
