@@ -291,9 +291,7 @@ class There:
         shape = (len(row.wanted), self._rank.blocks.hidden)
         found = torch.empty(self._rank.blocks.layers, *shape)
         for layer, plane in enumerate(found):
-            states, _, _ = self._link().receive_tensor("states", [number, layer], shape)
-            if states.shape != shape:
-                raise ProtocolError(f"expected states of {shape}, got {tuple(states.shape)}")
+            states, _, _ = self._link().receive_tensor("states", [number, layer], shape, is_exact=True)
             plane.copy_(states)
         return found
 
@@ -354,8 +352,6 @@ class Server(Rank):
         if not isinstance(said, dict) or not frames:
             raise ProtocolError(f"expected a row of rank {client}")
         shape = shape_of(said, [1, job.max_length, self.blocks.hidden])
-        if shape[-1] != self.blocks.hidden:
-            raise ProtocolError(f"expected embeddings of width {self.blocks.hidden}, got {shape[-1]}")
         embedded = link.codec.decode(said, frames[:-1], shape)
         count = frames[-1].nbytes // 4
         wanted = ints(frames[-1], [count], shape[1])
