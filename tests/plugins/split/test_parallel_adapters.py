@@ -511,7 +511,7 @@ def split_run(
         ([0, 8], HIDDEN, "below"),
         ([-1], HIDDEN, "positions"),
         ([], HIDDEN, "positions"),
-        ([0], HIDDEN // 2, "at most"),
+        ([0], HIDDEN // 2, str(HIDDEN)),
     ],
 )
 def test_a_server_refuses_a_row_that_is_none(
