@@ -88,6 +88,10 @@ class Home:
         return self.path / "models"
 
     @property
+    def adapters(self) -> Path:
+        return self.path / "adapters"
+
+    @property
     def cache(self) -> Path:
         return self.path / "cache"
 
@@ -134,7 +138,7 @@ def create(home: Home, name: str | None, profile: str, keys: tuple[bytes, bytes]
         return load(home)
     identity = Identity(check_name(name or socket.gethostname() or "node"), *keys)
     try:
-        for folder in (home.path, home.models, home.cache, home.plugin_state):
+        for folder in (home.path, home.models, home.adapters, home.cache, home.plugin_state):
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise ConfigError(

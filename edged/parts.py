@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from . import config, wire
 from . import identity as ids
+from .adapters import AdapterStore
 from .bearing import Bearing
 from .choosing import Chooser, check_policy
 from .coordinator import Coordinator
@@ -81,6 +82,7 @@ class Parts:
             view.watts,
             view.bearable,
             view.unfitted,
+            view.adapters,
         )
 
     def refresh_conditions(self) -> None:
@@ -108,17 +110,21 @@ def compose(home: Home) -> Parts:
     if profile.energy.policy:
         check_policy(profile.energy.policy, policies)
     models, store = ModelStore(home), JobStore(home.store_file)
+    adapters = AdapterStore(home)
     device = Device(profile, home.cache, host.registrations("edged_sensors"), engines, supervisor)
     fits = sorted({policy.fit for policy in policies.values() if policy.fit})
     bearing = Bearing(profile, home.cache, device, supervisor, next(iter(fits), ""))
     peers = Peers(identity, home, profile, host, health)
-    transfers = Transfers(home, profile, models, peers, supervisor, engines)
+    transfers = Transfers(home, profile, models, adapters, peers, supervisor, engines)
     roles = Roles(profile, peers, host, device, supervisor, transfers, engines)
     probing = Probing(profile, peers, supervisor, device)
     viewer = Viewer(peers, device, bearing, probing, models, engines)
     viewer.memory_taken = lambda: roles.memory_taken
-    chooser = Chooser(profile, peers, host, device, viewer, supervisor, models, strategies, policies, engines)
+    chooser = Chooser(
+        profile, peers, host, device, viewer, supervisor, models, adapters, strategies, policies, engines
+    )
     coordinator = Coordinator(profile, store, peers, host, models, viewer, chooser)
+    transfers.borrowers = coordinator.borrowers
     parts = Parts(
         home,
         identity,

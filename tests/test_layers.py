@@ -24,7 +24,8 @@ LAYERS = {
     2: "pricing rules correcting metering sustaining queueing scenario",
     3: "accounting plugins node planning simulation advising jobs identity token requests framing",
     4: "transport certificate stream meeting streams channel exchanging dataplane control client "
-    "worker supervisor models partial ingest transfer health sdnotify device bearing limits pressure saving",
+    "worker supervisor models adapters partial ingest transfer health sdnotify device bearing limits "
+    "pressure saving",
     5: "peers probing transfers watching viewing roles groups choosing coordinator commands parts daemon",
     6: "cli testing",
 }

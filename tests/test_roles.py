@@ -13,6 +13,7 @@ import pytest
 from edged_plugins import echo
 
 from edged import models, planning, sizes, wire
+from edged.adapters import AdapterStore
 from edged.config import Budget, Network, Profile
 from edged.device import Device
 from edged.errors import PolicyViolation, ProtocolError
@@ -69,7 +70,7 @@ class Rig:
         profile = Profile(budget=Budget(memory_share=1.0), network=Network(interfaces=("lo",)))
         sensor = SensorEntry("free", lambda: DeviceState(memory_free=self.free))
         self.device = Device(profile, home.cache, {"free": sensor}, engines, self.supervisor)
-        transfers = Transfers(home, profile, store, peers, self.supervisor, engines)
+        transfers = Transfers(home, profile, store, AdapterStore(home), peers, self.supervisor, engines)
         self.roles = Roles(profile, peers, Host(), self.device, self.supervisor, transfers, engines)
         [role] = planning.whole(NodeView("me", "phone"), self.manifest.model, "local").roles
         self.role = role

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import pytest
 
+from edged.adapters import AdapterStore
 from edged.config import Profile
 from edged.errors import PeerError
 from edged.identity import Home
@@ -58,7 +59,7 @@ def test_a_transfer_is_shared_for_the_same_bytes_by_the_same_manifest_alone(
     async def test() -> None:
         home, holder = Home(tmp_path), Holder()
         peers = cast("Peers", holder)
-        transfers = Transfers(home, Profile(), ModelStore(home), peers, Supervisor(), {})
+        transfers = Transfers(home, Profile(), ModelStore(home), AdapterStore(home), peers, Supervisor(), {})
         wanted = [
             transfers.fetch(SHA256, "holder", manifest, ranges=ranges) for manifest, ranges in (first, second)
         ]

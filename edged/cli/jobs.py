@@ -12,6 +12,7 @@ from . import options, output
 from .asking import ask
 from .generating import Stream, ended
 from .options import (
+    AdapterOption,
     GuestOption,
     HomeOption,
     JsonLinesOption,
@@ -33,6 +34,7 @@ def plan(
     policy: PolicyOption = None,
     nodes: NodesOption = None,
     shares: SharesOption = None,
+    adapter: AdapterOption = None,
     private: PrivateOption = False,
     allow_guest: GuestOption = False,
     explain: Annotated[bool, typer.Option("--explain", help="Candidates that were refused, too.")] = False,
@@ -47,6 +49,7 @@ def plan(
         "policy": policy,
         "nodes": names,
         "shares": options.shares(shares, names),
+        "adapter": adapter,
         "private": private,
         "allow_guest": allow_guest,
         "explain": explain,
