@@ -144,7 +144,7 @@ def test_an_adapter_of_nothing_changes_nothing(made: Callable[..., str], tmp_pat
 def test_an_adapter_of_some_matrices_works_beside_a_window_over_the_weights(
     made: Callable[..., str], tmp_path: pathlib.Path
 ) -> None:
-    base = made("llama", "F32", layers=4, hidden=512, ffn=1024)
+    base = made("llama", "F32", layers=3, hidden=512, ffn=1024)
     adapter = lora_files.write_adapter(
         tmp_path / "a.gguf", base, matrices=r"blk\.\d\.(attn_q|ffn_down)\.weight"
     )
