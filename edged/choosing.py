@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import logging
 import random
@@ -13,11 +14,13 @@ from typing import Any
 import msgspec
 
 from . import bearing, planning, pricing, sizes, wire
+from .adapters import Adapter, AdapterStore
 from .config import Profile
 from .correcting import Corrections
 from .device import Device
 from .errors import ConfigError, EdgedError, EngineError, PeerError, PolicyViolation
 from .groups import Asked, Member
+from .lending import Lending
 from .models import Model, ModelStore
 from .peers import Peers
 from .plugins import Host
@@ -25,6 +28,7 @@ from .requests import GenerateRequest
 from .supervisor import Supervisor
 from .types import (
     RIGHTS,
+    AdapterFile,
     Candidate,
     Deferral,
     EngineEntry,
@@ -71,21 +75,24 @@ class Chooser:
         viewer: Viewer,
         supervisor: Supervisor,
         stored_models: ModelStore,
+        adapters: AdapterStore,
+        lending: Lending,
         strategies: Mapping[str, Strategy],
         policies: Mapping[str, Policy],
         engines: Mapping[str, EngineEntry],
     ) -> None:
         self._profile, self._peers, self._host = profile, peers, host
         self._device, self._viewer, self._models = device, viewer, stored_models
-        self._supervisor = supervisor
+        self._supervisor, self._adapters, self._lending = supervisor, adapters, lending
         self._corrections = Corrections(self._device.corrections())
         self._strategies, self._policies, self._engines = strategies, policies, engines
 
     async def plan(self, request: GenerateRequest) -> dict[str, Any]:
         """Every candidate with its price, and the choice, without running it."""
         model = self._models.find(request.model)
+        adapter = await self.adapter_of(request, model)
         nodes = await self._viewer.views(measure=True)
-        asked = self.asked(request, model.sha256)
+        asked = self.asked(request, model.sha256, adapter=adapter)
         _, candidates, chosen, notes = await self.choose(model.sha256, nodes, asked.request)
         by_id = {node.node_id: node for node in nodes}
         notes += self._noted(asked.request, candidates, by_id)
@@ -95,8 +102,41 @@ class Chooser:
             "explanation": planning.explain(candidates, chosen, by_id) + notes,
         }
 
-    def asked(self, request: GenerateRequest, sha256: str, may_leave: bool = True) -> Asked:
-        """What is to be planned, and among whom. `may_leave`: as PlanRequest."""
+    def check_adapter(self, request: GenerateRequest, model: Model) -> Adapter | None:
+        """The adapter asked for; ConfigError where there is none such, or it is another model's."""
+        if request.adapter is None:
+            return None
+        adapter = self._adapters.find(request.adapter)
+        if not adapter.path:
+            what = (
+                "has no file that engines read" if adapter.kind == "lora" else f"is of kind {adapter.kind!r}"
+            )
+            raise ConfigError(
+                f"expected a LoRA adapter of a GGUF model; {adapter.name!r} {what}",
+                remedy="generate without --adapter, or train one with a GGUF",
+                code="no-gguf-adapter",
+            )
+        if adapter.base_sha256 != model.sha256:
+            raise ConfigError(
+                f"expected an adapter of model {model.name!r} ({model.sha256[:12]}); {adapter.name!r} was "
+                f"made for {adapter.base_name!r} ({adapter.base_sha256[:12]})",
+                remedy="name that model, or an adapter of this one",
+            )
+        return adapter
+
+    async def adapter_of(self, request: GenerateRequest, model: Model) -> AdapterFile | None:
+        """The content of the adapter asked for, as it is now; ConfigError as `check_adapter`."""
+        adapter = self.check_adapter(request, model)
+        return None if adapter is None else (await asyncio.to_thread(self._lending.hashed, adapter)).file
+
+    def asked(
+        self,
+        request: GenerateRequest,
+        sha256: str,
+        may_leave: bool = True,
+        adapter: AdapterFile | None = None,
+    ) -> Asked:
+        """What is to be planned, and among whom. `may_leave`, `adapter`: as PlanRequest."""
         found = [m for m in self._peers.membership.members.values() if self._peers.is_online(m.node_id)]
         members = {Member(m.node_id, m.zone, m.rights) for m in found}
         members.add(Member(self._peers.identity.node_id, "own", RIGHTS))
@@ -124,6 +164,7 @@ class Chooser:
             self._profile.jobs.cache_type,
             self._policy_of(request),
             may_leave,
+            adapter,
         )
         return Asked(sha256, wanted, frozenset(members))
 
@@ -254,9 +295,10 @@ class Chooser:
                 remedy=f"add --policy {able[0]}" if able else "drop it, or load a plugin with such a policy",
             )
 
-    async def deferral(self, request: GenerateRequest, sha256: str, start_by: float) -> Deferral | None:
+    async def deferral(self, request: GenerateRequest, model: Model, start_by: float) -> Deferral | None:
         """Until when the job should wait, as its policy says now; None: it should start."""
-        asked = self.asked(request, sha256).request
+        sha256, adapter = model.sha256, await self.adapter_of(request, model)
+        asked = self.asked(request, sha256, adapter=adapter).request
         policy = self._policy(asked)
         if policy.defer is None:
             return None

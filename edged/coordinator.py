@@ -25,7 +25,7 @@ from .models import Model, ModelStore
 from .peers import Peers
 from .plugins import Host
 from .requests import GenerateRequest
-from .types import Deferral, Outcome, Sampling
+from .types import AdapterFile, Deferral, Outcome, Sampling
 from .viewing import Viewer
 
 log = logging.getLogger(__name__)
@@ -72,6 +72,7 @@ class _Run:
     waits: Deferral | None = None  # while it does
     spent_earlier: list[Spent] = field(default_factory=list)  # in earlier epochs
     seed: int = field(default_factory=lambda: secrets.randbits(32))  # where the request names none
+    adapter: AdapterFile | None = None  # its content at the first plan; later epochs have the same
 
 
 @dataclass(slots=True)
@@ -126,6 +127,10 @@ class Coordinator:
         await asyncio.gather(*tasks, return_exceptions=True)
         self._groups.close()
 
+    def borrowers(self, adapter_sha256: str) -> set[str]:
+        """The nodes that may have this adapter now: those of its plans."""
+        return self._groups.users_of(adapter_sha256)
+
     async def drained(self, timeout_s: float) -> None:
         """Wait until no job runs, at most so long; jobs that wait for a better time end with the daemon."""
         runs = [run for run in self._runs.values() if run.waits is None]
@@ -154,7 +159,7 @@ class Coordinator:
             raise PolicyViolation(
                 f"{len(self._runs)} jobs wait, as many as the profile allows", remedy="try again later"
             )
-        self._models.find(request.model)
+        self._chooser.check_adapter(request, self._models.find(request.model))
         self._chooser.check_deferrable(request)
         run = _Run(secrets.token_hex(8), request, time.monotonic(), is_detached=request.detach)
         now = time.time()
@@ -244,7 +249,7 @@ class Coordinator:
         """While its policy knows a better time, and its start may wait."""
         while run.start_by is not None and time.time() < run.start_by:
             model = self._models.find(run.request.model)
-            run.waits = await self._chooser.deferral(run.request, model.sha256, run.start_by)
+            run.waits = await self._chooser.deferral(run.request, model, run.start_by)
             if run.waits is None:
                 break
             log.info("job waits", extra={"job_id": run.job_id, "until": rfc3339(run.waits.until)})
@@ -289,7 +294,9 @@ class Coordinator:
             return
         try:
             model = self._models.find(run.request.model)
-            asked = self._chooser.asked(_unbound(run.request), model.sha256, run.request.may_leave)
+            asked = self._chooser.asked(
+                _unbound(run.request), model.sha256, run.request.may_leave, run.adapter
+            )
             nodes = await self._viewer.views(measure=False)
             _, _, chosen, _ = await self._chooser.choose(model.sha256, nodes, asked.request)
         except EdgedError as error:
@@ -308,7 +315,10 @@ class Coordinator:
         """Plan, load and generate once. What binds the plan binds the first one, unless it is strict."""
         model = self._models.find(run.request.model)
         request = _unbound(run.request) if run.moves and not run.request.strict else run.request
-        asked = self._chooser.asked(request, model.sha256, request is run.request or run.request.may_leave)
+        if run.epoch == 0:
+            run.adapter = await self._chooser.adapter_of(run.request, model)
+        may_leave = request is run.request or run.request.may_leave
+        asked = self._chooser.asked(request, model.sha256, may_leave, run.adapter)
         async with self._planning:
             standing = self._groups.standing(asked) if self._chooser.is_steady(asked.request) else None
             run.group = standing or await self._plan(run, model, asked)
@@ -356,6 +366,7 @@ class Coordinator:
             self._chooser.holder_of(model, nodes, candidate),
             wanted.cache_tokens,
             wanted.cache_type,
+            adapter=wanted.adapter,
         )
         return self._groups.begin(load, asked, candidate, {node.node_id: node for node in nodes})
 
@@ -558,7 +569,8 @@ class Coordinator:
     def _plan_row(self, run: _Run) -> dict[str, Any]:
         assert run.group is not None
         row = self._chooser.row_of(run.group.candidate)
-        return {key: row[key] for key in ("strategy", "roles", "predicted")} | {"epoch": run.epoch}
+        told = {"epoch": run.epoch, "adapter": run.request.adapter}
+        return {key: row[key] for key in ("strategy", "roles", "predicted")} | told
 
 
 def _unbound(request: GenerateRequest) -> GenerateRequest:

@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from . import wire
 from .errors import PeerError, ProtocolError
 from .peers import Peers
-from .types import CacheType, Candidate, NodeView, Numerics, PlanRequest, Right, Role, Zone
+from .types import AdapterFile, CacheType, Candidate, NodeView, Numerics, PlanRequest, Right, Role, Zone
 
 log = logging.getLogger(__name__)
 OFFER_S = 330.0  # an engine's first self-check may take that long
@@ -45,12 +45,14 @@ class Load:
     cache_tokens: int
     cache_type: CacheType
     training: tuple[wire.TrainingOffer, ...] = ()  # by rank; empty: it generates
+    adapter: AdapterFile | None = None
 
     @property
     def key(self) -> tuple[object, ...]:
         cache = (self.context_tokens, self.cache_tokens, self.cache_type)
         jobs = tuple(offer.job for offer in self.training)
-        return (jobs, self.roles, self.manifest.sha256, self.engine, self.numerics, cache)
+        loaded = (self.manifest.sha256, self.engine, self.numerics, self.adapter)
+        return (jobs, self.roles, loaded, cache)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +136,12 @@ class Groups:
         """A group that was planned for the same question, and whose own members are what they were."""
         groups = self._by_key.values()
         return next((g for g in groups if g.own_members <= asked.members and _answers(g, asked)), None)
+
+    def users_of(self, adapter_sha256: str) -> set[str]:
+        """The nodes of the groups that run with this adapter, or are about to."""
+        loads = [group.load for group in self._groups.values()]
+        found = [load for load in loads if load.adapter and load.adapter.sha256 == adapter_sha256]
+        return {role.node_id for load in found for role in load.roles}
 
     def begin(self, load: Load, asked: Asked, candidate: Candidate, nodes: Mapping[str, NodeView]) -> Group:
         """A standing group for this load, else a new one that begins to load; `enter` it at once."""
@@ -291,8 +299,10 @@ class Groups:
             load.cache_tokens,
             load.cache_type,
             load.training[role.rank] if load.training else None,
+            load.adapter,
         )
-        timeout_s = OFFER_S + load.manifest.size / FETCH_BYTES_S
+        size = load.manifest.size + (load.adapter.bytes if load.adapter else 0)
+        timeout_s = OFFER_S + size / FETCH_BYTES_S
         return wire.read_body(wire.Offered, await self._ask(role, "offer", offer, timeout_s))
 
     async def _start(

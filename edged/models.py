@@ -65,8 +65,9 @@ class Entry:
 class ModelStore:
     """What one node holds. Reads are a few `stat` calls; a file is parsed again only when it changed."""
 
-    def __init__(self, home: Home) -> None:
-        self._folder = home.models
+    def __init__(self, home: Home, folder: Path | None = None) -> None:
+        """`folder`: instead of the home's own."""
+        self.folder = folder or home.models
         self._entries: dict[str, Entry] = {}
 
     def list(self) -> builtins.list[Model]:
@@ -107,7 +108,7 @@ class ModelStore:
         manifest = self.manifest(sha256)
         if manifest_hash(manifest) != manifest_sha256:
             return False
-        bits = settled_bits(self._folder / sha256, len(manifest.chunks))
+        bits = settled_bits(self.folder / sha256, len(manifest.chunks))
         return bits is not None and all(has_bit(bits, index) for index in chunks_of(manifest, ranges))
 
     def manifest(self, sha256: str) -> wire.Manifest:
@@ -115,7 +116,7 @@ class ModelStore:
         entry = self._read().get(sha256)
         if entry is None or entry.model is None:
             raise EngineError(f"expected model {sha256[:12]} in the store; it is not there")
-        return _cached_manifest(self._folder / sha256 / MANIFEST, entry.stamp[0])
+        return _cached_manifest(self.folder / sha256 / MANIFEST, entry.stamp[0])
 
     def adopt(self, manifest: wire.Manifest) -> Model:
         """The row of a model that a task has just stored; EngineError when it is not there."""
@@ -133,10 +134,10 @@ class ModelStore:
         hits = [sha256 for sha256 in damaged if sha256.startswith(prefix)]
         model = None
         if len(prefix) >= PREFIX_CHARS_MIN and len(hits) == 1:
-            folder = self._folder / hits[0]
+            folder = self.folder / hits[0]
         else:
             model = self.find(text)
-            folder = self._folder / model.sha256
+            folder = self.folder / model.sha256
         with held(folder, f"model {text!r}"):
             shutil.rmtree(folder)
         return model
@@ -155,7 +156,7 @@ class ModelStore:
         ]
 
     def _read(self) -> Mapping[str, Entry]:
-        self._entries = entries(self._folder, self._entries)
+        self._entries = entries(self.folder, self._entries)
         return self._entries
 
 

@@ -19,6 +19,7 @@ from .groups import Groups
 from .health import Health
 from .identity import Home, Identity
 from .jobs import JobStore
+from .lending import Lending
 from .models import ModelStore
 from .peers import Peers
 from .planning import CORE_POLICIES, CORE_STRATEGIES
@@ -88,6 +89,7 @@ class Parts:
             view.watts,
             view.bearable,
             view.unfitted,
+            view.adapters,
         )
 
     def refresh_conditions(self) -> None:
@@ -115,23 +117,35 @@ def compose(home: Home) -> Parts:
     if profile.energy.policy:
         check_policy(profile.energy.policy, policies)
     models, store = ModelStore(home), JobStore(home.store_file)
+    adapters = AdapterStore(home)
     device = Device(profile, home.cache, host.registrations("edged_sensors"), engines, supervisor)
     fits = sorted({policy.fit for policy in policies.values() if policy.fit})
     bearing = Bearing(profile, home.cache, device, supervisor, next(iter(fits), ""))
     peers = Peers(identity, home, profile, host, health)
-    transfers = Transfers(home, profile, models, peers, supervisor, engines)
-    kinds, data, adapters = (
-        host.registrations("edged_trainings"),
-        DataStore(home, supervisor),
-        AdapterStore(home),
-    )
+    kinds, data = host.registrations("edged_trainings"), DataStore(home, supervisor)
+    adapters, lending = AdapterStore(home), Lending()
+    transfers = Transfers(home, profile, models, lending, peers, supervisor, engines)
     roles = Roles(profile, peers, host, device, supervisor, transfers, engines, kinds, data, home.training)
     probing = Probing(profile, peers, supervisor, device)
     viewer = Viewer(peers, device, bearing, probing, models, engines)
     viewer.memory_taken = lambda: roles.memory_taken
-    chooser = Chooser(profile, peers, host, device, viewer, supervisor, models, strategies, policies, engines)
+    chooser = Chooser(
+        profile,
+        peers,
+        host,
+        device,
+        viewer,
+        supervisor,
+        models,
+        adapters,
+        lending,
+        strategies,
+        policies,
+        engines,
+    )
     groups = Groups(peers, profile.jobs.worker_idle)
     coordinator = Coordinator(profile, store, peers, host, models, viewer, chooser, groups)
+    transfers.borrowers = coordinator.borrowers
     trainings = Trainings(
         profile,
         store,

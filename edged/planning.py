@@ -128,7 +128,8 @@ def consider(
 
 
 def _engine_of(strategy: str, engines: Sequence[EngineEntry], request: PlanRequest) -> str:
-    """The first engine that does the strategy with the numerics asked for, or PolicyViolation."""
+    """The first engine that does the strategy with the numerics, and the adapter, asked for, or
+    PolicyViolation."""
     if not engines:
         return ""
     able = [e for e in engines if e.stated is None and (e.strategies is None or strategy in e.strategies)]
@@ -138,6 +139,8 @@ def _engine_of(strategy: str, engines: Sequence[EngineEntry], request: PlanReque
             f"no loaded engine runs this model by {strategy}: {said}",
             remedy=next((e.remedy for e in engines if e.remedy), "choose another --strategy"),
         )
+    if request.adapter is not None:
+        able = _with_adapters(able, strategy)
     for engine in able:
         if request.numerics in engine.numerics:
             return engine.name
@@ -145,6 +148,18 @@ def _engine_of(strategy: str, engines: Sequence[EngineEntry], request: PlanReque
         f"no loaded engine runs this model with {request.numerics} numerics: "
         + "; ".join(f"{e.name} has {' or '.join(e.numerics)}" for e in able),
         remedy="drop --numerics",
+    )
+
+
+def _with_adapters(engines: Sequence[EngineEntry], strategy: str) -> list[EngineEntry]:
+    """Those that apply an adapter, or PolicyViolation."""
+    able = [engine for engine in engines if engine.adapters]
+    if able:
+        return able
+    raise PolicyViolation(
+        f"no loaded engine runs this model with an adapter by {strategy}: "
+        + "; ".join(f"{engine.name} applies none" for engine in engines),
+        remedy="drop --adapter, or choose another --strategy",
     )
 
 

@@ -106,7 +106,6 @@ def check_generate(request: GenerateRequest, *, needs_prompt: bool) -> GenerateR
             request.deferrable_s is None or 0 < request.deferrable_s <= DEFERRABLE_MAX_S,
             f"--deferrable above 0 and at most 7d; {request.deferrable_s} s came",
         ),
-        (request.adapter is None, "no --adapter: adapters are not part of this version"),
         (not (request.raw and request.messages), "--raw with a prompt, not with messages"),
     )
     for holds, expected in rules:

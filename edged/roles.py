@@ -22,6 +22,7 @@ from .config import Profile
 from .datasets import DataStore
 from .device import Device
 from .errors import EdgedError, EngineError, PeerError, PolicyViolation, ProtocolError
+from .models import MODEL_BYTES_MAX, is_sha256
 from .peers import Peers
 from .plugins import Host
 from .supervisor import Supervisor, WorkerHandle
@@ -44,6 +45,7 @@ class _Held:
     path: str  # the model file, as the worker reaches it
     model: ModelDescription  # as this node's own store has it
     memory_bytes: int  # that it was admitted with
+    adapter_path: str = ""  # likewise
 
 
 @dataclass(slots=True)
@@ -152,6 +154,7 @@ class Roles:
         try:
             await self._device.check(entry)
             await self._transfers.ensure(offer)
+            await self._transfers.ensure_adapter(offer, coordinator)
             model = self._transfers.description_of(offer.model_sha256)
             admitting.memory_bytes = 0  # it is not beside itself
             admitting.memory_bytes = self._check_memory(offer, model)
@@ -192,6 +195,7 @@ class Roles:
         if offer.engine not in self._engines:
             known = ", ".join(sorted(self._engines)) or "none"
             raise EngineError(f"{mine.name} has no engine {offer.engine!r}; loaded: {known}")
+        self._check_adapter(offer)
         if self._engines[offer.engine].stated is not None and coordinator != mine.node_id:
             raise PolicyViolation(f"{mine.name} asks its own endpoint for its own jobs only")
         memory_bytes = self._check_memory(offer, offer.model)
@@ -216,6 +220,18 @@ class Roles:
         if offered.data:
             self._data.path_of(offered.data, job_id=offered.job)
 
+    def _check_adapter(self, offer: wire.Offer) -> None:
+        adapter, engine = offer.adapter, self._engines[offer.engine]
+        if adapter is None:
+            return
+        if not is_sha256(adapter.sha256) or not 0 < adapter.bytes <= MODEL_BYTES_MAX:
+            raise ProtocolError("expected an adapter by its SHA-256 and size")
+        if not engine.adapters:
+            raise EngineError(
+                f"{self._peers.identity.name}: its engine {engine.name!r} applies no adapters",
+                remedy="drop --adapter, or leave that node out",
+            )
+
     def _check_memory(self, offer: wire.Offer, model: ModelDescription) -> int:
         """Bytes that the role gets here; PolicyViolation where not even the least that works fits."""
         name, role = self._peers.identity.name, offer.roles[offer.rank]
@@ -236,8 +252,10 @@ class Roles:
 
     async def _prepare(self, admitting: _Admitting, model: ModelDescription) -> wire.Offered:
         offer, group = admitting.offer, admitting.offer.group
-        worker, path = await self._spawn(offer)
-        self._held[group] = _Held(offer, admitting.coordinator, worker, path, model, admitting.memory_bytes)
+        worker, path, adapter_path = await self._spawn(offer, admitting.coordinator)
+        self._held[group] = _Held(
+            offer, admitting.coordinator, worker, path, model, admitting.memory_bytes, adapter_path
+        )
         role = dataclasses.replace(offer.roles[offer.rank], memory_bytes=admitting.memory_bytes)
         self._watch.begin(group, Watched(worker, role, model, _request_of(offer)))
         admitting.memory_bytes = 0  # counted with the held ones from here on
@@ -250,20 +268,25 @@ class Roles:
             self._end(group, "it could not be prepared")
             raise
 
-    async def _spawn(self, offer: wire.Offer) -> tuple[WorkerHandle, str]:
-        """A worker for the role, and the path of the model file as it sees it."""
+    async def _spawn(self, offer: wire.Offer, coordinator: str) -> tuple[WorkerHandle, str, str]:
+        """A worker for the role, and the paths of the model file and the adapter as it sees them."""
 
         def on_event(message: wire.Message) -> None:
             self._from_worker(offer.group, message)
 
-        part = self._transfers.open_part(offer)
-        if part is None:
-            path = str(self._transfers.path_of(offer.model_sha256))
-            return await self._supervisor.spawn(on_event), path
-        try:
-            return await self._supervisor.spawn(on_event, (part,)), f"/proc/self/fd/{part}"
-        finally:
-            os.close(part)
+        with contextlib.ExitStack() as stack:
+            given: list[int] = []
+
+            def seen(file: int | None) -> str:
+                if file is None:
+                    return ""
+                stack.callback(os.close, file)
+                given.append(file)
+                return f"/proc/self/fd/{file}"
+
+            path = seen(self._transfers.open_part(offer)) or str(self._transfers.path_of(offer.model_sha256))
+            adapter_path = seen(self._transfers.open_adapter(offer, coordinator))
+            return await self._supervisor.spawn(on_event, given), path, adapter_path
 
     async def _start(self, coordinator: str, start: wire.Start) -> wire.Started:
         held = self._of(coordinator, start.group)
@@ -285,6 +308,7 @@ class Roles:
             offer.cache_tokens,
             offer.cache_type,
             offer.model_name,
+            held.adapter_path,
         )
         body = {
             "group": offer.group,
@@ -437,4 +461,5 @@ def _request_of(offer: wire.Offer) -> PlanRequest:
         numerics=offer.numerics,
         cache_tokens=max(0, offer.cache_tokens),
         cache_type=offer.cache_type,
+        adapter=offer.adapter,
     )

@@ -234,6 +234,18 @@ def _numerics(case: Case) -> str | None:
     return f"nobody can check the {case.request.numerics} numerics of what is computed outside"
 
 
+def _adapter(case: Case, role: Role, node: NodeView) -> str | None:
+    engine = case.candidate.engine
+    if case.request.adapter is None or not engine or engine in node.adapters:
+        return None
+    return f"its engine {engine!r} applies no adapters"
+
+
+def _outside_adapter(case: Case) -> str | None:
+    """Nobody sends an endpoint the adapter, and what it computes without it is another model's."""
+    return None if case.request.adapter is None else "what is computed outside knows no adapter of ours"
+
+
 def _links(case: Case) -> str | None:
     for a, b in itertools.combinations(map(case.node, case.roles), 2):
         if not _are_linked(a, b):
@@ -258,6 +270,7 @@ PARTICIPATION: dict[str, Rule] = {
     **{name: _is_willing(judge) for name, judge in WILLING.items()},
     "memory": _of_each_node(_memory),
     "engine": _of_each_node(_engine),
+    "adapter": _of_each_node(_adapter),
     "links": _links,
 }
 FORM_OUTSIDE: dict[str, Rule] = {"ranks": _ranks, "nodes": _nodes, "outside": _outside, "shares": _shares}
@@ -265,6 +278,7 @@ PARTICIPATION_OUTSIDE: dict[str, Rule] = {
     "privacy": _of_each_node(_outside_privacy),
     "bound": _bound,
     "numerics": _numerics,
+    "adapter": _outside_adapter,
     "memory": _of_each_node(_memory),
     "engine": _of_each_node(_engine),
 }

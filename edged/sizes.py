@@ -1,7 +1,8 @@
 """What a role takes in memory, and what it gets of a node's budget. Pure.
 
-A role has weights, the KV cache of all its sequences, and the worker itself. Where the weights do not
-fit, an engine may compute with a window over them.
+A role has weights, perhaps those of an adapter beside them, the KV cache of all its sequences, and the
+worker itself. Where the weights do not fit, an engine may compute with a window over them; an adapter's
+are always in memory.
 """
 
 from __future__ import annotations
@@ -65,9 +66,19 @@ def _stored_bytes(model: ModelDescription) -> int:
 
 
 def memory_of(role: Role, model: ModelDescription, request: PlanRequest) -> int:
-    """Weights, the KV cache of all sequences and the worker itself, in bytes."""
+    """Weights, an adapter's, the KV cache of all sequences and the worker itself, in bytes."""
     cache = cache_bytes_of(role, model, request, max(request.context_tokens, request.cache_tokens))
-    return round(held_bytes_of(role, model, request) + cache + WORKER_BYTES)
+    adapter = adapter_bytes_of(role, model, request)
+    return round(held_bytes_of(role, model, request) + adapter + cache + WORKER_BYTES)
+
+
+def adapter_bytes_of(role: Role, model: ModelDescription, request: PlanRequest) -> float:
+    """Bytes of an adapter's weights in memory, by the role's layers; as if its ranks did not cut them. Exact
+    numerics hold them in F32, of which the file may have halves."""
+    if request.adapter is None:
+        return 0.0
+    part = (role.layers[1] - role.layers[0]) / model.layers
+    return request.adapter.bytes * part * (2 if request.numerics == "exact" else 1)
 
 
 def cache_bytes_of(role: Role, model: ModelDescription, request: PlanRequest, positions: int) -> float:

@@ -1,5 +1,8 @@
 """Models on their way: adding a file to the store, fetching one from a member, serving it.
 
+An adapter goes the same way, from the coordinator of a plan to the plan's other nodes and to nobody else.
+There it lies in a store of its own in the cache, which nothing lists, the few last used alone.
+
 The bytes never pass through the daemon: a process of its own hashes, serves or fetches, over a data
 plane with fresh keys.
 """
@@ -7,8 +10,11 @@ plane with fresh keys.
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 import logging
 import os
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,18 +24,20 @@ import msgspec
 
 from . import models, wire
 from .config import Profile, data_ports
-from .errors import EngineError, PeerError, PolicyViolation, ProtocolError
+from .errors import ConfigError, EngineError, PeerError, PolicyViolation, ProtocolError
 from .identity import Home
+from .lending import Lending
 from .models import Model, ModelStore
 from .peers import Peers
 from .supervisor import Supervisor
 from .transport import new_keys
-from .types import EngineEntry, EngineSpec, ModelDescription, Range
+from .types import AdapterFile, EngineEntry, EngineSpec, ModelDescription, Range
 
 log = logging.getLogger(__name__)
 ASK_S = 10.0
 RANGES_S = 60.0  # a child process reads the head of a file
 SERVING_MAX = 16  # transfers out at once
+BORROWED_MAX = 8  # adapters of others that are kept: more than a node's workers use at once
 NEEDS_MAX = 64  # roles whose byte ranges are remembered: more than a node's workers
 Progress = Callable[[dict[str, Any]], None]
 Ranges = tuple[Range, ...]
@@ -54,11 +62,14 @@ class Transfers:
         home: Home,
         profile: Profile,
         store: ModelStore,
+        lending: Lending,
         peers: Peers,
         supervisor: Supervisor,
         engines: Mapping[str, EngineEntry],
     ) -> None:
         self._home, self._profile, self._store = home, profile, store
+        self._lending, self._borrowed = lending, ModelStore(home, home.cache / "adapters")
+        self.borrowers: Callable[[str], set[str]] = lambda adapter_sha256: set()
         self._peers, self._supervisor, self._engines = peers, supervisor, engines
         self._fetching: dict[str, _Fetching] = {}
         self._needs: dict[Any, Ranges] = {}
@@ -122,6 +133,55 @@ class Transfers:
             "edged.transfer:ingest", params, timeout_s=None, on_progress=on_progress, inherit=(file,)
         )
 
+    # --- adapters ---
+
+    async def ensure_adapter(self, offer: wire.Offer, coordinator: str) -> None:
+        """Have the offer's adapter, from its coordinator where it is not here yet."""
+        adapter = offer.adapter
+        if adapter is None or coordinator == self._peers.identity.node_id:
+            return
+        if not self._borrowed.has(adapter.sha256):
+            self._borrowed.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            await self.fetch(adapter.sha256, coordinator, None, adapter=adapter)
+        now = time.time()
+        os.utime(self._borrowed.folder / adapter.sha256, (now, now))
+        await asyncio.to_thread(self._forget_adapters)
+
+    def open_adapter(self, offer: wire.Offer, coordinator: str) -> int | None:
+        """A descriptor of the offer's adapter, which stays when the file is forgotten; None: it has none."""
+        adapter = offer.adapter
+        if adapter is None:
+            return None
+        if coordinator == self._peers.identity.node_id:
+            lent = self._lending.lendable(adapter.sha256)
+            path = lent.path if lent is not None else ""
+        else:
+            path = str(self._borrowed.folder / adapter.sha256 / models.MODEL)
+        try:
+            return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise EngineError(
+                f"expected adapter {adapter.sha256[:12]} as the plan has it; it is gone or was replaced",
+                remedy="run it again",
+            ) from error
+
+    def _forget_adapters(self) -> None:
+        """All of other nodes' adapters but the last used ones; what is being fetched stays."""
+        folders = [self._borrowed.folder / sha256 for sha256 in models.entries(self._borrowed.folder)]
+        for folder in sorted(folders, key=_used_at)[:-BORROWED_MAX]:
+            with contextlib.suppress(ConfigError, OSError):
+                self._borrowed.remove(folder.name)
+
+    def _lent_manifest(self, node_id: str, sha256: str) -> tuple[wire.Manifest, str] | None:
+        """Manifest and path of an adapter that this node may have now; None where there is no such."""
+        lent = self._lending.lendable(sha256)
+        if lent is None or node_id not in self.borrowers(sha256):
+            return None
+        base = dataclasses.replace(self._store.manifest(lent.base_sha256).model, tensors=())
+        name = f"adapter-{sha256[:8]}"  # what its owner calls it is nobody else's business
+        size = lent.file.bytes
+        return wire.Manifest(sha256, size, models.CHUNK_BYTES, lent.chunks, base, name), lent.path
+
     # --- fetching ---
 
     async def ensure(self, offer: wire.Offer) -> None:
@@ -175,16 +235,18 @@ class Transfers:
         manifest_sha256: str | None,
         on_progress: Progress = lambda event: None,
         ranges: Ranges | None = None,
+        adapter: AdapterFile | None = None,
     ) -> Model:
         """Bring the whole file, or the chunks that `ranges` touch. One transfer of a model at a time:
-        who wants the same bytes by the same manifest shares it, who wants others waits and looks again."""
+        who wants the same bytes by the same manifest shares it, who wants others waits and looks again.
+        `adapter`: it is one, of that size."""
         while (running := self._fetching.get(sha256)) is not None and not running.task.done():
             if running.brings(manifest_sha256, ranges):
                 return await asyncio.shield(running.task)
             await asyncio.wait([running.task])  # its error is told to those who asked for it
             if ranges is not None and manifest_sha256 and self._store.holds(sha256, ranges, manifest_sha256):
                 return self._store.adopt(self._store.manifest(sha256))
-        work = self._fetch(sha256, holder, manifest_sha256, on_progress, ranges)
+        work = self._fetch(sha256, holder, manifest_sha256, on_progress, ranges, adapter)
         fetching = _Fetching(ranges, manifest_sha256, asyncio.get_running_loop().create_task(work))
         self._fetching[sha256] = fetching
         fetching.task.add_done_callback(lambda _: self._fetched(sha256, fetching))
@@ -201,7 +263,9 @@ class Transfers:
         manifest_sha256: str | None,
         on_progress: Progress,
         ranges: Ranges | None,
+        adapter: AdapterFile | None,
     ) -> Model:
+        store = self._store if adapter is None else self._borrowed
         if holder == self._peers.identity.node_id:
             raise EngineError(
                 f"expected all that the role reads of model {sha256[:12]} in this node's store; it is not",
@@ -213,14 +277,17 @@ class Transfers:
         manifest = offered.manifest
         if manifest.sha256 != sha256 or manifest_sha256 not in (None, models.manifest_hash(manifest)):
             raise PeerError(f"expected the manifest that the plan names; {name} sent another")
+        if adapter is not None and manifest.size != adapter.bytes:
+            raise PeerError(f"expected an adapter of {adapter.bytes} bytes; {name} has {manifest.size}")
         keys = new_keys()
         serving = wire.read_body(
             wire.Serving, await self._peers.ask(holder, "serve", wire.Serve(sha256, keys[0]), ASK_S)
         )
-        log.info("fetching a model", extra={"model": sha256[:12], "peer": holder[:8]})
+        what = "model" if adapter is None else "adapter"
+        log.info("fetching", extra={what: sha256[:12], "peer": holder[:8]})
         params = {
             "manifest": models.pack_manifest(manifest),
-            "models": str(self._home.models),
+            "models": str(store.folder),
             "keys": list(keys),
             "node": name,
             "dial": {
@@ -235,17 +302,22 @@ class Transfers:
         await self._supervisor.run_task(
             "edged.transfer:fetch", params, timeout_s=None, on_progress=on_progress
         )
-        return self._store.adopt(manifest)
+        return store.adopt(manifest)
 
     # --- serving ---
 
     async def _manifest(self, node_id: str, body: wire.ManifestRequest) -> wire.ManifestOf:
+        if lent := self._lent_manifest(node_id, body.sha256):
+            return wire.ManifestOf(lent[0], None)
         self._check_right(node_id)
         return wire.ManifestOf(self._store.manifest(body.sha256), self._store.find(body.sha256).engine)
 
     async def _serve(self, node_id: str, body: wire.Serve) -> wire.Serving:
-        self._check_right(node_id)
-        path = self.path_of(body.sha256)
+        if lent := self._lent_manifest(node_id, body.sha256):
+            manifest, path = lent
+        else:
+            self._check_right(node_id)
+            path, manifest = str(self.path_of(body.sha256)), self._store.manifest(body.sha256)
         if len(self._serving) >= SERVING_MAX:
             raise PolicyViolation(
                 f"{self._peers.identity.name} serves {SERVING_MAX} transfers; try again later"
@@ -254,8 +326,8 @@ class Transfers:
         keys = new_keys()
         listening: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
         params = {
-            "path": str(path),
-            "manifest": models.pack_manifest(self._store.manifest(body.sha256)),
+            "path": path,
+            "manifest": models.pack_manifest(manifest),
             "keys": list(keys),
             "peer_key": body.public_key,
             "listen": {
@@ -290,6 +362,13 @@ class Transfers:
         member = self._peers.membership.member(node_id)
         if member is None or not {"serve", "submit"} & set(member.rights):
             raise PolicyViolation(f"{self._peers.identity.name} gives no models to this node")
+
+
+def _used_at(folder: Path) -> float:
+    try:
+        return folder.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def _key(offer: wire.Offer) -> tuple[object, ...]:

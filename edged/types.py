@@ -221,6 +221,15 @@ class NodeView:
     bearable: float | None = None  # jobs a slot that its battery bears in the long run
     weight: float = 1.0  # what a policy lets it do, of what its speed says
     unfitted: str = ""  # why `bearable` is unknown although its profile says what is harvested
+    adapters: tuple[str, ...] = ()  # of its engines, those that apply them
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFile:
+    """A LoRA adapter's file, by its content."""
+
+    sha256: str
+    bytes: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,6 +248,7 @@ class PlanRequest:
     cache_type: CacheType = "f16"
     policy: str = ""  # what chooses; "": the default
     may_leave: bool = True  # may somebody outside the group compute it? Not where its first plan was bound
+    adapter: AdapterFile | None = None  # that the model runs with
 
 
 # --- running ------------------------------------------------------------------------------------
@@ -291,6 +301,7 @@ class EngineSpec:
     cache_tokens: int = 0
     cache_type: CacheType = "f16"
     model_name: str = ""  # that it is stored under
+    adapter_path: str = ""  # of a LoRA file that its weights are adapted by
 
     @property
     def role(self) -> Role:
@@ -536,6 +547,7 @@ class EngineEntry:
     `stated`: what a token costs with an engine that computes outside the group: by the strategy `cloud`
     alone, for this node's own jobs that are not private, in a role that holds no part of the model. None:
     it computes here, and the core knows the price.
+    `adapters`: does it apply the LoRA adapter of `EngineSpec.adapter_path`?
     """
 
     name: str
@@ -554,6 +566,7 @@ class EngineEntry:
     stated: Predicted | None = None
     adapt: str = ""
     pack: str = ""
+    adapters: bool = False
 
 
 class Propose(Protocol):

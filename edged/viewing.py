@@ -52,6 +52,7 @@ class Viewer:
             power_mode=bearing.power_mode(state.battery),
             bearable=bears.jobs,
             unfitted=bears.unfitted,
+            adapters=tuple(name for name, entry in self._engines.items() if entry.adapters),
         )
 
     async def views(self, *, measure: bool) -> list[NodeView]:
@@ -95,6 +96,7 @@ class Viewer:
                     bearing.power_mode(said.device.battery),
                     _sound_rate(said.bearable),
                     unfitted=said.unfitted[:REASON_CHARS_MAX],
+                    adapters=said.adapters,
                 )
             )
         return found

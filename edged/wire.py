@@ -46,6 +46,8 @@ key `pair` is the only kind that is read.
     manifest    member -> holder        the chunk hashes of a model       answer: manifest_of
     serve       member -> holder        open a transfer of a model        answer: serving
 
+`manifest` and `serve` give the adapter of an offer too, to the members of its plan alone, while it stands.
+
 Nothing here is ever unpickled, evaluated or handed to a shell.
 """
 
@@ -61,6 +63,7 @@ import msgspec
 
 from .errors import EdgedError, ProtocolError, by_code
 from .types import (
+    AdapterFile,
     CacheType,
     Computed,
     DeviceState,
@@ -163,6 +166,7 @@ class Described:
     watts: tuple[float, float] | None = None
     bearable: float | None = None  # jobs a slot that its battery bears, from 0 to 1
     unfitted: str = ""  # why it is unknown, though the profile says a harvest
+    adapters: tuple[str, ...] = ()  # of its engines, those that apply them
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,6 +205,7 @@ class Offer:
     cache_tokens: int = 0  # KV positions of all sequences together; at least one context
     cache_type: CacheType = "f16"
     training: TrainingOffer | None = None
+    adapter: AdapterFile | None = None  # that the coordinator has
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,6 +95,27 @@ def open_context(model: int, **parameters: Any) -> int:
     return int(context)
 
 
+def open_adapter(model: int, path: str) -> int:
+    """A LoRA adapter of the model, from llama.cpp's file of it; freed with the model, and to be opened
+    before the model's contexts. EngineError with libllama's own reason."""
+    with _reasons() as reasons:
+        adapter = llama_cpp.llama_adapter_lora_init(model, path.encode())
+        reason = _cause(reasons)
+    if not adapter:
+        raise EngineError(f"libllama cannot apply the adapter {path}: {reason or 'it gives no reason'}")
+    return int(ctypes.cast(adapter, ctypes.c_void_p).value or 0)
+
+
+def apply_adapter(context: int, adapter: int) -> None:
+    """Run whatever comes through the context with the adapter, at its own scale."""
+    adapters = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(
+        ctypes.cast(adapter, llama_cpp.llama_adapter_lora_p_ctypes)
+    )
+    if code := llama_cpp.llama_set_adapters_lora(context, adapters, 1, (ctypes.c_float * 1)(1.0)):
+        llama_cpp.llama_free(context)
+        raise EngineError(f"libllama could not apply an adapter to its context (code {code})")
+
+
 @functools.cache
 def architectures() -> tuple[str, ...]:
     """The architectures that this libllama knows and that generate text."""

@@ -45,7 +45,8 @@ class LlamaEngine:
                 raise EngineError("llama_cpp computes in the file's own types; exact numerics need shard")
             most = int(spec.settings.get("sequences_max", SEQUENCES_MAX))
             self._text = Tokenizer(spec.model_path)
-            self._sequences = Sequences(model, spec, most)
+            adapter = _libllama.open_adapter(model, spec.adapter_path) if spec.adapter_path else None
+            self._sequences = Sequences(model, spec, most, adapter)
         except BaseException:
             llama_cpp.llama_model_free(model)
             raise
@@ -160,8 +161,10 @@ class Sequences:
     is refused, and those that run keep the smaller.
     """
 
-    def __init__(self, model: int, spec: EngineSpec, most: int) -> None:
+    def __init__(self, model: int, spec: EngineSpec, most: int, adapter: int | None = None) -> None:
+        """`adapter`: one of the model's, which every context runs with."""
         self._model, self._threads, self._max = model, spec.threads, most
+        self._adapter = adapter
         self._cells_max = max(spec.context_tokens, spec.cache_tokens)
         self._cache_type = ggml_type(spec.cache_type)
         self._places: dict[int, int] = {}
@@ -258,7 +261,7 @@ class Sequences:
         llama_cpp.llama_free(smaller)
 
     def _open(self, room: int, cells: int) -> int:
-        return _libllama.open_context(
+        context = _libllama.open_context(
             self._model,
             n_ctx=cells,
             n_seq_max=room,
@@ -272,6 +275,9 @@ class Sequences:
             type_k=self._cache_type,
             type_v=self._cache_type,
         )
+        if self._adapter is not None:
+            _libllama.apply_adapter(context, self._adapter)
+        return context
 
 
 def _copy(source: int, target: int, place: int) -> None:

@@ -2,7 +2,7 @@
 
 A model runs whole, on one node, in a worker: Falcon, StableLM, Phi-2, mixtures of experts, Mamba and
 whatever else this libllama knows. It does not know parts of a model (`llama_rpc` spreads one over
-several nodes), the exact numerics, other devices than the CPU, adapters or images.
+several nodes), the exact numerics, other devices than the CPU, or images. A LoRA adapter is libllama's.
 
 This module is light; libllama and numpy are loaded by the underscore modules, in a worker only.
 """
@@ -30,6 +30,7 @@ def edged_engines(settings: Mapping[str, Any]) -> Sequence[EngineEntry]:
             adapt="edged_plugins._tensors.adapters:adapt",
             settings=dataclasses.asdict(read("llama_cpp", settings, Settings)),
             takes=("shard",),
+            adapters=True,
             strategies=("local", "remote", "cloud"),
             numerics=("fast",),
             remedy='use --strategy local, remote or cloud, or load "llama_rpc" and set '

@@ -24,7 +24,7 @@ LAYERS = {
     2: "pricing rules correcting metering sustaining queueing scenario",
     3: "accounting plugins node planning simulation advising jobs identity token requests framing",
     4: "transport certificate stream meeting streams channel exchanging dataplane control client "
-    "worker supervisor models partial ingest datasets ingest_rows adapters adapter_files transfer "
+    "worker supervisor models partial ingest datasets ingest_rows adapters adapter_files lending transfer "
     "health sdnotify device bearing limits pressure saving",
     5: "peers probing transfers watching viewing roles groups choosing coordinator training commands parts "
     "daemon",

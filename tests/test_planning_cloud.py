@@ -12,13 +12,24 @@ from test_planning import BILLION, STRATEGIES, group
 from edged import planning, rules, sizes
 from edged.correcting import Corrections
 from edged.errors import ConfigError, PeerError, PolicyViolation
-from edged.types import Candidate, EngineEntry, NodeView, PlanRequest, Predicted, Role, Situation, Strategy
+from edged.types import (
+    AdapterFile,
+    Candidate,
+    EngineEntry,
+    NodeView,
+    PlanRequest,
+    Predicted,
+    Role,
+    Situation,
+    Strategy,
+)
 
 STATED = Predicted(tpot_ms=20.0, ttft_ms=300.0, bytes_per_token=0)
 OUTSIDE = EngineEntry(
     "outside", "", "", "", "", strategies=("cloud",), numerics=("fast",), models=("m",), stated=STATED
 )
-HERE = EngineEntry("here", "", "", "", "")
+HERE = EngineEntry("here", "", "", "", "", adapters=True)
+LORA = AdapterFile("a" * 64, 6 << 20)
 NOTHING = ((0, 0),) * 4
 
 
@@ -102,6 +113,7 @@ def test_jobs_correct_what_was_stated() -> None:
         ({"private": True, "allow_guest": True}, {}, "A: this job is private"),
         ({"numerics": "exact"}, {}, "nobody can check the exact numerics"),
         ({"may_leave": False}, {}, "this job was bound to nodes"),
+        ({"adapter": LORA}, {}, "what is computed outside knows no adapter"),
         ({}, {"engines": ("here",)}, "A: it has no engine 'outside'"),
         ({}, {"memory_budget": 50 << 20}, "A: its part needs 96 MiB and the budget is 50 MiB"),
         ({}, {"refuses": "the battery is at 3 %"}, None),  # it does not compute
@@ -201,3 +213,38 @@ def test_an_own_node_is_preferred_to_an_endpoint_that_is_as_fast() -> None:
     chosen = planning.choose(candidates)
     assert chosen is not None
     assert candidates[chosen].strategy == "remote"
+
+
+# --- adapters -------------------------------------------------------------------------------------
+
+
+def test_an_adapter_s_bytes_count_by_the_layers_of_a_role_and_twice_in_exact_numerics() -> None:
+    whole = planning.whole(nodes_of(5e9)[0], BILLION, "local").roles[0]
+    half = dataclasses.replace(whole, layers=(0, BILLION.layers // 2))
+    for role, numerics, part in ((whole, "fast", 1), (half, "fast", 0.5), (whole, "exact", 2)):
+        without, with_it = (
+            sizes.memory_of(role, BILLION, PlanRequest(numerics=numerics, adapter=adapter))
+            for adapter in (None, LORA)
+        )
+        assert with_it - without == part * LORA.bytes
+
+
+def test_a_node_that_does_not_say_it_applies_adapters_runs_no_job_with_one() -> None:
+    """One of an earlier version does not read that field of an offer, and would run the bare model."""
+    able, old = (dataclasses.replace(n, adapters=("here",) * (n.node_id == "a")) for n in nodes_of(5e9, 5e9))
+    found = considered([able, old], HERE, adapter=LORA)
+    assert found["local"][0].refused_because is None
+    assert found["remote"][0].refused_because == "B: its engine 'here' applies no adapters"
+    assert found["remote"][0].broken_rule == "adapter"
+    assert all(c.refused_because for name in ("layers", "tensor") for c in found[name])
+    assert considered([able, old], HERE)["remote"][0].refused_because is None
+
+
+def test_an_engine_that_applies_none_makes_room_for_one_that_does() -> None:
+    bare = EngineEntry("bare", "", "", "", "")
+    [node] = (dataclasses.replace(n, engines=("bare", "here"), adapters=("here",)) for n in nodes_of(5e9))
+    [found] = considered([node], bare, HERE, strategy="local", adapter=LORA)["local"]
+    assert (found.engine, found.refused_because) == ("here", None)
+    with pytest.raises(PolicyViolation, match="with an adapter by local: bare applies none") as caught:
+        considered([node], bare, strategy="local", adapter=LORA)
+    assert "drop --adapter" in caught.value.remedy

@@ -68,7 +68,7 @@ def test_a_sound_request_is_taken(fields: dict[str, Any]) -> None:
         ({"seed": 2**63}, "--seed from 0"),
         ({"prompt": "é" * PROMPT_BYTES_MAX}, "a prompt of at most 2 MiB"),
         ({"recovery": "exact"}, "'exact' is not part of this version"),
-        ({"adapter": "a"}, "no --adapter"),
+        ({"adapter": 3}, "adapter"),
         ({"deferrable_s": "6h"}, "deferrable_s"),
         ({"deferrable_s": 0}, "--deferrable above 0 and at most 7d"),
         ({"deferrable_s": float("nan")}, "--deferrable above 0 and at most 7d"),

@@ -15,16 +15,17 @@ from edged_plugins import echo
 from edged import models, planning, sizes, wire
 from edged.config import Budget, Network, Profile
 from edged.device import Device
-from edged.errors import PolicyViolation, ProtocolError
+from edged.errors import EngineError, PolicyViolation, ProtocolError
 from edged.identity import Home
 from edged.ingest import ingest
+from edged.lending import Lending
 from edged.models import ModelStore
 from edged.peers import Peers
 from edged.plugins import Host
 from edged.roles import Roles
 from edged.supervisor import Supervisor
 from edged.transfers import Transfers
-from edged.types import DeviceState, EngineEntry, NodeView, PlanRequest, Predicted, SensorEntry
+from edged.types import AdapterFile, DeviceState, EngineEntry, NodeView, PlanRequest, Predicted, SensorEntry
 
 ECHO = echo.edged_engines({})[0]
 WINDOWED = dataclasses.replace(ECHO, window_bytes=1)
@@ -69,7 +70,7 @@ class Rig:
         profile = Profile(budget=Budget(memory_share=1.0), network=Network(interfaces=("lo",)))
         sensor = SensorEntry("free", lambda: DeviceState(memory_free=self.free))
         self.device = Device(profile, home.cache, {"free": sensor}, engines, self.supervisor)
-        transfers = Transfers(home, profile, store, peers, self.supervisor, engines)
+        transfers = Transfers(home, profile, store, Lending(), peers, self.supervisor, engines)
         self.roles = Roles(profile, peers, Host(), self.device, self.supervisor, transfers, engines)
         [role] = planning.whole(NodeView("me", "phone"), self.manifest.model, "local").roles
         self.role = role
@@ -77,7 +78,9 @@ class Rig:
         self.full = sizes.memory_of(role, self.manifest.model, asked)
         self.least = sizes.least_memory_of(role, self.manifest.model, asked, engine.window_bytes)
 
-    async def offer(self, group: str = "g", memory_bytes: int = 0, **model: Any) -> None:
+    async def offer(
+        self, group: str = "g", memory_bytes: int = 0, adapter: AdapterFile | None = None, **model: Any
+    ) -> None:
         described = dataclasses.replace(self.manifest.model, **model)
         role = dataclasses.replace(self.role, memory_bytes=memory_bytes)
         assert self.peers.offered is not None
@@ -85,7 +88,7 @@ class Rig:
             "coordinator",
             wire.Offer(
                 group, 0, (role,), self.manifest.sha256, "m", models.manifest_hash(self.manifest), described,
-                self.engine.name, CONTEXT, "fast", (), "me",
+                self.engine.name, CONTEXT, "fast", (), "me", adapter=adapter,
             ),
         )  # fmt: skip
 
@@ -168,3 +171,35 @@ def test_an_engine_that_asks_outside_does_so_for_nobody_else(tmp_path: Path) -> 
         assert rig.roles.memory_taken == 0
 
     run(tmp_path, test, dataclasses.replace(ECHO, stated=Predicted(tpot_ms=1.0)))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "kind", "says"),
+    [
+        (AdapterFile("a" * 64, 1), EngineError, "phone: its engine 'echo' applies no adapters"),
+        (AdapterFile("../" + "a" * 61, 1), ProtocolError, "by its SHA-256 and size"),
+        (AdapterFile("a" * 64, -(1 << 40)), ProtocolError, "by its SHA-256 and size"),
+        (AdapterFile("a" * 64, 1 << 60), ProtocolError, "by its SHA-256 and size"),
+    ],
+    ids=lambda value: "",
+)
+def test_an_offer_s_adapter_is_one_that_can_be_applied(
+    tmp_path: Path, adapter: AdapterFile, kind: type[Exception], says: str
+) -> None:
+    """A name that is a path, or a size that makes others' memory look free, is no adapter."""
+
+    async def test(rig: Rig) -> None:
+        with pytest.raises(kind, match=says):
+            await rig.offer(adapter=adapter)
+        assert rig.roles.memory_taken == 0
+
+    run(tmp_path, test)
+
+
+def test_an_adapter_counts_in_a_role_s_memory(tmp_path: Path) -> None:
+    async def test(rig: Rig) -> None:
+        rig.free = rig.full + 99
+        with pytest.raises(PolicyViolation, match="phone: its part needs at least"):
+            await rig.offer(adapter=AdapterFile("a" * 64, 100))
+
+    run(tmp_path, test, dataclasses.replace(ECHO, adapters=True))

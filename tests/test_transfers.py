@@ -12,6 +12,7 @@ import pytest
 from edged.config import Profile
 from edged.errors import PeerError
 from edged.identity import Home
+from edged.lending import Lending
 from edged.models import ModelStore
 from edged.peers import Peers
 from edged.supervisor import Supervisor
@@ -58,7 +59,7 @@ def test_a_transfer_is_shared_for_the_same_bytes_by_the_same_manifest_alone(
     async def test() -> None:
         home, holder = Home(tmp_path), Holder()
         peers = cast("Peers", holder)
-        transfers = Transfers(home, Profile(), ModelStore(home), peers, Supervisor(), {})
+        transfers = Transfers(home, Profile(), ModelStore(home), Lending(), peers, Supervisor(), {})
         wanted = [
             transfers.fetch(SHA256, "holder", manifest, ranges=ranges) for manifest, ranges in (first, second)
         ]

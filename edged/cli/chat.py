@@ -11,7 +11,7 @@ from ..client import Client, connect
 from ..errors import ConfigError, JobError
 from . import options, output
 from .generating import REQUEST, Stream
-from .options import HomeOption, JsonOption, NodesOption, StrategyOption
+from .options import AdapterOption, HomeOption, JsonOption, NodesOption, StrategyOption
 from .output import Document, note
 
 TOKENS_MAX = 512  # an answer; the conversation itself is bounded by the model's context
@@ -25,6 +25,7 @@ def chat(
     n: Annotated[int, typer.Option("-n", metavar="N", help="At most N tokens an answer.")] = TOKENS_MAX,
     temperature: Annotated[float, typer.Option(metavar="T", help="0 is greedy.")] = 0.8,
     strategy: StrategyOption = "auto",
+    adapter: AdapterOption = None,
     nodes: NodesOption = None,
     home: HomeOption = None,
     as_json: JsonOption = False,
@@ -38,6 +39,7 @@ def chat(
             "n": n,
             "temperature": temperature,
             "strategy": strategy,
+            "adapter": adapter,
             "nodes": options.nodes(nodes),
         }
         while (said := _said(as_json)) is not None:

@@ -13,6 +13,7 @@ from ..errors import ConfigError
 from . import options
 from .generating import REQUEST, Stream, ended
 from .options import (
+    AdapterOption,
     GuestOption,
     HomeOption,
     JsonLinesOption,
@@ -40,7 +41,7 @@ def generate(
     policy: PolicyOption = None,
     nodes: NodesOption = None,
     shares: SharesOption = None,
-    adapter: Annotated[str | None, typer.Option(metavar="A", help="A LoRA adapter.")] = None,
+    adapter: AdapterOption = None,
     raw: Annotated[bool, typer.Option("--raw", help="Without the model's chat template.")] = False,
     ignore_eos: Annotated[bool, typer.Option("--ignore-eos", help="Go on to N tokens.")] = False,
     numerics: Annotated[

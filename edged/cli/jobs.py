@@ -13,6 +13,7 @@ from .asking import ask
 from .finetune import TrainingStream, training_summary
 from .generating import Stream, ended
 from .options import (
+    AdapterOption,
     GuestOption,
     HomeOption,
     JsonLinesOption,
@@ -34,6 +35,7 @@ def plan(
     policy: PolicyOption = None,
     nodes: NodesOption = None,
     shares: SharesOption = None,
+    adapter: AdapterOption = None,
     private: PrivateOption = False,
     allow_guest: GuestOption = False,
     explain: Annotated[bool, typer.Option("--explain", help="Candidates that were refused, too.")] = False,
@@ -48,6 +50,7 @@ def plan(
         "policy": policy,
         "nodes": names,
         "shares": options.shares(shares, names),
+        "adapter": adapter,
         "private": private,
         "allow_guest": allow_guest,
         "explain": explain,

@@ -24,6 +24,7 @@ ModelOption = Annotated[str, typer.Option("--model", "-m", metavar="M", help="A 
 StrategyOption = Annotated[
     str, typer.Option(metavar="S", help="auto, local, remote, layers, tensor, hybrid or cloud.")
 ]
+AdapterOption = Annotated[str | None, typer.Option(metavar="A", help="A LoRA adapter.")]
 PolicyOption = Annotated[str | None, typer.Option(metavar="P", help="What chooses among priced plans.")]
 NodesOption = Annotated[str | None, typer.Option(metavar="A,B", help="Names or ids, in rank order.")]
 SharesOption = Annotated[

@@ -22,6 +22,7 @@ from .._gguf import ggml_type
 from .._sampling import KEEP_ALL, are_of, best, choose, keep_of, kept
 from .._tokenizer import Tokenizer
 from . import Settings, _ggml, _pace
+from ._adapter import Adapter
 from ._admission import Admission
 from ._cache import BUCKET, Cache, round_up
 from ._graph import Graph, Graphs, Times
@@ -100,10 +101,13 @@ class ShardEngine:
         self._context_tokens = spec.context_tokens
         limit = Limit(spec.weights_bytes, spec.cache_folder) if spec.weights_bytes else None
         self._weights = Weights(lib, model, place, exact, limit)
+        self._adapter = Adapter(lib, spec.adapter_path, model, place, exact) if spec.adapter_path else None
         self._backend = lib.backend_cpu_init()
         lib.backend_cpu_set_n_threads(self._backend, spec.threads)
         factors = model.rope_factors(spec.context_tokens) if model.rope else None
-        self._shard = Shard(lib, self._backend, model, place, self._weights, exact, cache_type, factors)
+        self._shard = Shard(
+            lib, self._backend, model, place, self._weights, exact, cache_type, factors, self._adapter
+        )
         slots = settings.sequences_max + 1  # one more: a prefix is copied before its source goes
         layers = place.layers[1] - place.layers[0]
         row = self._shard.kv_heads * model.head_dim
@@ -326,13 +330,15 @@ class ShardEngine:
         self._sequences.close()
         self._lib.backend_free(self._backend)
         self._weights.close()
+        if self._adapter is not None:
+            self._adapter.close()
         if self._tokenizer is not None:
             self._tokenizer.close()
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of this rank's copied weights."""
-        return self._weights.bytes
+        """Bytes of this rank's copied weights, and of its adapter's."""
+        return self._weights.bytes + (self._adapter.bytes if self._adapter else 0)
 
     def _execute(self, work: Work) -> list[Candidates]:
         """Run this rank's part; on the last stage, its slice's candidates per entry that keeps."""

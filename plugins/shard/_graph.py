@@ -78,7 +78,7 @@ class Graph:
         self._is_split, self._masks = len(shard.place.group) > 1, shard.masks
         self._has_post_norms = "post_ffw_norm" in shard.model.architecture.layer_norms
         layers = len(self._range)
-        per_layer = NODES_PER_LAYER + NODES_PER_SPAN * len(self.spans) + shard.weights.extra_nodes
+        per_layer = NODES_PER_LAYER + NODES_PER_SPAN * len(self.spans) + shard.extra_nodes
         nodes = (layers + 1) * per_layer  # the output head counts as a layer
         graphs, self._graph_nodes = (2 * layers + 2, per_layer) if self._is_split else (1, nodes)
         self._inputs_context = _ggml.new_context(self._lib, 16 + len(self.spans) * len(self._masks))

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from . import _ggml
+from ._adapter import Adapter
 from ._cache import Cache
 from ._masks import Mask, masks_of
 from ._model import Model
@@ -37,6 +38,7 @@ class Shard:
     exact: bool
     cache_type: int
     rope_factors: str | None  # the tensor of this engine's context
+    adapter: Adapter | None = None
 
     @property
     def heads(self) -> int:
@@ -49,6 +51,11 @@ class Shard:
     @property
     def masks(self) -> tuple[Mask, ...]:
         return masks_of(self.model, self.place)
+
+    @property
+    def extra_nodes(self) -> int:
+        """Nodes that a window and an adapter add to a graph for any one layer, or the head, at most."""
+        return self.weights.extra_nodes + (self.adapter.extra_nodes if self.adapter else 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +180,10 @@ class Layers:
     # --- building blocks -------------------------------------------------------------------------
 
     def _linear(self, x: int, name: str) -> int:
-        return self._biased(self._ops.mul_mat(self._weights[name], x), name)
+        product = self._ops.mul_mat(self._weights[name], x)
+        if self._shard.adapter is not None:
+            product = self._shard.adapter.added(self._ops, product, x, name)
+        return self._biased(product, name)
 
     def _biased(self, x: int, name: str) -> int:
         bias = self._weights.get(name + ".bias")

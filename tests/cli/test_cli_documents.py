@@ -130,6 +130,7 @@ PLAN_BODY = {
     "policy": None,
     "nodes": None,
     "shares": None,
+    "adapter": None,
     "private": False,
     "allow_guest": False,
     "explain": False,
