@@ -133,7 +133,7 @@ def _engine_of(strategy: str, engines: Sequence[EngineEntry], request: PlanReque
         return ""
     able = [e for e in engines if e.stated is None and (e.strategies is None or strategy in e.strategies)]
     if not able:
-        said = "; ".join(f"{e.name} runs {' or '.join(e.strategies or ())}" for e in engines)
+        said = "; ".join(f"{e.name} runs {' or '.join(e.strategies or ()) or 'none'}" for e in engines)
         raise PolicyViolation(
             f"no loaded engine runs this model by {strategy}: {said}",
             remedy=next((e.remedy for e in engines if e.remedy), "choose another --strategy"),

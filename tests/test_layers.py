@@ -105,8 +105,8 @@ PLUGIN_DOORS = {
     ),
     "gguf": ("shard torch_blocks _tensors _gguf _libllama", "model files are read in a worker"),
     "ctypes": (
-        "shard _tokenizer _libraries _libllama _llama_engine _llama_rpc_engine",
-        "ggml and libllama through their C headers",
+        "shard _tokenizer _libraries _libllama _llama_engine _llama_rpc_engine split_learning",
+        "ggml and libllama through their C headers; malloc_trim where blocks are let go of",
     ),
 }
 HEAVY = (

@@ -754,6 +754,16 @@ def test_what_no_engine_does_is_refused_with_what_helps() -> None:
     assert {c.strategy for c in found if not c.refused_because} == {"local", "remote"}
 
 
+def test_an_engine_that_only_trains_is_in_no_plan_to_generate() -> None:
+    trains = EngineEntry("trains", "", "", "", "", strategies=(), takes=("whole",), remedy="add another file")
+    nodes = with_engines(group(0.2, 5e9, 5e9), "trains", "whole")
+    found = planning.consider(STRATEGIES, BILLION, nodes, PlanRequest(), (trains, WHOLE))
+    assert {c.engine for c in found if not c.refused_because} == {"whole"}
+    with pytest.raises(PolicyViolation, match="by local: trains runs none") as caught:
+        planning.consider(STRATEGIES, BILLION, nodes, PlanRequest("local"), [trains])
+    assert caught.value.remedy == "add another file"
+
+
 def test_a_node_without_the_engine_gets_no_role() -> None:
     near, far = group(0.2, 5e9, 5e9)
     nodes = [*with_engines([near], "any"), *with_engines([far], "whole")]

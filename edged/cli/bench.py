@@ -27,7 +27,7 @@ def bench(
 ) -> None:
     """Run a benchmark: ratios measured in one run, interleaved. From a checkout only."""
     with contextlib.redirect_stdout(sys.stderr):  # standard output is for the document alone
-        document = _load(FOLDER, name).main(out)
+        document = _load(FOLDER, name.replace("-", "_")).main(out)
     if out is not None:
         out.write_text(json.dumps(document, indent=2) + "\n")
     show(document, as_json, _show)

@@ -1,22 +1,25 @@
-"""The adapter that a job made, written where the collector's node will find it."""
+"""The adapter that a job made, written where the collector's node will find it: a PEFT folder of a LoRA or of
+prompts, or the two files of a side network, which no other program knows."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+import safetensors.numpy
 
-from edged import ConfigError
+from edged import ConfigError, EngineError
 
 from .._tensors import adapters
 from ._job import Job
 
+CONFIG, TENSORS, META = "adapter_config.json", "adapter_model.safetensors", "meta.json"
 GGUF = "adapter.gguf"
 GGUF_MAGIC = b"GGUF"
-META = "meta.json"  # the kind of what is no LoRA
 PROMPTS = "prompt_embeddings"  # PEFT's name of them
 
 
@@ -29,6 +32,9 @@ def write(
     if job.prompts:
         adapters.write_prompts(folder, tensors[PROMPTS], base_name=model)
         (folder / META).write_text(json.dumps({"kind": "prompts"}))
+        return
+    if job.topology == "parallel-adapters":
+        _write_parallel(folder, tensors, job, model)
         return
     adapters.write_peft(
         folder,
@@ -47,3 +53,36 @@ def write(
     except ConfigError as error:
         if error.code != "no-gguf-adapter":
             raise
+
+
+def _write_parallel(folder: Path, tensors: Mapping[str, np.ndarray], job: Job, model: str) -> None:
+    """The side network (`_side.py`): its tensors, and a configuration in which `r` is its width."""
+    planes, hidden, width = tensors["side.down"].shape
+    config = {
+        "base_model_name_or_path": model,
+        "edged_kind": "parallel",
+        "hidden": hidden,
+        "layers": planes - 1,
+        "lora_alpha": width,  # what every adapter is listed with; it counts once
+        "r": width,
+        "seed": job.seed,
+        "width": width,
+    }
+    files = {
+        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+        TENSORS: safetensors.numpy.save({name: tensors[name] for name in sorted(tensors)}),
+        META: json.dumps({"kind": "parallel"}).encode(),
+    }
+    try:
+        folder.mkdir(mode=0o700, parents=True)
+        for name, content in files.items():
+            with open(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+    except OSError as error:
+        raise EngineError(
+            f"expected to write an adapter at {folder}; {error.strerror}",
+            remedy="free disk space there, then go on with --resume",
+            code="disk",
+        ) from error

@@ -24,6 +24,8 @@ WORKER_BYTES = (
 )  # torch, transformers and peft loaded, without a tensor (measured: 390 MB and arenas)
 BOX_BYTES = 33  # of CURVE around a frame
 HASH = 64  # characters of a hash
+MESSAGE_BYTES = 190  # a header, and what ZeroMQ and CURVE put around it and its frames
+ASK_BYTES, STATES_BYTES = 175, 124  # the same of parallel adapters' two kinds of message
 LABEL_BYTES = 4
 ANSWER_PART = 0.5  # of the positions, before the rows are known
 COLLECTOR_BYTES = 64 << 20
@@ -33,6 +35,8 @@ def memory_bytes(job: Job, model: ModelDescription, parts: Sequence[Part]) -> in
     """Most that a worker with these parts should take."""
     if not parts:
         return WORKER_BYTES + COLLECTOR_BYTES
+    if job.topology == "parallel-adapters":
+        return _parallel_memory_bytes(job, model, parts)
     rows = job.batch_size * (len(job.clients) if job.schedule == "client-batch" else 1)
     positions = rows * (job.max_length + job.prompts) // max(1, job.micro_batches)
     weight = 2 if job.weights == "bf16" else F32
@@ -81,7 +85,10 @@ def adapter_values(job: Job, model: ModelDescription) -> int:
 
 
 def flops_of(job: Job, model: ModelDescription, parts: Sequence[Part], positions: float) -> float:
-    """Of forward and backward through frozen weights: both are one product each."""
+    """Of forward and backward through frozen weights: both are one product each. Of parallel adapters, in the
+    first epoch: blocks run forward only."""
+    if job.topology == "parallel-adapters":
+        return _parallel_flops(job, model, parts, positions)
     total = 0.0
     for part in parts:
         total += 4 * positions * (part.last - part.first) * block_values(model)
@@ -106,9 +113,12 @@ def link_s(nodes: Mapping[str, NodeView], a: str, b: str, size: float) -> float 
     return None
 
 
-def crossings(job: Job, model: ModelDescription) -> list[tuple[int, int]]:
-    """How many tensors of a batch go over a link in a step, and how wide they are."""
+def crossings(job: Job, model: ModelDescription) -> list[tuple[float, int]]:
+    """How many tensors of a batch go over a link in a step, and how wide they are; in the first epoch, of
+    parallel adapters."""
     match job.topology:
+        case "parallel-adapters":
+            return [(1 + model.layers * (ANSWER_PART if job.loss_on == "answer" else 1), model.hidden)]
         case "u-shape" | "remote-blocks":
             return [(4, model.hidden)]
         case "private-lora":
@@ -122,6 +132,8 @@ def cost(plan: TrainingPlan, model: ModelDescription, surveys: Sequence[Mapping[
     job = read(plan.settings)
     places = Places(job, plan.roles, model.layers, plan.collector)
     seconds = None if plan.step_s is None else plan.step_s * job.steps
+    if seconds is not None and job.topology == "parallel-adapters":
+        seconds *= _parallel_share(job, model, places, surveys)
     return TrainingCost(bytes_sent(job, model, places, surveys), seconds)
 
 
@@ -131,6 +143,8 @@ def bytes_sent(
     """From the shapes of every step's batches, which each client's survey lists."""
     if places.is_local:
         return 0
+    if job.topology == "parallel-adapters":
+        return _asked_bytes(job, model, surveys[places.clients[0]]) + _end_bytes(job, places, surveys)
     total = _hello_bytes(places, surveys)
     for client in places.clients:
         survey = surveys[client]
@@ -215,6 +229,68 @@ def _hello_bytes(places: Places, surveys: Sequence[Mapping[str, Any]]) -> int:
         hello = message_bytes({"k": "hello", "at": [], **words, "job": "0" * HASH})
         total += hello * len(places.neighbours(rank))
     return total
+
+
+# --- parallel adapters ------------------------------------------------------------------------------
+
+
+def side_values(job: Job, model: ModelDescription) -> int:
+    """Of the side network: D, U and V, E."""
+    return job.width * ((model.layers + 2) * model.hidden + 2 * model.layers * job.width)
+
+
+def _parallel_memory_bytes(job: Job, model: ModelDescription, parts: Sequence[Part]) -> int:
+    weight, total = 2 if job.weights == "bf16" else F32, float(WORKER_BYTES)
+    positions = job.batch_size * job.max_length // max(1, job.micro_batches)  # all may be in the loss
+    for part in parts:
+        count = part.last - part.first
+        total += weight * (
+            count * block_values(model) + (part.embed + part.head) * model.vocab * model.hidden
+        )
+        if count:  # one row goes through them at a time
+            total += F32 * job.max_length * (2 * model.layers * model.hidden + saved_values(model))
+        if part.head:
+            total += 3 * F32 * positions * model.vocab  # logits, their softmax, their gradient
+            total += F32 * (model.layers + 1) * (positions + job.max_length) * model.hidden  # states
+            total += F32 * positions * model.layers * 6 * job.width
+            total += 4 * F32 * side_values(job, model)
+    return round(total)
+
+
+def _parallel_flops(job: Job, model: ModelDescription, parts: Sequence[Part], positions: float) -> float:
+    share, total = ANSWER_PART if job.loss_on == "answer" else 1, 0.0
+    for part in parts:
+        total += 2 * positions * (part.last - part.first) * block_values(model)
+        if part.head:
+            total += 4 * positions * share * model.vocab * model.hidden
+            total += 6 * positions * share * side_values(job, model)
+    return total
+
+
+def _parallel_share(
+    job: Job, model: ModelDescription, places: Places, surveys: Sequence[Mapping[str, Any]]
+) -> float:
+    """Of the time that the job would take if every step were of the first epoch: later ones run no block."""
+    survey = surveys[places.clients[0]]
+    visits = sum(rows * count for rows, _, count in survey["shapes"])
+    asked = sum(count for _, _, count in survey["asks"]) / max(1, visits)
+    parts = places.parts(places.clients[0]), places.parts(places.server)
+    own = _parallel_flops(job, model, [Part(0, 0, head=True)], 1.0)
+    every = sum(_parallel_flops(job, model, part, 1.0) for part in (parts[:1] if places.is_local else parts))
+    return own / every + (1 - own / every) * min(1.0, asked)
+
+
+def _asked_bytes(job: Job, model: ModelDescription, survey: Mapping[str, Any]) -> int:
+    """Rows that the server computes: embeddings and positions up, every block's states down."""
+    total = 4 * MESSAGE_BYTES  # both greetings, and that it may rest, and end
+    for length, wanted, count in survey["asks"]:
+        up = payload_bytes(job.codec, (length, model.hidden)) + LABEL_BYTES * wanted + ASK_BYTES
+        down = model.layers * (payload_bytes(job.codec, (wanted, model.hidden)) + STATES_BYTES)
+        total += count * (up + down)
+    return total
+
+
+# --- what all have ----------------------------------------------------------------------------------
 
 
 def _averaging_bytes(job: Job, places: Places, surveys: Sequence[Mapping[str, Any]]) -> int:

@@ -39,6 +39,7 @@ LOCAL_KEYS = [  # the others are of no use to a job on one node
         "sparse",
         "width",
         "cache",
+        "codec",
     ),
     *("gradient_checkpointing", "weights", "eval_every", "eval_rows", "checkpoint_every", "adapter"),
     "patience_s",
@@ -87,7 +88,10 @@ class Job:
     loss_on: str = _key("answer", '"all": on the prompt\'s tokens, too')
     schedule: str = _key("sequential", "several clients: sequential, client-batch or server-hierarchical")
     average_every: int = _key(100, "steps between two means of the clients' adapters")
-    codec: str = _key("f32", "of what travels: f32, f16, int8, topk or adatopk")
+    codec: str = _key(
+        "f32",
+        "of what travels: f32, f16, int8, topk or adatopk; of parallel-adapters f32 or f16, and kept so",
+    )
     ratio: float = _key(10.0, "topk, adatopk: one of so many values is sent")
     error_feedback: bool = _key(True, "topk, adatopk: what was not sent is added to the next")
     clip: float = _key(0.0, "most that a row's hidden states may be long (L2); 0: as they are")
@@ -164,9 +168,15 @@ def check_local(table: Mapping[str, Any]) -> dict[str, Any]:
         if key not in LOCAL_KEYS and not complete:
             raise _unknown(key, [*LOCAL_KEYS, "data"])
     job = read(table)
-    alone = job.topology in ("label-sharing", "parallel-adapters")
-    _check([(alone, f"topology label-sharing or parallel-adapters on one node; {job.topology!r} came")])
-    _check([(len(job.clients) == 1 and job.clients[0].data, 'one data = "NAME"')])
+    is_parallel = job.topology == "parallel-adapters"
+    alone = is_parallel or job.topology == "label-sharing"
+    _check(
+        [
+            (alone, f"topology label-sharing or parallel-adapters on one node; {job.topology!r} came"),
+            (len(job.clients) == 1 and job.clients[0].data, 'one data = "NAME"'),
+            (is_parallel or job.codec == "f32", "codec f32: on one node nothing travels"),
+        ]
+    )
     return to_table(job)
 
 
@@ -258,6 +268,7 @@ def _rules(job: Job) -> list[tuple[Any, str]]:
         (job.noise > 0 or not job.epsilon, "noise above 0 with epsilon: without it nothing is private"),
         (not job.prompts or job.topology == "remote-blocks", 'tune = "prompts" with remote-blocks only'),
         *(_private_rules(job) if job.topology == "private-lora" else ()),
+        *(_parallel_rules(job) if job.topology == "parallel-adapters" else ()),
     ]
 
 
@@ -268,6 +279,14 @@ def _private_rules(job: Job) -> list[tuple[Any, str]]:
             not job.gradient_checkpointing,
             "no gradient_checkpointing with private-lora: each exchange would happen twice",
         ),
+    ]
+
+
+def _parallel_rules(job: Job) -> list[tuple[Any, str]]:
+    return [
+        (job.codec in ("f32", "f16"), f"codec f32 or f16 with parallel-adapters; {job.codec!r} came"),
+        (not job.dropout, "dropout = 0 with parallel-adapters: they have none"),
+        (not job.clip, "clip = 0 with parallel-adapters: a row is sent once, and its states are kept"),
     ]
 
 

@@ -222,17 +222,14 @@ def _price(
     job: Job, model: ModelDescription, chosen: Sequence[NodeView]
 ) -> Callable[[tuple[int, ...]], float] | None:
     """Seconds of a step, those of a node on battery counted more, and what a deep cut does to stability."""
-    count = len(chosen)
-    if (
-        _step_s(_cut_at(job, tuple(range(1, len(job.stages) + 2))), model, _places(job, model, count), chosen)
-        is None
-    ):
+    first = _cut_at(job, tuple(range(1, len(job.stages) + 2)))
+    if _step_s(first, model, Places(first, (), model.layers), chosen) is None:
         return None
     stability = Cut(model.layers, 0.0, 0.0, samples=job.steps * job.batch_size, instability=INSTABILITY)
 
     def price(cuts: tuple[int, ...]) -> float:
         cut = _cut_at(job, cuts)
-        places = _places(cut, model, count)
+        places = Places(cut, (), model.layers)
         total = _step_s(cut, model, places, chosen) or 0.0
         for rank, node in enumerate(chosen[: places.server + 1]):
             battery = node.device.battery
@@ -242,10 +239,6 @@ def _price(
         return total + stability.cost(cuts[0])
 
     return price
-
-
-def _places(job: Job, model: ModelDescription, count: int) -> Places:
-    return Places(job, (), model.layers)
 
 
 def _with_ratios(job: Job, model: ModelDescription, chosen: Sequence[NodeView], notes: list[str]) -> Job:

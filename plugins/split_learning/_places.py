@@ -69,7 +69,9 @@ class Places:
                 tuned = job.tune == "adapter"
                 mine = [Part(0, cut, embed=True, tuned=tuned), Part(layers, layers, head=True, tuned=False)]
                 return [Part(cut, layers, tuned=False)] if is_server else mine
-            case _:  # private-lora, parallel-adapters: what is tuned is of their own
+            case "parallel-adapters":  # the side network is the client's own
+                return [Part(0, layers, tuned=False)] if is_server else [Part(0, 0, True, True, tuned=False)]
+            case _:  # private-lora: what is tuned is of its own
                 ends = [Part(0, 0, embed=True, tuned=False), Part(layers, layers, head=True, tuned=False)]
                 return [Part(0, layers, tuned=False)] if is_server else ends
 

@@ -9,6 +9,7 @@ from edged import Channel, ConfigError, TrainingSpec
 from ._chain import Stage
 from ._collector import Collector
 from ._job import read
+from ._parallel import Client, Server
 from ._places import Places
 from ._private import PrivateClient, PrivateServer
 from ._rank import Rank
@@ -31,6 +32,8 @@ def load(spec: TrainingSpec, blocks: Any, channel: Channel) -> Rank:
         return Collector(spec, blocks, channel)
     if job.topology == "private-lora":
         return (PrivateClient if spec.rank in places.clients else PrivateServer)(spec, blocks, channel)
+    if job.topology == "parallel-adapters":
+        return (Client if spec.rank in places.clients else Server)(spec, blocks, channel)
     if job.topology not in TOPOLOGIES:
         raise ConfigError(f"topology {job.topology!r} is not part of this version")
     return TOPOLOGIES[job.topology](spec, blocks, channel)

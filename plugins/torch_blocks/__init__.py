@@ -30,6 +30,6 @@ def edged_engines(settings: Mapping[str, Any]) -> Sequence[EngineEntry]:
             takes=("shard", "llama_cpp", "llama_rpc"),  # and so it describes last: a GGUF stays theirs
             strategies=(),
             numerics=("fast",),
-            remedy="this engine trains; to generate, load an engine that does, such as shard",
+            remedy="this engine trains; to generate, add the model as a GGUF",
         )
     ]

@@ -23,6 +23,8 @@ NAMES = {
     "vocab": ("vocab_size",),
     "context_tokens": ("max_position_embeddings", "n_positions", "seq_length"),
 }
+# What a damaged or hostile file may cost before its tensors are looked at; others cost nothing until then.
+MOST = {"layers": 1024, "head_dim": 1 << 16}
 CONTEXT_TOKENS = 2048  # of a model that has no positions of its own (BLOOM) and does not say
 
 
@@ -45,8 +47,11 @@ def sizes_of(family: Family, config: Mapping[str, Any], path: str) -> Sizes:
         value = next((config[name] for name in names if config.get(name) is not None), None)
         if value is None:
             value = _default(size, found)
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value < 2**31:
-            raise EngineError(f"{path}: expected {names[0]} as a whole number above 0, {value!r} came")
+        most = MOST.get(size, 2**31 - 1)
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= most:
+            raise EngineError(
+                f"{path}: expected {names[0]} as a whole number from 1 to {most}, {value!r} came"
+            )
         found[size] = value
     if found["heads"] % found["kv_heads"]:
         raise EngineError(
@@ -69,8 +74,7 @@ def _default(size: str, found: Mapping[str, int]) -> int | None:
 
 
 def read_config(head: SafetensorsHead) -> tuple[dict[str, Any], Family]:
-    """config.json's fields by the names that all families share, and the family; EngineError where either is
-    missing."""
+    """config.json's fields, and the family; EngineError where it is of none, or a size makes no sense."""
     text = head.texts.get("config")
     if text is None:
         raise EngineError(
@@ -86,4 +90,5 @@ def read_config(head: SafetensorsHead) -> tuple[dict[str, Any], Family]:
             f"torch_blocks does not know the model type {family!r} of {head.path}; "
             f"it knows {', '.join(FAMILIES)}"
         )
+    sizes_of(FAMILIES[family], config, head.path)
     return config, FAMILIES[family]

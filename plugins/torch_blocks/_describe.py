@@ -136,10 +136,14 @@ def measure(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
     `prefill_flops_s`: floating-point operations a second of matrix products over many positions, which is
     what a training consists of; `decode_bytes_s`: bytes of weights a second with one position. The weight
     types have names of their own, "torch_f32" and "torch_bf16": no plan for generation takes them for ggml's.
+    Empty where torch is not installed, so that other engines' measurements stand; `check` says so then.
     """
-    import torch
+    try:
+        import torch
 
-    from ._narrow import widened
+        from ._narrow import widened
+    except ImportError:
+        return []
 
     torch.set_num_threads(int(settings.get("threads") or len(os.sched_getaffinity(0))))
     many, one = torch.ones(BATCH, WIDTH), torch.ones(1, WIDTH)

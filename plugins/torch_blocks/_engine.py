@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
+import torch
+
 from edged import Channel, EngineSpec
 
 from ._config import sizes_of
@@ -27,7 +29,14 @@ class Blocks:
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
+        """The model's vocabulary and chat template, read when they are first asked for."""
         return self.source.tokenizer()
+
+    def close(self) -> None:
+        """Give back what the vocabulary took; spans live on."""
+        if "tokenizer" in self.__dict__:
+            self.tokenizer.close()
+            del self.tokenizer
 
     def span(
         self, first: int, last: int, *, embed: bool = False, head: bool = False, dtype: str = "f32"
@@ -47,7 +56,9 @@ class Blocks:
 
 
 def load(spec: EngineSpec, channel: Channel) -> Blocks:
-    """The model of `spec.model_path`, opened; EngineError where it is of no family known here."""
+    """The model of `spec.model_path`, opened, and PyTorch told of the role's threads; EngineError where the
+    model is of no family known here."""
+    torch.set_num_threads(spec.threads)
     return open_blocks(spec.model_path)
 
 

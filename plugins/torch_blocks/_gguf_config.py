@@ -11,6 +11,7 @@ import numpy as np
 from edged import EngineError
 
 from .._gguf import Head, Tensor
+from ._config import sizes_of
 from ._families import OF_ARCHITECTURE, ROPE_FREQS, ROPE_LONG, ROPE_SHORT, Family
 
 IGNORED = (".rope_freqs.weight", ".attn_rot_embd.weight", ".rotary_embd.inv_freq")  # computed, not read
@@ -101,8 +102,11 @@ def config_of(head: Head, family: Family) -> dict[str, Any]:
         config["sliding_window"] = window or None
     if family.name == "bloom" and config["intermediate_size"] != 4 * hidden:
         raise EngineError(f"{head.path}: expected a feed-forward of {4 * hidden} columns")
+    sizes_of(family, config, head.path)
     if family.has_rope:
-        config["rope_parameters"] = _rope(head, family, keys, head_dim)
+        rope = config["rope_parameters"] = _rope(head, family, keys, head_dim)
+        if "original_max_position_embeddings" in rope:  # transformers' Phi-3 looks for it here, and overrides
+            config["original_max_position_embeddings"] = rope["original_max_position_embeddings"]
     return config
 
 

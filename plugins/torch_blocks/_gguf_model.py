@@ -22,7 +22,7 @@ from ._families import ROPE_FREQS
 from ._gguf_config import config_of, family_of, names_of, refuse_unknown_tensors
 from ._tokens import LlamaTokenizer, Tokenizer
 
-PIECE_BYTES = 4 << 20  # of a tensor's file bytes that are dequantised at a time
+PIECE_BYTES = 1 << 20  # of a tensor's file bytes that are dequantised at a time
 _NUMPY = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "F64": np.dtype("<f8")}
 
 
@@ -50,13 +50,13 @@ class GgufModel:
         source = self._source(name)
         return source in self.head.tensors or (name.endswith("_proj.weight") and self._parts(source) != [])
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """Transformers' tensor `name`, F32, in transformers' layout."""
+    def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Transformers' tensor `name` in transformers' layout; a matrix of `dtype`, a vector F32."""
         source = self._source(name)
         if source in self.head.tensors:
-            found = self._read(source)
+            found = self._read(source, dtype)
         elif parts := self._parts(source):
-            found = torch.cat([self._read(part) for part in parts])
+            found = torch.cat([self._read(part, dtype) for part in parts])
         else:
             raise EngineError(f"{self.path} lacks tensor {source!r} ({name} of a {self.family.name} model)")
         return self._undo(name, found)
@@ -97,21 +97,21 @@ class GgufModel:
             return found - 1
         return found
 
-    def _read(self, name: str) -> torch.Tensor:
-        """A tensor of the file in F32, rows before columns."""
+    def _read(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A tensor of the file, rows before columns, rounded to `dtype` where it is a matrix."""
         entry = self.head.tensors[name]
         self.reads.append(name)
         shape = entry.shape[::-1]
         rows, width = math.prod(shape[:-1]), shape[-1]
-        found = torch.empty((rows, width), dtype=torch.float32)
+        found = torch.empty((rows, width), dtype=dtype if len(shape) > 1 else torch.float32)
         at_once = max(1, PIECE_BYTES // max(1, entry.bytes // rows))
-        out = found.numpy()
         try:
             with open(self.path, "rb") as file:
                 file.seek(entry.offset)
                 for row in range(0, rows, at_once):
                     count = min(at_once, rows - row)
-                    out[row : row + count] = _numbers(entry, file.read(entry.bytes // rows * count), count)
+                    numbers = _numbers(entry, file.read(entry.bytes // rows * count), count)
+                    found[row : row + count] = torch.from_numpy(numbers)
         except OSError as error:
             raise EngineError(f"cannot read {self.path}: {error.strerror or error}") from error
         return found.reshape(shape)
@@ -119,7 +119,9 @@ class GgufModel:
 
 def _numbers(entry: Tensor, data: bytes, rows: int) -> np.ndarray:
     if entry.type_name in _NUMPY:
-        return np.frombuffer(data, _NUMPY[entry.type_name]).reshape(rows, -1)
+        return np.frombuffer(bytearray(data), _NUMPY[entry.type_name]).reshape(
+            rows, -1
+        )  # torch wants it writable
     raw = np.frombuffer(data, np.uint8).reshape(rows, -1)
     try:
         return dequantize(raw, GGMLQuantizationType(entry.type))

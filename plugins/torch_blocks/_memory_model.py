@@ -28,13 +28,13 @@ class MemoryModel:
     def has(self, name: str) -> bool:
         return name in self._shapes and not name.startswith(self.family.head)
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         if not self.has(name):
             raise EngineError(f"{self.path} lacks tensor {name!r}")
         self.reads.append(name)
         seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "little")
         values = torch.randn(self._shapes[name], generator=torch.Generator().manual_seed(seed))
-        return values / values.shape[-1] ** 0.5 if values.ndim > 1 else 1 + values / 8
+        return (values / values.shape[-1] ** 0.5).to(dtype) if values.ndim > 1 else 1 + values / 8
 
     def rope_factors(self) -> torch.Tensor | None:
         return None

@@ -23,8 +23,8 @@ class SafetensorsModel:
     def has(self, name: str) -> bool:
         return self._source(name) in self.head.tensors
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """Tensor `name` as it is stored."""
+    def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Tensor `name`; a matrix of `dtype`, a vector F32."""
         source = self._source(name)
         if source not in self.head.tensors:
             raise EngineError(f"{self.path} lacks tensor {name!r}")
@@ -36,7 +36,7 @@ class SafetensorsModel:
             raise EngineError(f"cannot read tensor {source!r} of {self.path}: {error}") from error
         if not found.is_floating_point():
             raise EngineError(f"expected tensor {source!r} of a float type, {found.dtype} came")
-        return found
+        return found.to(dtype if found.ndim > 1 else torch.float32)
 
     def rope_factors(self) -> torch.Tensor | None:
         """None: the configuration says it all."""

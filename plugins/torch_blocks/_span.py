@@ -42,7 +42,7 @@ class Source(Protocol):
 
     def has(self, name: str) -> bool: ...
 
-    def tensor(self, name: str) -> torch.Tensor: ...
+    def tensor(self, name: str, dtype: torch.dtype = torch.float32) -> torch.Tensor: ...
 
     def rope_factors(self) -> torch.Tensor | None: ...
 
@@ -115,24 +115,23 @@ class Span(nn.Module):
         for name, parameter in list(self.named_parameters()):
             if name == head and not source.has(head):
                 continue
-            self._put(name, parameter, source.tensor(name), dtype)
+            self._put(name, parameter, source.tensor(name, dtype))
         if self.has_head and not source.has(head):
             if not self._config.tie_word_embeddings:
                 raise EngineError(f"{source.path} lacks tensor {head!r} of a model whose head is not tied")
-            shared = self.get_parameter(embedding) if self.has_embedding else source.tensor(embedding)
-            self._put(head, self.get_parameter(head), shared, dtype)
+            shared = self.get_parameter(embedding) if self.has_embedding else source.tensor(embedding, dtype)
+            self._put(head, self.get_parameter(head), shared)
         factors = source.rope_factors()
         if factors is not None and self._rotary:
             self._rotary[0].inv_freq /= factors
 
-    def _put(self, name: str, parameter: torch.Tensor, value: torch.Tensor, dtype: torch.dtype) -> None:
+    def _put(self, name: str, parameter: torch.Tensor, value: torch.Tensor) -> None:
         if value.shape != parameter.shape:
             raise EngineError(
                 f"expected tensor {name!r} of shape {list(parameter.shape)}, {list(value.shape)} came"
             )
         parent, _, attribute = name.rpartition(".")
-        kept = value.detach().to(dtype if value.ndim > 1 else torch.float32)
-        setattr(self.get_submodule(parent), attribute, nn.Parameter(kept, requires_grad=False))
+        setattr(self.get_submodule(parent), attribute, nn.Parameter(value.detach(), requires_grad=False))
 
     # --- computing --------------------------------------------------------------------------------
 
@@ -141,11 +140,17 @@ class Span(nn.Module):
         `x`: ids (B, S), int64, where it has the embedding; else hidden states (B, S, d), F32. `prompts`
         (n, d), of a span with the embedding: put before the vectors of each row's ids, so S is n more."""
         (hidden,) = deque(self._walk(x, prompts), maxlen=1)
-        return self._part(self.family.final_norm)(hidden) if self.has_head else hidden
+        return self.normed(hidden) if self.has_head else hidden
 
     def states(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Hidden states (B, S, d) before the first block and after each, before any final norm."""
         return list(self._walk(x))
+
+    def normed(self, hidden: torch.Tensor) -> torch.Tensor:
+        """States of the last block, (..., d), through the final norm; of a span with the head."""
+        if not self.has_head:
+            raise EngineError("expected a span with the final norm; this one was loaded without")
+        return self._part(self.family.final_norm)(hidden)
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
         """Logits (..., vocab) of what `forward` gives, (..., d); of a span with the head."""

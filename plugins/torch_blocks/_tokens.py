@@ -40,6 +40,8 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int]) -> str: ...
 
+    def close(self) -> None: ...
+
 
 class LlamaTokenizer:
     """The vocabulary of a GGUF, llama.cpp's own. Without a chat template messages are joined by newlines."""
@@ -66,6 +68,9 @@ class LlamaTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._vocabulary.decode(list(ids)).decode("utf-8", "replace")
+
+    def close(self) -> None:
+        self._vocabulary.close()
 
 
 class HubTokenizer:
@@ -104,6 +109,9 @@ class HubTokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._vocabulary.decode(list(ids), skip_special_tokens=True))
+
+    def close(self) -> None:
+        """Nothing is held."""
 
     def _plain(self, text: str) -> list[int]:
         return list(self._vocabulary.encode(text, add_special_tokens=False).ids)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import itertools
+import json
 import os
 import shutil
 import signal
@@ -42,13 +43,15 @@ class Place:
     tasks: Path | None = None
     memory: str = ""
     settings: str = ""
+    plugins: tuple[str, ...] = ("monitor", "shard", "layer_parallel", "tensor_parallel")
+    threads: int = 1
 
     @property
     def profile(self) -> str:
         memory = f'memory = "{self.memory}"\n' if self.memory else ""
         return (
-            'version = 1\nplugins = ["monitor", "shard", "layer_parallel", "tensor_parallel"]\n'
-            f"[budget]\nthreads = 1\n{memory}"
+            f"version = 1\nplugins = {json.dumps(self.plugins)}\n"
+            f"[budget]\nthreads = {self.threads}\n{memory}"
             f'[network]\ninterfaces = ["{self.interface}"]\n{self.settings}\n'
         )
 

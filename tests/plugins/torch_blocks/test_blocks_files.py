@@ -24,6 +24,7 @@ from edged_plugins.torch_blocks._engine import load, open_blocks
 from edged_plugins.torch_blocks._packing import pack
 
 from edged import ConfigError, EngineError, EngineSpec, EngineSpeed, ModelDescription
+from edged.ingest import ingest
 
 Tiny = Callable[[str], tuple[Any, Path]]
 
@@ -172,6 +173,26 @@ def test_an_engine_that_generates_goes_on_describing_its_models() -> None:
         edged_engines({"thread": 1})
 
 
+def test_a_packed_model_is_stored_under_this_engine_and_opens_from_there(tiny: Tiny, tmp_path: Path) -> None:
+    describers = [
+        ["shard", "edged_plugins.shard._describe:describe"],
+        ["llama_cpp", "edged_plugins._llama_describe:describe"],
+        ["torch_blocks", "edged_plugins.torch_blocks._describe:describe"],
+    ]
+    with tiny("gpt2")[1].open("rb") as file:
+        wanted = {
+            "source_fd": file.fileno(),
+            "name": "small",
+            "models": str(tmp_path),
+            "describe": describers,
+        }
+        stored = ingest(wanted, lambda event: None)
+    assert stored["engine"] == "torch_blocks"
+    blocks = open_blocks(stored["path"])
+    assert (blocks.family, blocks.tokenizer.vocab) == ("gpt2", VOCAB)
+    blocks.close()
+
+
 def test_the_benchmark_names_its_own_weight_types() -> None:
     speeds = msgspec.convert(measure({"threads": 1}), list[EngineSpeed])
     assert [speed.weight_type for speed in speeds] == ["torch_f32", "torch_bf16"]
@@ -232,6 +253,9 @@ def test_a_truncated_file_is_refused_before_a_tensor_is_read(tiny: Tiny, smol: P
             open_blocks(str(cut))
 
 
+MANY = '{"model_type": "qwen2", "num_hidden_layers": 2000000000}'
+
+
 @pytest.mark.parametrize(
     ("head", "words"),
     [
@@ -247,6 +271,7 @@ def test_a_truncated_file_is_refused_before_a_tensor_is_read(tiny: Tiny, smol: P
         ({"__metadata__": {"config": "["}}, "expected JSON as its config"),
         ({"__metadata__": {"config": '{"model_type": "t5"}'}}, "model type 't5' .* llama, mistral"),
         ({"__metadata__": {"tokenizer": "", "config": '{"model_type": "llama"}'}}, "num_hidden_layers"),
+        ({"__metadata__": {"tokenizer": "", "config": MANY}}, "num_hidden_layers .* from 1 to 1024"),
     ],
 )
 def test_a_damaged_head_costs_an_error_and_nothing_else(tmp_path: Path, head: Any, words: str) -> None:

@@ -15,6 +15,7 @@ from edged_plugins.torch_blocks._span import shapes_of
 from shard_rig import LlamaCpp
 
 TOKENS = 40
+LONGROPE = ("rope_factors_long", "rope_factors_short")
 YARN = {
     "rope.scaling.type": "yarn",
     "rope.scaling.factor": 4.0,
@@ -40,6 +41,18 @@ MODELS = {
     "qwen3": (Shape("qwen3", head_dim=32), EXACT),
     "gemma": (Shape("gemma", is_tied=True, head_dim=32), TABLED),
     "phi3": (Shape("phi3", has_fused_qkv=True), EXACT),
+    "phi3, longrope, short": (
+        Shape("phi3", rope_factors=LONGROPE, keys={"rope.scaling.original_context_length": 1024}),
+        EXACT,
+    ),
+    "phi3, longrope, long": (
+        Shape(
+            "phi3",
+            rope_factors=LONGROPE,
+            keys={"rope.scaling.original_context_length": 32, "rope.scaling.attn_factor": 1.2},
+        ),
+        EXACT,
+    ),
     "phi3, separate": (Shape("phi3"), EXACT),
     "gpt2": (Shape("gpt2", kv_heads=4, is_tied=True, has_fused_qkv=True), TABLED),
     "gptneox": (

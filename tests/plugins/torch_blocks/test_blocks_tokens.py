@@ -58,6 +58,7 @@ def test_an_answer_follows_its_question_and_ends_as_the_template_ends_it(smol: P
     answer = whole[len(asked) :]
     assert tokenizer.decode(answer) == "Because.\n"
     assert tokenizer.end in answer
+    assert sum(1 for token in whole if token == tokenizer.end) == 3  # system, user, assistant
     assert tokenizer.vocab == 49152
 
 
