@@ -159,8 +159,10 @@ class Span(nn.Module):
         return self.get_submodule(self.family.head)(hidden)
 
     def vectors(self, ids: torch.Tensor) -> torch.Tensor:
-        """Rows of the embedding as they are stored, (..., d) F32: before what a model does to them."""
-        return F.embedding(ids, self._part(self.family.embedding).weight).float()
+        """What the model's embedding gives of ids (...): (..., d) F32, scaled where the family does so;
+        positions and norm come later."""
+        found = F.embedding(ids, self._part(self.family.embedding).weight).float()
+        return found * self._config.hidden_size**0.5 if self.family.has_scaled_embedding else found
 
     def _walk(self, x: torch.Tensor, prompts: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
         hidden = self._embed(x, prompts) if self.has_embedding else x
@@ -186,8 +188,6 @@ class Span(nn.Module):
         hidden = self.vectors(ids)
         if prompts is not None:
             hidden = torch.cat([prompts.expand(len(ids), *prompts.shape), hidden], 1)
-        if family.has_scaled_embedding:
-            hidden = hidden * config.hidden_size**0.5
         if family.positions:
             hidden = hidden + self._part(family.positions).weight[: hidden.shape[1]].float()
         if family.embedding_norm:
