@@ -13,12 +13,11 @@ import numpy as np
 import peft
 import pytest
 import torch
-from edged_plugins._tensors.rows import Batches, encode, read_rows
 from edged_plugins.split_learning._job import check_local, check_split, read
 from edged_plugins.split_learning._layout import plan_split
 from edged_plugins.torch_blocks._engine import open_blocks
 from rig import (
-    Planned,
+    client_batch,
     described,
     finished,
     largest_difference,
@@ -39,15 +38,6 @@ Tiny = Callable[[str], tuple[Any, Path]]
 EXACT = 1e-6
 ADAPTER: dict[str, Any] = {"topology": "remote-blocks", "cut": 2}
 PROMPTS: dict[str, Any] = {"topology": "remote-blocks", "tune": "prompts", "prompt_tokens": 3}
-
-
-def first_batch(plan: Planned) -> tuple[torch.Tensor, torch.Tensor]:
-    """Ids and labels (B, S) of the client's first step."""
-    job, tokenizer = read(plan.plan.settings), open_blocks(str(plan.path)).tokenizer
-    rows = encode(read_rows(plan.specs[0].data_path), tokenizer, job.max_length, job.loss_on)  # type: ignore[arg-type]
-    train = [row for row in rows if row.split == "train"]
-    ids, labels = Batches(train, job.batch_size, job.seed, job.max_length).batch(0)
-    return torch.from_numpy(ids).long(), torch.from_numpy(labels).long()
 
 
 def loss_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -81,7 +71,7 @@ def test_the_adapter_of_the_clients_blocks_has_the_unsplit_gradient(
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(torch.from_numpy(client.start[name].copy()))
-    ids, labels = first_batch(plan)
+    ids, labels = client_batch(plan, 0)
     loss = loss_of(tuned(input_ids=ids).logits, labels)
     loss.backward()
     assert client.losses == pytest.approx([loss.item()], abs=1e-5)
@@ -104,7 +94,7 @@ def test_prompts_have_the_gradient_of_pefts(family: str, cut: int, tiny: Tiny, t
     (parameter,) = [p for p in tuned.parameters() if p.requires_grad]
     with torch.no_grad():
         parameter.copy_(torch.from_numpy(start.copy()))
-    ids, labels = first_batch(plan)
+    ids, labels = client_batch(plan, 0)
     loss = loss_of(tuned(input_ids=ids, attention_mask=torch.ones_like(ids)).logits, labels)
     loss.backward()
     assert client.losses == pytest.approx([loss.item()], abs=1e-5)
@@ -178,7 +168,11 @@ def test_the_server_gets_hidden_states_and_keeps_nothing(
     assert kinds == {"hello", "evals", "eval", "up", "back gradient"}
 
 
-@pytest.mark.parametrize("table", [ADAPTER, {**PROMPTS, "cut": 1}], ids=["adapter", "prompts"])
+@pytest.mark.parametrize(
+    "table",
+    [ADAPTER, {**PROMPTS, "cut": 1}, {**ADAPTER, "codec": "topk", "ratio": 3.0}],
+    ids=["adapter", "prompts", "topk"],
+)
 def test_a_job_goes_on_from_the_clients_checkpoint_alone(
     table: dict[str, Any], tiny: Tiny, tmp_path: Path
 ) -> None:

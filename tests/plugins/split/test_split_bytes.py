@@ -34,6 +34,13 @@ JOBS: dict[str, tuple[int, dict[str, Any]]] = {
     "clipped and noisy": (1, {"clip": 4.0, "noise": 0.1}),
     "submitted elsewhere": (1, {"is_apart": True, "topology": "u-shape"}),
     "sparse": (1, {"sparse": 0.5}),
+    "remote-blocks": (1, {"topology": "remote-blocks"}),
+    "prompts": (1, {"topology": "remote-blocks", "tune": "prompts", "cut": 0, "is_apart": True}),
+    "private-lora": (1, {"topology": "private-lora", "is_apart": True}),
+    "private-lora, int8": (
+        1,
+        {"topology": "private-lora", "codec": "int8", "target_modules": ["q_proj", "o_proj"]},
+    ),
 }
 
 
