@@ -113,12 +113,38 @@ def write_peft(
     _check_config(config)
     kept = {name: np.ascontiguousarray(tensors[name]) for name in sorted(tensors)}
     pairs_of(config, kept)
+    _write_folder(folder, config, kept)
+
+
+def write_prompts(folder: str | Path, vectors: np.ndarray, *, base_name: str) -> None:
+    """Write a PEFT folder of soft prompts (Lester et al., arXiv:2104.08691), which PeftModel loads, too.
+
+    `vectors` (n, d): what stands before the embeddings of a row's tokens. `folder` as of `write_peft`.
+    ConfigError where they are not finite vectors.
+    """
+    if vectors.ndim != 2 or not vectors.size or not np.isfinite(vectors).all():
+        raise ConfigError(f"expected finite vectors as prompts, {list(vectors.shape)} came")
+    count, width = vectors.shape
+    config = {
+        "base_model_name_or_path": base_name,
+        "inference_mode": True,
+        "num_transformer_submodules": 1,
+        "num_virtual_tokens": count,
+        "peft_type": "PROMPT_TUNING",
+        "prompt_tuning_init": "RANDOM",
+        "task_type": "CAUSAL_LM",
+        "token_dim": width,
+    }
+    _write_folder(folder, config, {"prompt_embeddings": np.ascontiguousarray(vectors, "<f4")})
+
+
+def _write_folder(folder: str | Path, config: Mapping[str, Any], tensors: dict[str, np.ndarray]) -> None:
     target = Path(folder)
     target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(dir=target.parent, prefix=".adapter-"))
     try:
         # PEFT's own files say so; readers of several frameworks look at it
-        _flushed(staged / TENSORS, safetensors.numpy.save(kept, {"format": "pt"}))
+        _flushed(staged / TENSORS, safetensors.numpy.save(tensors, {"format": "pt"}))
         _flushed(staged / CONFIG, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
         _fsync(staged)
         os.rename(staged, target)

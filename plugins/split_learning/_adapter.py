@@ -1,5 +1,5 @@
-"""The adapter that a job made, written where the collector's node will find it: a PEFT folder of a LoRA, or
-the two files of a side network, which no other program knows."""
+"""The adapter that a job made, written where the collector's node will find it: a PEFT folder of a LoRA or of
+prompts, or the two files of a side network, which no other program knows."""
 
 from __future__ import annotations
 
@@ -20,14 +20,19 @@ from ._job import Job
 CONFIG, TENSORS, META = "adapter_config.json", "adapter_model.safetensors", "meta.json"
 GGUF = "adapter.gguf"
 GGUF_MAGIC = b"GGUF"
+PROMPTS = "prompt_embeddings"  # PEFT's name of them
 
 
 def write(
     folder: Path, tensors: Mapping[str, np.ndarray], job: Job, *, is_transposed: bool, base: str, model: str
 ) -> None:
-    """A PEFT folder with base model's name `model`; beside it adapter.gguf where `base` is a GGUF for which
-    llama.cpp has such a file. `is_transposed`: of GPT-2's kind of linear layers."""
+    """A PEFT folder, of LoRA or of prompts, for the model named `model`; beside it adapter.gguf where `base`
+    is a GGUF for which llama.cpp has such a file. `is_transposed`: of GPT-2's kind of linear layers."""
     shutil.rmtree(folder, ignore_errors=True)  # of a run that ended between two files
+    if job.prompts:
+        adapters.write_prompts(folder, tensors[PROMPTS], base_name=model)
+        (folder / META).write_text(json.dumps({"kind": "prompts"}))
+        return
     if job.topology == "parallel-adapters":
         _write_parallel(folder, tensors, job, model)
         return

@@ -15,7 +15,7 @@ from edged import ModelDescription, NodeView, TrainingCost, TrainingPlan
 
 from .._codec_sizes import kept, payload_bytes
 from ._job import Job, read
-from ._places import Part, Places
+from ._places import Part, Places, shared_inputs
 
 ENGINE = "torch_blocks"
 F32 = 4
@@ -38,7 +38,7 @@ def memory_bytes(job: Job, model: ModelDescription, parts: Sequence[Part]) -> in
     if job.topology == "parallel-adapters":
         return _parallel_memory_bytes(job, model, parts)
     rows = job.batch_size * (len(job.clients) if job.schedule == "client-batch" else 1)
-    positions = rows * job.max_length // max(1, job.micro_batches)
+    positions = rows * (job.max_length + job.prompts) // max(1, job.micro_batches)
     weight = 2 if job.weights == "bf16" else F32
     total = float(WORKER_BYTES)
     for part in parts:
@@ -53,9 +53,19 @@ def memory_bytes(job: Job, model: ModelDescription, parts: Sequence[Part]) -> in
         if part.head:
             loss = positions * (ANSWER_PART if job.loss_on == "answer" else 1)
             total += 3 * F32 * loss * model.vocab  # logits, their softmax, their gradient
-        total += 4 * F32 * count * adapter_values(job, model)  # values, gradient, two moments
+        if part.tuned:
+            total += 4 * F32 * count * adapter_values(job, model)  # values, gradient, two moments
+    total += _private_bytes(job, model, parts, positions) if job.topology == "private-lora" else 0
     under_way = min(job.micro_batches, 4)
     return round(total + under_way * 4 * F32 * positions * model.hidden)
+
+
+def _private_bytes(job: Job, model: ModelDescription, parts: Sequence[Part], positions: float) -> float:
+    """Of a server's A and B, or a client's M with gradient and moments; and of what passes through."""
+    count, width = model.layers, len(job.target_modules) * job.r
+    is_server = any(part.last > part.first for part in parts)
+    held = count * adapter_values(job, model) if is_server else 4 * count * width * job.r
+    return F32 * (held + 2 * positions * count * width)
 
 
 def block_values(model: ModelDescription) -> int:
@@ -103,8 +113,18 @@ def link_s(nodes: Mapping[str, NodeView], a: str, b: str, size: float) -> float 
     return None
 
 
-def hidden_bytes(job: Job, model: ModelDescription, rows: int, length: int, ratio: float) -> int:
-    return payload_bytes(job.codec, (rows, length, model.hidden), ratio)
+def crossings(job: Job, model: ModelDescription) -> list[tuple[float, int]]:
+    """How many tensors of a batch go over a link in a step, and how wide they are; in the first epoch, of
+    parallel adapters."""
+    match job.topology:
+        case "parallel-adapters":
+            return [(1 + model.layers * (ANSWER_PART if job.loss_on == "answer" else 1), model.hidden)]
+        case "u-shape" | "remote-blocks":
+            return [(4, model.hidden)]
+        case "private-lora":
+            groups = shared_inputs(job.target_modules)
+            return [(3, model.hidden), *((4 * model.layers, len(group) * job.r) for group in groups)]
+    return [(2, model.hidden)]
 
 
 def cost(plan: TrainingPlan, model: ModelDescription, surveys: Sequence[Mapping[str, Any]]) -> TrainingCost:
@@ -129,9 +149,11 @@ def bytes_sent(
     for client in places.clients:
         survey = surveys[client]
         for rows, length, count in survey["shapes"]:
-            total += count * _step_bytes(job, model, places, client, rows, length)
+            each = _step_bytes(job, model, places, client, rows, length)
+            total += count * (each + _inner_bytes(job, places, survey, rows, length))
         for rows, length, count in survey["eval_shapes"]:
-            total += evaluations(job) * count * _eval_bytes(job, model, places, client, rows, length)
+            each = _eval_bytes(job, model, places, client, rows, length)
+            total += evaluations(job) * count * (each + _inner_eval_bytes(job, survey, rows, length))
         links = len(_chain(places, client)) - 1
         total += evaluations(job) * links * message_bytes({"k": "evals", "at": [job.steps], "of": 1})
     return total + _averaging_bytes(job, places, surveys) + _end_bytes(job, places, surveys)
@@ -152,9 +174,10 @@ def _step_bytes(
     for a, b in itertools.pairwise(_chain(places, client)):
         ratio = places.ratio(a, b)
         for size in micro:
-            shape = (size, length, model.hidden)
-            if job.topology == "u-shape":
-                for kind in ("up", "back", "back gradient", "up gradient"):
+            shape = (size, length + job.prompts, model.hidden)
+            if job.topology in ("u-shape", "remote-blocks", "private-lora"):
+                kinds = ("up", "back", "back gradient", "up gradient")
+                for kind in kinds[: 3 if job.topology == "private-lora" else 4]:
                     total += tensor_bytes(job, kind, shape, ratio, 1)
             else:
                 total += tensor_bytes(job, "forward", shape, ratio, 2, [LABEL_BYTES * size * length], labels)
@@ -166,12 +189,31 @@ def _eval_bytes(
     job: Job, model: ModelDescription, places: Places, client: int, rows: int, length: int
 ) -> int:
     """Of one batch that is held out: hidden states without a codec, and labels or hidden states back."""
+    length += job.prompts
     hidden = F32 * rows * length * model.hidden
     words: dict[str, Any] = {"at": [job.steps // 2, 1], "shape": [rows, length]}
-    if job.topology == "u-shape" or job.topology == "remote-blocks":
+    if job.topology in ("u-shape", "remote-blocks", "private-lora"):
         return sum(message_bytes({"k": kind, **words}, [hidden]) for kind in ("eval", "eval back"))
     links = len(_chain(places, client)) - 1
     return links * message_bytes({"k": "eval", **words}, [hidden, LABEL_BYTES * rows * length])
+
+
+def _inner_bytes(job: Job, places: Places, survey: Mapping[str, Any], rows: int, length: int) -> int:
+    """Of private-lora's exchanges in a step; `survey` says how wide they are, and how many are so wide."""
+    total, ratio = 0, places.ratio(0, places.server)
+    for width, count in survey.get("inner", ()):
+        for kind in ("inner", "inner back", "outer gradient", "outer gradient back"):
+            total += count * tensor_bytes(job, kind, (rows, length, width), ratio, 2)
+    return total
+
+
+def _inner_eval_bytes(job: Job, survey: Mapping[str, Any], rows: int, length: int) -> int:
+    """The same of an evaluation's batch: forward, without a codec."""
+    total, words = 0, {"at": [job.steps // 2, 1, 1], "shape": [rows, length]}
+    for width, count in survey.get("inner", ()):
+        for kind in ("eval inner", "eval inner back"):
+            total += count * message_bytes({"k": kind, **words}, [F32 * rows * length * width])
+    return total
 
 
 def evaluations(job: Job) -> int:
@@ -190,14 +232,6 @@ def _hello_bytes(places: Places, surveys: Sequence[Mapping[str, Any]]) -> int:
 
 
 # --- parallel adapters ------------------------------------------------------------------------------
-
-
-def crossings(job: Job, model: ModelDescription) -> float:
-    """How many tensors of a batch's hidden states go over a link in a step, of parallel adapters in the
-    first epoch."""
-    if job.topology == "parallel-adapters":
-        return 1 + model.layers * (ANSWER_PART if job.loss_on == "answer" else 1)
-    return 4 if job.topology == "u-shape" else 2
 
 
 def side_values(job: Job, model: ModelDescription) -> int:

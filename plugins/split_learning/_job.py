@@ -71,7 +71,7 @@ class Job:
     server: str = _key("", "[server] node: who holds the rest of the model")
     stages: tuple[str, ...] = _key((), "pipeline: nodes between the client and the server, in order")
     cut: int | str | tuple[int, ...] = _key(
-        3, 'blocks of the client; "auto": the planner\'s choice; of a pipeline a list'
+        3, 'blocks of the client (0: with prompts only); "auto": the planner\'s choice; of a pipeline a list'
     )
     tail: int = _key(1, "u-shape: last blocks, with norm and head, on the client")
     steps: int = _key(100, "optimiser steps")
@@ -117,6 +117,11 @@ class Job:
     @property
     def is_private(self) -> bool:
         return self.clip > 0
+
+    @property
+    def prompts(self) -> int:
+        """How many vectors stand before each row."""
+        return self.prompt_tokens if self.tune == "prompts" else 0
 
 
 DEFAULTS = Job()
@@ -164,8 +169,10 @@ def check_local(table: Mapping[str, Any]) -> dict[str, Any]:
             raise _unknown(key, [*LOCAL_KEYS, "data"])
     job = read(table)
     is_parallel = job.topology == "parallel-adapters"
+    alone = is_parallel or job.topology == "label-sharing"
     _check(
         [
+            (alone, f"topology label-sharing or parallel-adapters on one node; {job.topology!r} came"),
             (len(job.clients) == 1 and job.clients[0].data, 'one data = "NAME"'),
             (is_parallel or job.codec == "f32", "codec f32: on one node nothing travels"),
         ]
@@ -259,7 +266,19 @@ def _rules(job: Job) -> list[tuple[Any, str]]:
         (0 < job.sparse <= 1, f"sparse above 0 and at most 1; {job.sparse!r} came"),
         (job.clip > 0 or not (job.noise or job.epsilon), "clip above 0 with noise or epsilon"),
         (job.noise > 0 or not job.epsilon, "noise above 0 with epsilon: without it nothing is private"),
+        (not job.prompts or job.topology == "remote-blocks", 'tune = "prompts" with remote-blocks only'),
+        *(_private_rules(job) if job.topology == "private-lora" else ()),
         *(_parallel_rules(job) if job.topology == "parallel-adapters" else ()),
+    ]
+
+
+def _private_rules(job: Job) -> list[tuple[Any, str]]:
+    return [
+        (not job.dropout, "dropout = 0 with private-lora: it has none"),
+        (
+            not job.gradient_checkpointing,
+            "no gradient_checkpointing with private-lora: each exchange would happen twice",
+        ),
     ]
 
 
@@ -276,7 +295,12 @@ def _is_cut(job: Job) -> bool:
         cuts = job.cut
         grows = all(a < b for a, b in itertools.pairwise(cuts))
         return job.topology == "pipeline" and grows and len(cuts) == len(job.stages) + 1 and min(cuts) >= 1
-    return job.cut == "auto" or (isinstance(job.cut, int) and job.cut >= 1)
+    return job.cut == "auto" or (isinstance(job.cut, int) and job.cut >= least_cut(job))
+
+
+def least_cut(job: Job) -> int:
+    """With prompts all blocks may be the server's."""
+    return 0 if job.prompts else 1
 
 
 def _check(rules: Sequence[tuple[Any, str]]) -> None:

@@ -9,12 +9,13 @@ from typing import Any
 
 from edged import ConfigError, ModelDescription, NodeView, PeerError, PolicyViolation, Role, TrainingPlan
 
-from .._codec_sizes import ada_ratios
+from .._codec_sizes import ada_ratios, payload_bytes
 from .._cut_layer import Cut
 from . import _cost
-from ._job import Job, read, to_table
+from ._job import Job, least_cut, read, to_table
 from ._places import Places
 
+UNCUT = ("private-lora", "parallel-adapters")  # all blocks are the server's
 BATTERY_WEIGHT = 2.0  # a second of a node on battery counts so many times
 INSTABILITY = 1e-3  # seconds a step that a cut's bound on stability is worth
 
@@ -46,7 +47,7 @@ def plan_split(
         if node.refuses:
             raise PolicyViolation(f"{node.name} takes no work now: {node.refuses}")
     notes: list[str] = []
-    if job.cut == "auto":
+    if job.cut == "auto" and job.topology not in UNCUT:
         job = _with_cut(job, model, chosen, notes)
     _check_cut(job, model)
     if job.codec == "adatopk" and not job.link_ratios:
@@ -121,17 +122,18 @@ def _node(nodes: Sequence[NodeView], name: str) -> NodeView:
 def _check_cut(job: Job, model: ModelDescription) -> None:
     cuts = job.cut if isinstance(job.cut, tuple) else (job.cut,)
     last = model.layers - (job.tail if job.topology == "u-shape" else 0)
-    if job.topology in ("private-lora", "parallel-adapters"):
-        return  # all blocks are the server's
+    if job.topology in UNCUT:
+        return
     if job.topology == "pipeline" and len(cuts) != len(job.stages) + 1:
         raise ConfigError(
             f"expected {len(job.stages) + 1} cuts for a pipeline of {len(job.stages) + 2}; {len(cuts)} came",
             remedy='mend `cut`, or write "auto"',
         )
     for cut in cuts:
-        if not isinstance(cut, int) or not 1 <= cut < last:
+        if not isinstance(cut, int) or not least_cut(job) <= cut < last:
             raise ConfigError(
-                f"expected a cut from 1 to {last - 1} of this model's {model.layers} blocks; {cut!r} came",
+                f"expected a cut from {least_cut(job)} to {last - 1} of this model's {model.layers} blocks; "
+                f"{cut!r} came",
                 remedy='mend `cut`, or write "auto"',
             )
 
@@ -141,7 +143,7 @@ def _check_cut(job: Job, model: ModelDescription) -> None:
 
 def _step_s(job: Job, model: ModelDescription, places: Places, chosen: Sequence[NodeView]) -> float | None:
     """Seconds of a step of full rows; None where a device or a link was never measured."""
-    positions = job.batch_size * job.max_length
+    positions = job.batch_size * (job.max_length + job.prompts)
     times = []
     for rank, node in enumerate(chosen[: places.server + 1]):
         speed = _cost.flops_s(node)
@@ -155,11 +157,15 @@ def _step_s(job: Job, model: ModelDescription, places: Places, chosen: Sequence[
     for client in places.clients:
         chain = places.chain if client == 0 else [client, places.server]
         for a, b in itertools.pairwise(chain):
-            size = _cost.hidden_bytes(job, model, job.batch_size, job.max_length, places.ratio(a, b))
-            took = _cost.link_s(by_id, chosen[a].node_id, chosen[b].node_id, size)
-            if took is None:
-                return None
-            links.append(_cost.crossings(job, model) * took)
+            took = 0.0
+            for count, width in _cost.crossings(job, model):
+                shape = (job.batch_size, job.max_length + job.prompts, width)
+                size = payload_bytes(job.codec, shape, places.ratio(a, b))
+                each = _cost.link_s(by_id, chosen[a].node_id, chosen[b].node_id, size)
+                if each is None:
+                    return None
+                took += count * each
+            links.append(took)
     clients = len(places.clients)
     served = clients * times[places.server]
     if job.micro_batches > 1:
@@ -201,7 +207,7 @@ def _with_cut(job: Job, model: ModelDescription, chosen: Sequence[NodeView], not
 
 def _cuts(job: Job, model: ModelDescription, stages: int) -> Iterator[tuple[int, ...]]:
     last = model.layers - (job.tail if job.topology == "u-shape" else 0)
-    return itertools.combinations(range(1, last), stages)
+    return itertools.combinations(range(least_cut(job), last), stages)
 
 
 def _cut_at(job: Job, cuts: tuple[int, ...]) -> Job:

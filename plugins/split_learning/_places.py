@@ -6,12 +6,14 @@ job was submitted to, where it has no other part: it collects the adapter.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from edged import Role
 
 from ._job import Job
+
+SHARED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))  # that take the same x
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +101,24 @@ class Places:
         givers = [
             rank for rank in self.chain if any(part.tuned and _holds(part) for part in self.parts(rank))
         ]
-        if self.job.topology in ("parallel-adapters", "private-lora") or self.job.tune == "prompts":
-            givers = [0] if self.job.topology != "private-lora" else [0, self.server]
+        if self.job.topology in ("parallel-adapters", "private-lora") or self.job.prompts:
+            givers = [0]  # what is tuned is in no part
         return givers
 
     def ratio(self, rank: int, other: int) -> float:
         """Of top-k between two ranks."""
         pair = f"{min(rank, other)}-{max(rank, other)}"
         return dict(self.job.link_ratios).get(pair, self.job.ratio)
+
+
+def shared_inputs(names: Iterable[str]) -> list[list[str]]:
+    """Linear layers, by full name or by their own: those of a block that take the same x together."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        stem, _, own = name.rpartition(".")
+        first = next((group[0] for group in SHARED if own in group), own)
+        found.setdefault(f"{stem}.{first}", []).append(name)
+    return list(found.values())
 
 
 def _holds(part: Part) -> bool:

@@ -41,6 +41,7 @@ class UShape(Rank):
         self.is_client = self.rank in self.places.clients
         self.before = list(self.places.clients)
         self.noise = Noise(job, self.spec.state_folder, self.rows)
+        self.longest = job.max_length + job.prompts  # positions of a row
         self._hierarchy: Hierarchy | None = None
 
     def step(self, step: int, report: Report) -> None:
@@ -53,11 +54,16 @@ class UShape(Rank):
             for client in self.before:
                 self._serve(step, client)
 
+    def lower(self, ids: Tensor) -> Tensor:
+        """What a client sends of ids (B, S): hidden states (B, S, d)."""
+        hidden: Tensor = self.spans[0](ids)
+        return hidden
+
     def _client(self, step: int) -> dict[str, float]:
-        head, tail = self.spans
+        tail = self.spans[1]
         ids, labels = self.batch(step)
         link, targets = self.link(self.places.server), targets_of(labels)
-        sent = self.noise(head(ids), step, 0)
+        sent = self.noise(self.lower(ids), step, 0)
         link.send_tensor("up", [step], sent, self.feedback_key("up"))
         back, _, _ = link.receive_tensor("back", [step], list(sent.shape), is_exact=True)
         back.requires_grad_()
@@ -73,7 +79,7 @@ class UShape(Rank):
         return {"loss": loss.item(), "tokens": float(ids.numel()), "targets": float(targets)}
 
     def _take(self, step: int, client: int) -> Tensor:
-        most = [self.job.batch_size, self.job.max_length, self.blocks.hidden]
+        most = [self.job.batch_size, self.longest, self.blocks.hidden]
         given, _, _ = self.link(client).receive_tensor("up", [step], most)
         return given.requires_grad_()
 
@@ -136,16 +142,17 @@ class UShape(Rank):
             span.train()
 
     def _evaluate(self, step: int, report: Report) -> None:
-        (head, tail), link, sums = self.spans, self.link(self.places.server), []
+        tail, link, sums = self.spans[1], self.link(self.places.server), []
         batches = self.eval_batches() if self.noise.allows(step) else []
         link.send("evals", [step], {"of": len(batches)}, [])
         for index, (ids, labels) in enumerate(batches):
-            hidden = self.noise.held_out(head(ids), step, index * self.job.batch_size)
-            link.send("eval", [step, index], {"shape": list(ids.shape)}, [frame_of(hidden)])
+            hidden = self.noise.held_out(self.lower(ids), step, index * self.job.batch_size)
+            shape = list(hidden.shape[:2])
+            link.send("eval", [step, index], {"shape": shape}, [frame_of(hidden)])
             header, frames = link.receive("eval back", [step, index])
-            back, _ = take_plain(header, frames, *ids.shape, self.blocks.hidden, 0)
-            if back.shape[:2] != ids.shape:
-                raise ProtocolError(f"expected {tuple(ids.shape)} hidden states back")
+            back, _ = take_plain(header, frames, *hidden.shape, 0)
+            if back.shape != hidden.shape:
+                raise ProtocolError(f"expected {shape} hidden states back")
             sums.append((summed(tail, tail(back), labels).item(), targets_of(labels)))
         report_eval(step, sums, report)
 
@@ -154,8 +161,8 @@ class UShape(Rank):
         header, _ = link.receive("evals", [step])
         for index in range(self.eval_count(header)):
             header, frames = link.receive("eval", [step, index])
-            job = self.job
-            given, _ = take_plain(header, frames, job.batch_size, job.max_length, self.blocks.hidden, 0)
+            rows = self.job.batch_size
+            given, _ = take_plain(header, frames, rows, self.longest, self.blocks.hidden, 0)
             link.send("eval back", [step, index], {"shape": list(given.shape[:2])}, [frame_of(span(given))])
 
     # --- several clients ------------------------------------------------------------------------

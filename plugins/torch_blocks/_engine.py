@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import torch
 
@@ -12,7 +13,7 @@ from ._config import sizes_of
 from ._gguf_model import GgufModel
 from ._safetensors_head import is_safetensors
 from ._safetensors_model import SafetensorsModel
-from ._span import Source, Span
+from ._span import Source, Span, linear_shapes
 from ._tokens import Tokenizer
 
 
@@ -47,6 +48,11 @@ class Blocks:
         span is not within the model, or a tensor is missing or has another shape.
         """
         return Span(self.source, first, last, embed=embed, head=head, dtype=dtype)
+
+    def linears(self, targets: Sequence[str]) -> dict[str, tuple[int, int]]:
+        """Full names of all blocks' linear layers that `targets` names, in the order in which they compute;
+        how many values each gives and takes. Nothing is loaded. EngineError where a target is unknown."""
+        return linear_shapes(self.source.family, self.source.config, targets)
 
 
 def load(spec: EngineSpec, channel: Channel) -> Blocks:

@@ -135,10 +135,11 @@ class Span(nn.Module):
 
     # --- computing --------------------------------------------------------------------------------
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, prompts: torch.Tensor | None = None) -> torch.Tensor:
         """Hidden states (B, S, d) after the last block, through the final norm where this span has the head.
-        `x`: ids (B, S), int64, where it has the embedding; else hidden states (B, S, d), F32."""
-        (hidden,) = deque(self._walk(x), maxlen=1)
+        `x`: ids (B, S), int64, where it has the embedding; else hidden states (B, S, d), F32. `prompts`
+        (n, d), of a span with the embedding: put before the vectors of each row's ids, so S is n more."""
+        (hidden,) = deque(self._walk(x, prompts), maxlen=1)
         return self.normed(hidden) if self.has_head else hidden
 
     def states(self, x: torch.Tensor) -> list[torch.Tensor]:
@@ -157,8 +158,14 @@ class Span(nn.Module):
             raise EngineError("expected a span with the output head; this one was loaded without")
         return self.get_submodule(self.family.head)(hidden)
 
-    def _walk(self, x: torch.Tensor) -> Iterator[torch.Tensor]:
-        hidden = self._embed(x) if self.has_embedding else x
+    def vectors(self, ids: torch.Tensor) -> torch.Tensor:
+        """What the model's embedding gives of ids (...): (..., d) F32, scaled where the family does so;
+        positions and norm come later."""
+        found = F.embedding(ids, self._part(self.family.embedding).weight).float()
+        return found * self._config.hidden_size**0.5 if self.family.has_scaled_embedding else found
+
+    def _walk(self, x: torch.Tensor, prompts: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
+        hidden = self._embed(x, prompts) if self.has_embedding else x
         yield hidden
         if not self._blocks:
             return
@@ -172,16 +179,17 @@ class Span(nn.Module):
             hidden = found[0] if isinstance(found, tuple) else found
             yield hidden
 
-    def _embed(self, ids: torch.Tensor) -> torch.Tensor:
+    def _embed(self, ids: torch.Tensor, prompts: torch.Tensor | None) -> torch.Tensor:
         family, config = self.family, self._config
-        limit = config.max_position_embeddings if family.positions else ids.shape[1]
+        before = 0 if prompts is None else len(prompts)
+        limit = config.max_position_embeddings - before if family.positions else ids.shape[1]
         if ids.ndim != 2 or ids.shape[1] > limit:
             raise EngineError(f"expected rows of at most {limit} ids, {list(ids.shape)} came")
-        hidden = F.embedding(ids, self._part(family.embedding).weight).float()
-        if family.has_scaled_embedding:
-            hidden = hidden * config.hidden_size**0.5
+        hidden = self.vectors(ids)
+        if prompts is not None:
+            hidden = torch.cat([prompts.expand(len(ids), *prompts.shape), hidden], 1)
         if family.positions:
-            hidden = hidden + self._part(family.positions).weight[: ids.shape[1]].float()
+            hidden = hidden + self._part(family.positions).weight[: hidden.shape[1]].float()
         if family.embedding_norm:
             hidden = self._part(family.embedding_norm)(hidden)
         return hidden
@@ -216,11 +224,7 @@ class Span(nn.Module):
 
     def linears(self, targets: Sequence[str]) -> dict[str, tuple[nn.Module, str]]:
         """The blocks' base linear layers of these names: full name -> (module it is in, attribute)."""
-        unknown = [name for name in targets if name not in self.family.targets]
-        if unknown:
-            raise EngineError(
-                f"targets: expected some of {', '.join(self.family.targets)}; {unknown[0]!r} came"
-            )
+        _check_targets(self.family, targets)
         found = {}
         for name, module in self.named_modules():
             stem, _, attribute = name.rpartition(".")
@@ -287,6 +291,32 @@ def shapes_of(family: Family, fields: Mapping[str, Any]) -> dict[str, torch.Size
     whole = nn.Module()
     _modules(whole, family, config, range(config.num_hidden_layers), True, True)
     return {name: parameter.shape for name, parameter in whole.named_parameters()}
+
+
+def linear_shapes(
+    family: Family, fields: Mapping[str, Any], targets: Sequence[str]
+) -> dict[str, tuple[int, int]]:
+    """Full names of all blocks' linear layers of these names, in the order in which a model computes them,
+    and how many values each gives and takes. EngineError where a name is unknown."""
+    _check_targets(family, targets)
+    config = make_config(family, fields)
+    root = nn.Module()
+    _, blocks = _modules(root, family, config, range(config.num_hidden_layers), False, False)
+    found = {}
+    for number, block in enumerate(blocks):
+        for part in family.blocks:  # it lists them in that order
+            if part.rpartition(".")[2] in targets:
+                rows, columns = block.get_submodule(part).weight.shape
+                is_transposed = isinstance(block.get_submodule(part), Conv1D)
+                name = f"{family.base}.{family.layers}.{number}.{part}"
+                found[name] = (columns, rows) if is_transposed else (rows, columns)
+    return found
+
+
+def _check_targets(family: Family, targets: Sequence[str]) -> None:
+    unknown = [name for name in targets if name not in family.targets]
+    if unknown:
+        raise EngineError(f"targets: expected some of {', '.join(family.targets)}; {unknown[0]!r} came")
 
 
 def _modules(

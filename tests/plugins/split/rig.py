@@ -622,10 +622,7 @@ def plain_loop(model: Any, plan: Planned, start: Mapping[str, np.ndarray], clien
     with torch.no_grad():
         for name, parameter in named.items():
             parameter.copy_(torch.from_numpy(start[name].copy()))
-    tokenizer = open_blocks(str(plan.path)).tokenizer
-    rows = encode(read_rows(plan.specs[client].data_path), tokenizer, job.max_length, job.loss_on)  # type: ignore[arg-type]
-    train = [row for row in rows if row.split == "train"]
-    batches = Batches(train, job.batch_size, job.seed, job.max_length)
+    batches = _batches(plan, client)
     optimiser = torch.optim.AdamW(named.values(), lr=job.learning_rate, weight_decay=job.weight_decay)
     found = Plain([], [], {})
     for step in range(job.steps):
@@ -641,6 +638,18 @@ def plain_loop(model: Any, plan: Planned, start: Mapping[str, np.ndarray], clien
         optimiser.step()
     found.lora = {name: parameter.detach().numpy().copy() for name, parameter in named.items()}
     return found
+
+
+def client_batch(plan: Planned, step: int, client: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Ids and labels (B, S) of a client's step."""
+    ids, labels = _batches(plan, client).batch(step)
+    return torch.from_numpy(ids).long(), torch.from_numpy(labels).long()
+
+
+def _batches(plan: Planned, client: int) -> Batches:
+    job, tokenizer = read(plan.plan.settings), open_blocks(str(plan.path)).tokenizer
+    rows = encode(read_rows(plan.specs[client].data_path), tokenizer, job.max_length, job.loss_on)  # type: ignore[arg-type]
+    return Batches([row for row in rows if row.split == "train"], job.batch_size, job.seed, job.max_length)
 
 
 def largest_difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> float:

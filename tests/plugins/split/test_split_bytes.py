@@ -35,6 +35,13 @@ JOBS: dict[str, tuple[int, dict[str, Any]]] = {
     "submitted elsewhere": (1, {"is_apart": True, "topology": "u-shape"}),
     "sparse": (1, {"sparse": 0.5}),
     "parallel adapters": (1, {"topology": "parallel-adapters", "width": 8}),
+    "remote-blocks": (1, {"topology": "remote-blocks"}),
+    "prompts": (1, {"topology": "remote-blocks", "tune": "prompts", "cut": 0, "is_apart": True}),
+    "private-lora": (1, {"topology": "private-lora", "is_apart": True}),
+    "private-lora, int8": (
+        1,
+        {"topology": "private-lora", "codec": "int8", "target_modules": ["q_proj", "o_proj"]},
+    ),
 }
 
 
