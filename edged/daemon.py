@@ -146,6 +146,7 @@ class Daemon:
             await asyncio.sleep(TIDY_S)
             try:
                 self._parts.coordinator.tidy()
+                self._parts.trainings.tidy()
                 self._parts.roles.tidy(time.time() - self._parts.profile.jobs.keep)
                 self._watch_memory()
                 self._watch_energy()

@@ -142,6 +142,13 @@ class DataStore:
                 if name.startswith(f"{HIDDEN}{job_id}-"):
                     remove_entry(self._folder / name)
 
+    def jobs(self) -> set[str]:
+        """The ids of jobs that have data sets of their own here."""
+        with contextlib.suppress(FileNotFoundError):
+            hidden = [name for name in os.listdir(self._folder) if name.startswith(HIDDEN)]
+            return {name.removeprefix(HIDDEN).rpartition("-")[0] for name in hidden}
+        return set()
+
     def _read(self, name: str) -> DataSet | None:
         row, fault = read_entry(self._folder / name)
         if fault and self._faults.get(name) != fault:

@@ -125,6 +125,11 @@ class JobStore:
                 (job_id, step, kind, json.dumps(dict(values))),
             )
 
+    def forget_steps(self, job_id: str, first: int) -> None:
+        """A training goes on at step `first`: what was told of it and later ones will be told again."""
+        with self._transaction("NORMAL"):
+            self._db.execute("DELETE FROM steps WHERE job_id = ? AND step >= ?", (job_id, first))
+
     def reopen(self, job_id: str, request: Mapping[str, Any]) -> None:
         """An ended job goes on, with these words."""
         with self._durably():

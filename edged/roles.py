@@ -180,7 +180,11 @@ class Roles:
         member = self._peers.membership.member(coordinator)
         right = "train" if offer.training is not None else "submit"
         if member is not None and right not in member.rights:
-            raise PolicyViolation(f"{mine.name}: {member.name} has no right to {right} jobs here")
+            raise PolicyViolation(
+                f"{mine.name}: {member.name} has no right to {right} jobs here",
+                remedy=f"give it there: edged trust {member.name} --rights submit,serve,train",
+                code="no-right",
+            )
         if offer.training is not None:
             self._check_training(offer.training)
         if self._device.saving and coordinator != mine.node_id:

@@ -54,7 +54,9 @@ class WorkerHandle:
             async with asyncio.timeout(timeout_s):
                 return await future
         except TimeoutError as error:
-            raise EngineError(f"expected the worker to {kind} within {timeout_s:g} s; it did not") from error
+            raise EngineError(
+                f"expected the worker to {kind} within {timeout_s:g} s; it did not", code="worker-silent"
+            ) from error
         finally:
             self._pending.pop(number, None)
 

@@ -10,10 +10,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import logging
 import secrets
+import shutil
 import time
 from collections.abc import Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,6 +34,7 @@ from .errors import ConfigError, EdgedError, EngineError, JobError, PeerError, P
 from .groups import Asked, Group, Groups, Load
 from .jobs import Job, JobStore, State
 from .models import ModelStore
+from .patience import Patience
 from .peers import Peers
 from .plugins import Host
 from .requests import FinetuneRequest
@@ -52,11 +56,12 @@ RUNNING_MAX = 8  # trainings at once; each holds a worker on every node that it 
 STEPS_MAX = 1_000_000
 VALUES_MAX = 16  # figures in one report
 RETRIES_MAX = 5  # losses without a step between them: a plan that always ends so is a plan that cannot run
-STALL_S = 300.0  # without a report for so long (and fifty times the slowest step) a rank hangs
-LOOK_S = 1.0  # between looks whether all nodes are there
+LOOK_S = 1.0  # between looks whether all nodes are there, and between offers to a node that refuses for now
 POLL_S = 2.0  # between questions what was sent and spent
 NOTHING = Metered(0.0, 0.0, 0.0)  # of a role that begins
-GONE = ("worker-ended",)  # codes of errors that are losses, beside PeerError
+GONE = ("worker-ended", "worker-silent")  # codes of errors that are losses, beside PeerError
+FINAL = ("no-right", "stayed-away")  # codes of what no waiting mends
+SENT = "bytes_sent"  # beside a step's figures in the store: what the job had sent until then
 
 
 @dataclass(slots=True)
@@ -76,10 +81,10 @@ class _Run:
     losses: dict[int, float] = field(default_factory=dict)
     evals: dict[int, dict[str, float]] = field(default_factory=dict)
     reports: dict[tuple[int, str], dict[int, Mapping[str, float]]] = field(default_factory=dict)
-    heard_at: float = 0.0
-    slowest_s: float = 0.0
+    patience: Patience = field(default_factory=lambda: Patience(time.monotonic()))
     step: int = 0
-    failures: int = 0  # losses since the last step
+    furthest: int = 0  # the most steps that were ever done
+    failures: int = 0  # losses since then
     recoveries: list[dict[str, Any]] = field(default_factory=list)
     bytes_before: int = 0  # that earlier epochs sent
     joules_before: float | None = 0.0
@@ -87,6 +92,7 @@ class _Run:
     news: asyncio.Event = field(default_factory=asyncio.Event)
     finished: asyncio.Future[dict[str, float]] = field(default_factory=asyncio.Future)
     is_cancelled: bool = False
+    has_begun: bool = False  # every node took its role once: what refuses now may not for long
     waits_for: str = ""
     task: asyncio.Task[dict[str, Any]] | None = None
 
@@ -94,9 +100,31 @@ class _Run:
     def bytes_sent(self) -> int:
         return self.bytes_before + sum(used.bytes_sent for used in self.used if used is not None)
 
+    @property
+    def patience_s(self) -> float:
+        """How long a node that is lost, or that refuses for now, is waited for."""
+        return float(self.settings["patience_s"])
+
     def tell(self, event: dict[str, Any]) -> None:
         self.told.append(event)
         self.news.set()
+
+    def fail(self, error: EdgedError) -> None:
+        """End this epoch; the first error counts."""
+        if not self.finished.done():
+            self.finished.set_exception(error)
+            self.finished.exception()  # it may have failed while it loads, where nobody waits for this
+
+    def waits(self, because: str) -> None:
+        """Say what for, when that changes; "" for nothing any more."""
+        if because and because != self.waits_for:
+            self.tell({"event": "waiting", "until": None, "because": because})
+        self.waits_for = because
+
+    def forget_from(self, step: int) -> None:
+        """What was told of this step and later ones will be told again."""
+        self.losses = {known: loss for known, loss in self.losses.items() if known < step}
+        self.evals = {known: values for known, values in self.evals.items() if known < step}
 
 
 class Trainings:
@@ -121,6 +149,7 @@ class Trainings:
         self._data, self._adapters, self._folder = data, adapters, folder
         self._trainings, self._engines = trainings, engines
         self._runs: dict[str, _Run] = {}
+        self._accepting: set[str] = set()  # jobs that have data sets, and are not in the store yet
         self.is_draining = False
         peers.takes("trained", self._trained)
         groups.when_lost(self._group_lost)
@@ -166,6 +195,7 @@ class Trainings:
         if request.resume:
             return self._accept_resumed(request, settings)
         job_id = secrets.token_hex(8)
+        self._accepting.add(job_id)
         try:
             request = await self._with_files(job_id, request, files)
             settings = self._check(request)
@@ -173,6 +203,8 @@ class Trainings:
         except BaseException:
             self._data.remove_for_job(job_id)
             raise
+        finally:
+            self._accepting.discard(job_id)
         return self._begin(job_id, request, None)
 
     def _accept_resumed(self, request: FinetuneRequest, settings: Mapping[str, Any]) -> _Run:
@@ -246,20 +278,36 @@ class Trainings:
         settings = self._check(request)
         run = _Run(job_id, request, self._trainings[request.kind], settings, time.monotonic())
         if job is not None:
-            run.epoch = job.epoch
-            for step, kind, values in self._store.steps(job_id):
-                if kind == "step":
-                    run.losses[step] = values["loss"]
-                elif kind == "eval":
-                    run.evals[step] = values
-            if job.plan is not None and "settings" in job.plan:
-                run.settings = dict(run.settings) | {
-                    key: value for key, value in job.plan["settings"].items() if key != "steps"
-                }
+            self._take_up(run, job)
         self._runs[job_id] = run
         run.task = asyncio.get_running_loop().create_task(self._run(run))
         run.task.add_done_callback(lambda task: _settled(run, task))
         return run
+
+    def _take_up(self, run: _Run, job: Job) -> None:
+        """What the store knows of a job that goes on: its plan stays, but for the number of steps."""
+        run.epoch = job.epoch
+        for step, kind, values in self._store.steps(job.job_id):
+            run.bytes_before = max(run.bytes_before, int(values.pop(SENT, 0)))
+            if kind == "step":
+                run.losses[step] = values["loss"]
+            elif kind == "eval":
+                run.evals[step] = values
+        if job.plan is None:
+            return
+        try:
+            plan = msgspec.convert(job.plan["plan"], TrainingPlan)
+            run.recoveries = list(job.plan["recoveries"])
+        except (KeyError, TypeError, msgspec.ValidationError) as error:
+            raise JobError(f"expected a plan that this version can read; {error}") from error
+        steps = int(run.settings["steps"])
+        run.settings = dict(plan.settings) | {"steps": steps}
+        run.plan = dataclasses.replace(plan, settings=run.settings, steps=steps)
+        run.step = run.furthest = min(steps, len(run.losses))
+        run.has_begun = True
+        if job.state == "running":
+            reason = f"{self._peers.identity.name}'s daemon ended"
+            run.recoveries.append({"at_step": run.step, "epoch": run.epoch, "reason": reason})
 
     async def _watch(self, run: _Run, emit: Emit, first: dict[str, Any] | None = None) -> dict[str, Any]:
         """Stream a running training. A client that goes away changes nothing."""
@@ -272,6 +320,12 @@ class Trainings:
             for event in run.told[seen:]:
                 await emit(event)
             seen = len(run.told)
+            if run.task.cancelled():
+                raise JobError(
+                    "this node stops; the job goes on when it starts again",
+                    remedy=f"then: edged jobs {run.job_id} --follow",
+                    code="interrupted",
+                )
             if run.task.done():
                 return run.task.result()
             if not run.news.is_set():
@@ -305,17 +359,29 @@ class Trainings:
     # --- epochs ---
 
     async def _run_epochs(self, run: _Run) -> dict[str, Any]:
+        refused_since: float | None = None
         while True:
+            if run.plan is not None:
+                await self._until_all_there(run)
             try:
                 done = await self._run_epoch(run)
                 return await self._document(run, done)
             except EdgedError as error:
-                if not _is_loss(error) or run.is_cancelled:
+                if run.is_cancelled or not _may_pass(run, error):
                     raise
-                self._note_loss(run, error)
-                if run.failures > RETRIES_MAX:
-                    raise
-            await self._until_all_there(run)
+                if isinstance(error, PolicyViolation):
+                    now = time.monotonic()
+                    refused_since = refused_since or now
+                    if now - refused_since > run.patience_s:
+                        raise
+                    self._leave_group(run)
+                    run.waits(str(error))
+                else:
+                    refused_since = None
+                    self._note_loss(run, error)
+                    if run.failures > RETRIES_MAX:
+                        raise
+            await asyncio.sleep(LOOK_S)
 
     def _note_loss(self, run: _Run, error: EdgedError) -> None:
         self._leave_group(run)
@@ -327,29 +393,27 @@ class Trainings:
 
     async def _until_all_there(self, run: _Run) -> None:
         """Wait for every node of the plan; PeerError when one stays away for the job's patience."""
-        patience_s = float(run.settings["patience_s"])
-        until = time.monotonic() + patience_s
+        until = time.monotonic() + run.patience_s
         roles = run.plan.roles if run.plan is not None else ()
         while True:
             away = [self._peers.name_of(r.node_id) for r in roles if not self._peers.is_online(r.node_id)]
             if not away:
                 views = {view.node_id: view for view in await self._viewer.views(measure=False)}
+                silent = [self._peers.name_of(r.node_id) for r in roles if r.node_id not in views]
                 resting = [views[r.node_id] for r in roles if r.node_id in views and views[r.node_id].refuses]
-                away = [f"{view.name} ({view.refuses})" for view in resting]
-                if not away and all(role.node_id in views for role in roles):
-                    break
+                away = [*silent, *(f"{view.name} ({view.refuses})" for view in resting)]
+            if not away:
+                break
             waits_for = ", ".join(away)
-            if waits_for != run.waits_for:
-                run.waits_for = waits_for
-                run.tell({"event": "waiting", "until": None, "because": f"it needs {waits_for}"})
+            run.waits(f"it needs {waits_for}")
             if time.monotonic() > until:
                 raise PeerError(
-                    f"expected {waits_for} back within {patience_s:.0f} s",
+                    f"expected {waits_for} back within {run.patience_s:.0f} s",
                     remedy=f"start it, then: edged finetune {run.request.kind} FILE --resume {run.job_id}",
                     code="stayed-away",
                 )
             await asyncio.sleep(LOOK_S)
-        run.waits_for = ""
+        run.waits("")
 
     async def _run_epoch(self, run: _Run) -> Mapping[str, float]:
         """Plan, load, go on from the last step that every rank has kept, to the end."""
@@ -357,7 +421,7 @@ class Trainings:
         nodes = await self._viewer.views(measure=run.plan is None and "auto" in run.settings.values())
         plan = self._plan(run, model.sha256, nodes)
         run.epoch += 1
-        row = {"strategy": run.training.name, "settings": dict(plan.settings), "epoch": run.epoch}
+        row = {"strategy": run.training.name, "plan": wire.to_map(plan), "recoveries": run.recoveries}
         self._store.begin_epoch(run.job_id, run.epoch, row)
         candidate = Candidate(run.training.name, plan.roles, engine=run.training.engine)
         offers = tuple(
@@ -385,6 +449,7 @@ class Trainings:
         await self._groups.loaded(run.group, run.job_id)
         if run.group.lost is not None:
             raise run.group.lost
+        run.has_begun = True
         self._start(run, plan, run.group, manifest)
         return await self._until_finished(run)
 
@@ -413,11 +478,10 @@ class Trainings:
         surveys = [started.survey for started in group.started]
         run.cost = run.training.cost(plan, manifest.model, surveys)
         keepers = [started for started in group.started if started.survey.get("keeps", True)]
-        run.step = max(set.intersection({0, *range(plan.steps + 1)}, *({0, *k.steps_kept} for k in keepers)))
-        for losses in (run.losses, run.evals):
-            for step in [step for step in losses if step >= run.step]:
-                if losses is run.losses or step > run.step:
-                    del losses[step]
+        kept = set.intersection({0, *range(plan.steps + 1)}, *({0, *k.steps_kept} for k in keepers))
+        run.step = _first_step(kept, run.losses)
+        run.forget_from(run.step)
+        self._store.forget_steps(run.job_id, run.step)
         run.tell(
             {
                 "event": "planned",
@@ -429,7 +493,7 @@ class Trainings:
                 "explanation": list(plan.explanation),
             }
         )
-        run.heard_at = time.monotonic()
+        run.patience = Patience(time.monotonic())
         for role in plan.roles:
             body = wire.Train(group.group_id, run.job_id, run.epoch, run.step)
             self._peers.tell(role.node_id, "train", body)
@@ -440,10 +504,18 @@ class Trainings:
         while not run.finished.done():
             await asyncio.wait([run.finished], timeout=POLL_S)
             run.used = await self._groups.used(run.group)
-            patience = max(STALL_S, 50 * run.slowest_s)
-            if time.monotonic() - run.heard_at > patience:
-                raise PeerError(f"expected a step within {patience:.0f} s; none came", code="stalled")
+            if run.patience.is_over(time.monotonic()) and not run.finished.done():
+                raise self._stalled(run, run.group)
         return run.finished.result()
+
+    def _stalled(self, run: _Run, group: Group) -> PeerError:
+        """It names who does not even say what it uses; a frozen one does not."""
+        pairs = zip(group.load.roles, run.used, strict=False)
+        silent = [self._peers.name_of(role.node_id) for role, used in pairs if used is None]
+        whose = f"; {', '.join(silent)} does not answer" if silent else ""
+        return PeerError(
+            f"expected a step within {run.patience.limit_s:.0f} s; none came{whose}", code="stalled"
+        )
 
     def _leave_group(self, run: _Run) -> None:
         """The workers of a training serve nothing else."""
@@ -465,9 +537,9 @@ class Trainings:
         roles = run.group.load.roles
         if not 0 <= body.rank < len(roles) or roles[body.rank].node_id != node_id:
             return
-        run.heard_at = time.monotonic()
+        run.patience.heard(time.monotonic())
         if body.kind == "error":
-            run.finished.set_exception(self._error_of(node_id, body))
+            run.fail(self._error_of(node_id, body))
         elif body.kind == "done":
             if node_id == self._peers.identity.node_id:
                 run.finished.set_result(body.values)
@@ -489,15 +561,15 @@ class Trainings:
         del run.reports[body.step, body.kind]
         values = _mean(list(heard.values()))
         try:
-            self._store.add_step(run.job_id, body.step, body.kind, values)
+            self._store.add_step(run.job_id, body.step, body.kind, values | {SENT: float(run.bytes_sent)})
         except EdgedError as error:
-            run.finished.set_exception(error)
+            run.fail(error)
             return
-        run.failures = 0
         if body.kind == "step":
+            if body.step >= run.furthest:  # what is told again after a loss is no progress
+                run.furthest, run.failures = body.step + 1, 0
             run.losses[body.step] = values["loss"]
             run.step = body.step + 1
-            run.slowest_s = max(run.slowest_s, values.get("seconds", 0.0))
         else:
             run.evals[body.step] = values
         run.tell({"event": body.kind, "step": body.step, "steps": plan.steps} | values | self._pace(run))
@@ -507,8 +579,8 @@ class Trainings:
 
     def _group_lost(self, group: Group) -> None:
         for run in self._runs.values():
-            if run.group is group and not run.finished.done() and group.lost is not None:
-                run.finished.set_exception(group.lost)
+            if run.group is group and group.lost is not None:
+                run.fail(group.lost)
 
     # --- asking about trainings ---
 
@@ -529,7 +601,7 @@ class Trainings:
         progress = 1.0 if job.state == "done" else None
         if run is not None and run.plan is not None and run.plan.steps:
             progress = run.step / run.plan.steps
-        waits = {"until": None, "because": f"it needs {run.waits_for}"} if run and run.waits_for else None
+        waits = {"until": None, "because": run.waits_for} if run and run.waits_for else None
         return job.row(progress) | {"waits": waits}
 
     async def cancel(self, job: Job) -> dict[str, Any]:
@@ -546,7 +618,18 @@ class Trainings:
             raise JobError(f"job {job.job_id} runs", remedy="cancel it first", code="running")
         self._store.remove(job.job_id)
         self._data.remove_for_job(job.job_id)
+        shutil.rmtree(self._state_of(job.job_id), ignore_errors=True)
         return {"job_id": job.job_id}
+
+    def tidy(self) -> None:
+        """Delete the data sets of jobs that the store does not keep any more; called now and then."""
+        known = {job.job_id for job in self._store.all()}
+        for job_id in self._data.jobs() - known - self._accepting:
+            self._data.remove_for_job(job_id)
+
+    def _state_of(self, job_id: str) -> Path:
+        """What this node keeps of its own job to go on with."""
+        return self._folder / f"{self._peers.identity.node_id[:16]}-{job_id}"
 
     # --- documents ---
 
@@ -594,8 +677,8 @@ class Trainings:
                 and adapter.provenance.get("steps") == plan.steps
             ):
                 return adapter
-        model, mine = self._models.find(str(run.settings["model"])), self._peers.identity.node_id
-        made = self._folder / f"{mine[:16]}-{run.job_id}" / f"rank-{plan.collector}" / "adapter"
+        model = self._models.find(str(run.settings["model"]))
+        made = self._state_of(run.job_id) / f"rank-{plan.collector}" / "adapter"
         provenance = {"job_id": run.job_id, "kind": run.request.kind, "steps": plan.steps, **done}
         meta = AdapterMeta(model.sha256, model.name, kind=_kind_of(made), provenance=provenance)
         return self._adapters.adopt(made, str(run.settings["adapter"] or run.request.name), meta)
@@ -638,9 +721,20 @@ class _Made(msgspec.Struct):
     kind: Kind
 
 
-def _is_loss(error: EdgedError) -> bool:
-    """May the same plan work when the lost node is back? Not where a node stayed away too long."""
-    return (isinstance(error, PeerError) and error.code != "stayed-away") or error.code in GONE
+def _may_pass(run: _Run, error: EdgedError) -> bool:
+    """May the same plan work when the lost node is back, or a node that refuses for now does not any more?"""
+    if error.code in FINAL or (error.code == "not-online" and run.epoch == 0):
+        return False
+    if isinstance(error, PolicyViolation):
+        return run.has_begun
+    return isinstance(error, PeerError) or error.code in GONE
+
+
+def _first_step(kept: AbstractSet[int], told: AbstractSet[int] | Mapping[int, Any]) -> int:
+    """The last of the steps that every rank has kept before which all losses are told: reports that were under
+    way at a loss are told again. Where that is the beginning, the last one."""
+    known = next(step for step in itertools.count() if step not in told)
+    return max((step for step in kept if 0 < step <= known), default=max(kept))
 
 
 def _mean(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:
