@@ -10,6 +10,10 @@ What travels of a token: its hidden state up, back, and its gradient; and for ea
 target, forward and backward, up and down. Layers that share their input, such as queries, keys and values, go
 in one message.
 
+What the server can still work out: it may hold the embedding's table, too, so that hidden states sent without
+noise name their tokens; and since it sees A x and M A x, a few positions give it M. PrivateLoRA keeps labels
+and logits from it, and gives it nothing to keep; it does not hide the prompt.
+
 Latency: each input of adapted layers costs a round trip forward and one backward. With attention's three
 that is 2 round trips a block: a step of 30 blocks takes 60 of them, whatever they carry.
 

@@ -5,6 +5,9 @@ pass, keeps that pass's graph, and answers its backward pass with the gradient o
 has the embedding, the first blocks, the norm and the head; no id, label or logit leaves it. It tunes either
 an adapter of its own blocks, or soft prompts (Lester et al., arXiv:2104.08691): vectors before the embeddings
 of each row, which start as those of tokens drawn from the seed. Four tensors a batch, as in the U-shape.
+
+With cut 0 the hidden states of a row are its embeddings, which who holds the model's file can turn back into
+ids; so can it with a few blocks, at more cost. Noise, or a deeper cut, is what stands against that.
 """
 
 from __future__ import annotations

@@ -209,6 +209,22 @@ def test_r_values_of_each_target_travel_for_each_token_and_block(
     assert kinds - {"evals", "eval", "eval inner back"} == wanted  # no ids, labels or logits
 
 
+def test_the_server_can_work_out_words_and_m_from_what_it_sees(tiny: Tiny, tmp_path: Path) -> None:
+    """As the documents say: PrivateLoRA hides labels and logits, and neither of these."""
+    model, path = tiny("llama")
+    plan = planned(path, tmp_path, steps=1, eval_every=0, target_modules=["o_proj"], **PRIVATE)
+    client, server = run(plan, keep="messages", changes={0: with_middles(random_middle)})
+
+    def sent(outcome: Outcome, kind: str) -> torch.Tensor:
+        header, frames = next((h, f) for _, h, f in outcome.received if h["k"] == kind)
+        return torch.frombuffer(bytearray(frames[0]), dtype=torch.float32).reshape(header["tensor"]["shape"])
+
+    near = torch.cdist(sent(server, "up"), model.get_input_embeddings().weight[None]).argmin(-1)
+    assert torch.equal(near, client_batch(plan, 0)[0])
+    inner, outer = sent(client, "inner").flatten(0, 1), sent(server, "inner back").flatten(0, 1)
+    assert torch.allclose(torch.linalg.lstsq(inner, outer).solution.T, random_middle(0), atol=1e-4)
+
+
 def test_a_client_leaves_the_server_as_it_was(tiny: Tiny, tmp_path: Path) -> None:
     held: list[dict[str, torch.Tensor]] = []
     servers: list[Any] = []
