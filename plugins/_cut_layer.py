@@ -2,7 +2,7 @@
 
 After Liu and Zhao, "Resource allocation for stable LLM training in mobile edge computing" (arXiv:2409.20247),
 for one device and given rates: the cost of a layer on either side, and what a deep cut does to stability.
-Pure. For split learning, which comes later; nothing calls it yet.
+Pure. The planner of split learning weighs its bound on stability.
 """
 
 from __future__ import annotations

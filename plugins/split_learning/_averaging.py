@@ -46,7 +46,7 @@ def _taken(link: Link, kind: str, step: int) -> np.ndarray:
 
 def flat(parameters: Sequence[nn.Parameter]) -> np.ndarray:
     """Every tuned value, in the order of the parameters."""
-    return np.concatenate([p.detach().numpy().astype("<f4").ravel() for p in parameters])
+    return np.concatenate([p.detach().cpu().numpy().astype("<f4").ravel() for p in parameters])
 
 
 def _set(parameters: Sequence[nn.Parameter], values: np.ndarray) -> None:

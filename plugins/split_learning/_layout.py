@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +18,8 @@ from ._places import Places
 
 UNCUT = ("private-lora", "parallel-adapters")  # all blocks are the server's
 BATTERY_WEIGHT = 2.0  # a second of a node on battery counts so many times
+CUTS_MAX = 2000  # that are each planned; of more, a grid, refined
+LEAST_AUTO = 2
 INSTABILITY = 1e-3  # seconds a step that a cut's bound on stability is worth
 
 
@@ -199,15 +202,51 @@ def _with_cut(job: Job, model: ModelDescription, chosen: Sequence[NodeView], not
         )
         notes.append(f"cut {middle}: speeds are not measured, so the client gets the least that works")
         return _cut_at(job, middle)
-    best = min(fitting, key=lambda cuts: (price(cuts), cuts))
+    best = _refined(min(fitting, key=lambda cuts: (price(cuts), cuts)), price, job, model, chosen)
     shown = best[0] if len(best) == 1 else best
     notes.append(f"cut {shown}: {price(best):.3g} s a step, weighed, of {len(fitting)} cuts that fit")
     return _cut_at(job, best)
 
 
 def _cuts(job: Job, model: ModelDescription, stages: int) -> Iterator[tuple[int, ...]]:
+    """All cuts where these are few, else those of a grid."""
+    places = _range(job, model, stages)
+    step = 1
+    while math.comb(len(places[::step]), stages) > CUTS_MAX:
+        step += 1
+    return itertools.combinations(places[::step], stages)
+
+
+def _range(job: Job, model: ModelDescription, stages: int) -> range:
+    """Blocks that may be a client's last: the planner leaves it two, since hidden states of the first one
+    are all but words."""
     last = model.layers - (job.tail if job.topology == "u-shape" else 0)
-    return itertools.combinations(range(least_cut(job), last), stages)
+    least = least_cut(job)
+    return range(max(least, min(LEAST_AUTO, last - stages)), last)
+
+
+def _refined(
+    cuts: tuple[int, ...],
+    price: Callable[[tuple[int, ...]], float],
+    job: Job,
+    model: ModelDescription,
+    chosen: Sequence[NodeView],
+) -> tuple[int, ...]:
+    """Cuts moved by a block at a time, as long as that is cheaper and fits."""
+    places = _range(job, model, len(cuts))
+    while True:
+        near = ((*cuts[:i], cuts[i] + by, *cuts[i + 1 :]) for i in range(len(cuts)) for by in (-1, 1))
+        sound = [
+            other
+            for other in near
+            if all(a < b for a, b in itertools.pairwise(other))
+            and all(cut in places for cut in other)
+            and not _shortage(_roles(_cut_at(job, other), model, chosen), chosen)
+        ]
+        better = min(sound, key=price, default=cuts)
+        if price(better) >= price(cuts):
+            return cuts
+        cuts = better
 
 
 def _cut_at(job: Job, cuts: tuple[int, ...]) -> Job:

@@ -24,4 +24,4 @@ def summed(span: Any, hidden: Tensor, labels: Tensor) -> Tensor:
     wanted = labels[:, 1:] != IGNORED
     targets = labels[:, 1:][wanted]
     logits = span.project(hidden[:, :-1][wanted])
-    return torch.nn.functional.cross_entropy(logits, targets, reduction="sum")
+    return torch.nn.functional.cross_entropy(logits, targets.to(logits.device), reduction="sum")

@@ -39,11 +39,11 @@ class _Exchanged(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inner: Tensor, anchor: Tensor, exchange: Exchange, number: int) -> Tensor:
         ctx.exchange, ctx.number = exchange, number
-        return exchange(FORWARD, number, inner)
+        return exchange(FORWARD, number, inner).to(inner.device)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
-        return ctx.exchange(BACKWARD, ctx.number, gradient), None, None, None
+        return ctx.exchange(BACKWARD, ctx.number, gradient).to(gradient.device), None, None, None
 
 
 class Group:
@@ -59,7 +59,9 @@ class Group:
     def part(self, x: Tensor, index: int) -> Tensor:
         """M A x, (B, S, r), of the layer `index` of the group; the first one that asks sends for all."""
         if not self._parts:
-            found = _Exchanged.apply(x @ self._down.T, self._anchor, self._exchange, self._number)
+            found = _Exchanged.apply(
+                x @ self._down.T.to(x.device), self._anchor, self._exchange, self._number
+            )
             self._x, self._parts = x, dict(enumerate(found.chunk(self._count, -1)))
         if x is not self._x or index not in self._parts:
             raise EngineError("expected layers that take one input; this model's take several")
@@ -78,7 +80,7 @@ class Adapted(nn.Module):
         self._up, self._group, self._index = up * scale, group, index  # (rows, r)
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = self.base(x) + self._group.part(x, self._index) @ self._up.T
+        found: Tensor = self.base(x) + self._group.part(x, self._index) @ self._up.T.to(x.device)
         return found
 
 

@@ -31,7 +31,7 @@ class RemoteBlocks(UShape):
         if self.job.prompts and self.is_client:
             random = stream(self.job.seed, PROMPTS)
             drawn = torch.randint(self.blocks.vocab, (self.job.prompts,), generator=random)
-            self.prompts = nn.Parameter(self.spans[0].vectors(drawn))
+            self.prompts = nn.Parameter(self.spans[0].vectors(drawn).cpu())
 
     def feedback_key(self, key: str) -> str:
         """The server remembers nothing of what a codec left out, either: no checkpoint would hold it."""

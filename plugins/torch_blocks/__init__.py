@@ -2,8 +2,8 @@
 
 Provides one engine, `torch_blocks`: opens a GGUF, or a packed safetensors file, of nine model families and
 gives spans of its blocks with frozen weights that gradients flow through. It does not know how to
-generate (no strategy may choose it), other devices than the CPU, how a training divides its work, or
-what carries hidden states between nodes.
+generate (no strategy may choose it), how a training divides its work, or what carries hidden states
+between nodes. Blocks are on the GPU where CUDA has one, which was never tried for want of a device.
 
 This module is light; torch, transformers and peft are loaded by the underscore modules, in a worker only.
 """

@@ -146,13 +146,14 @@ def measure(settings: Mapping[str, Any]) -> list[dict[str, Any]]:
         return []
 
     torch.set_num_threads(int(settings.get("threads") or len(os.sched_getaffinity(0))))
-    many, one = torch.ones(BATCH, WIDTH), torch.ones(1, WIDTH)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    many, one = torch.ones(BATCH, WIDTH, device=device), torch.ones(1, WIDTH, device=device)
     found = []
     for name, dtype in (("torch_f32", torch.float32), ("torch_bf16", torch.bfloat16)):
-        weight = torch.ones(ROWS, WIDTH, dtype=dtype)
+        weight = torch.ones(ROWS, WIDTH, dtype=dtype, device=device)
         with torch.no_grad():
-            batch_s = min(_seconds(lambda w=weight: widened(many, w)) for _ in range(RUNS))
-            one_s = min(_seconds(lambda w=weight: widened(one, w)) for _ in range(RUNS))
+            batch_s = min(_seconds(lambda w=weight: widened(many, w)[0, 0].item()) for _ in range(RUNS))
+            one_s = min(_seconds(lambda w=weight: widened(one, w)[0, 0].item()) for _ in range(RUNS))
         size = weight.numel() * weight.element_size()
         found.append(EngineSpeed("torch_blocks", name, size / one_s, 2 * BATCH * weight.numel() / batch_s))
     return [dataclasses.asdict(speed) for speed in found]

@@ -68,7 +68,8 @@ def make_config(family: Family, fields: Mapping[str, Any]) -> Any:
 class Span(nn.Module):
     """Blocks `first` to `last - 1` of a model, with the embedding and the output head where asked for.
 
-    Everything is frozen. Parameters are F32, or BF16 for matrices where `dtype` is "bf16"; all is computed
+    Everything is frozen, and on the GPU where CUDA has one; what goes in and comes out is on the CPU, but for
+    logits. Parameters are F32, or BF16 for matrices where `dtype` is "bf16"; all is computed
     in F32 (see `_narrow`). `checkpointing`: keep a block's input alone for the backward pass, and compute the
     block again there. Rows are padded on the right where they are: attention is causal, so no mask is needed.
     """
@@ -97,6 +98,10 @@ class Span(nn.Module):
             narrow(self)
         self._load(source, DTYPES[dtype])
         self.requires_grad_(False)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.to(self.device)
+        for rotary in self._rotary:
+            rotary.to(self.device)
 
     # --- making -----------------------------------------------------------------------------------
 
@@ -140,32 +145,33 @@ class Span(nn.Module):
         `x`: ids (B, S), int64, where it has the embedding; else hidden states (B, S, d), F32. `prompts`
         (n, d), of a span with the embedding: put before the vectors of each row's ids, so S is n more."""
         (hidden,) = deque(self._walk(x, prompts), maxlen=1)
-        return self.normed(hidden) if self.has_head else hidden
+        return self.normed(hidden) if self.has_head else hidden.cpu()
 
     def states(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Hidden states (B, S, d) before the first block and after each, before any final norm."""
-        return list(self._walk(x))
+        return [hidden.cpu() for hidden in self._walk(x)]
 
     def normed(self, hidden: torch.Tensor) -> torch.Tensor:
         """States of the last block, (..., d), through the final norm; of a span with the head."""
         if not self.has_head:
             raise EngineError("expected a span with the final norm; this one was loaded without")
-        return self._part(self.family.final_norm)(hidden)
+        return self._part(self.family.final_norm)(hidden.to(self.device)).cpu()
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (..., vocab) of what `forward` gives, (..., d); of a span with the head."""
+        """Logits (..., vocab), on the span's own device, of what `forward` gives, (..., d); of a span with the
+        head."""
         if not self.has_head:
             raise EngineError("expected a span with the output head; this one was loaded without")
-        return self.get_submodule(self.family.head)(hidden)
+        return self.get_submodule(self.family.head)(hidden.to(self.device))
 
     def vectors(self, ids: torch.Tensor) -> torch.Tensor:
         """What the model's embedding gives of ids (...): (..., d) F32, scaled where the family does so;
         positions and norm come later."""
-        found = F.embedding(ids, self._part(self.family.embedding).weight).float()
+        found = F.embedding(ids.to(self.device), self._part(self.family.embedding).weight).float()
         return found * self._config.hidden_size**0.5 if self.family.has_scaled_embedding else found
 
     def _walk(self, x: torch.Tensor, prompts: torch.Tensor | None = None) -> Iterator[torch.Tensor]:
-        hidden = self._embed(x, prompts) if self.has_embedding else x
+        hidden = self._embed(x, prompts) if self.has_embedding else x.to(self.device)
         yield hidden
         if not self._blocks:
             return
@@ -187,7 +193,7 @@ class Span(nn.Module):
             raise EngineError(f"expected rows of at most {limit} ids, {list(ids.shape)} came")
         hidden = self.vectors(ids)
         if prompts is not None:
-            hidden = torch.cat([prompts.expand(len(ids), *prompts.shape), hidden], 1)
+            hidden = torch.cat([prompts.to(self.device).expand(len(ids), *prompts.shape), hidden], 1)
         if family.positions:
             hidden = hidden + self._part(family.positions).weight[: hidden.shape[1]].float()
         if family.embedding_norm:
@@ -197,9 +203,9 @@ class Span(nn.Module):
     def _around(self, hidden: torch.Tensor) -> dict[str, Any]:
         """What the model hands to each of its blocks, beside the mask."""
         if self.family.has_alibi:
-            return {"alibi": _alibi(self._config.num_attention_heads, *hidden.shape[:2])}
+            return {"alibi": _alibi(self._config.num_attention_heads, *hidden.shape[:2]).to(hidden.device)}
         if self._rotary:
-            positions = torch.arange(hidden.shape[1])[None]
+            positions = torch.arange(hidden.shape[1], device=hidden.device)[None]
             return {"position_embeddings": self._rotary[0](hidden, position_ids=positions)}
         return {}
 
@@ -208,12 +214,12 @@ class Span(nn.Module):
         length = hidden.shape[1]
         if self.family.has_alibi:  # BLOOM adds the mask to its scores
             least = torch.finfo(hidden.dtype).min
-            return torch.full((length, length), least, dtype=hidden.dtype).triu(1)[None, None]
+            return hidden.new_full((length, length), least).triu(1)[None, None]
         window = getattr(self._config, "sliding_window", None)
         kinds = getattr(self._config, "layer_types", None)
         if not window or length <= window or (kinds and kinds[number] != "sliding_attention"):
             return None
-        at = torch.arange(length)
+        at = torch.arange(length, device=hidden.device)
         ago = at[:, None] - at[None]
         return ((ago >= 0) & (ago < window))[None, None]
 
@@ -259,8 +265,8 @@ class Span(nn.Module):
                 down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
                 bound = 1 / math.sqrt(down.weight.shape[1])
                 start = torch.empty(down.weight.shape).uniform_(-bound, bound, generator=_random(seed, name))
-                down.weight = nn.Parameter(start)
-                up.weight = nn.Parameter(torch.zeros(up.weight.shape))
+                down.weight = nn.Parameter(start.to(self.device))
+                up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=self.device))
 
     def trainable(self) -> list[nn.Parameter]:
         """LoRA's parameters, block by block, A before B."""
@@ -268,7 +274,7 @@ class Span(nn.Module):
 
     def lora(self) -> dict[str, torch.Tensor]:
         """Copies of LoRA's tensors by PEFT's names, with the model's own numbers of blocks."""
-        return {name: parameter.detach().clone() for name, parameter in self._lora()}
+        return {name: parameter.detach().cpu().clone() for name, parameter in self._lora()}
 
     def set_lora(self, state: Mapping[str, torch.Tensor]) -> None:
         """Take the values of `state`, which has what `lora` gives; names of other spans are passed over."""

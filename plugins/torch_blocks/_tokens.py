@@ -159,12 +159,8 @@ class _Generation(jinja2.ext.Extension):
 
 def _template(text: str) -> Any:
     """A chat template, compiled as transformers does, in a sandbox."""
-    sandbox = importlib.import_module("jinja2.sandbox")
-    generation = importlib.import_module(
-        "llama_cpp.llama_chat_format"
-    ).Jinja2ChatFormatter.IgnoreGenerationTags
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", generation]
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _Generation]
     )
     environment.filters["tojson"] = lambda value, **more: json.dumps(value, ensure_ascii=False, **more)
     try:
