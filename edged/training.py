@@ -57,6 +57,7 @@ STEPS_MAX = 1_000_000
 VALUES_MAX = 16  # figures in one report
 RETRIES_MAX = 5  # losses without a step between them: a plan that always ends so is a plan that cannot run
 LOOK_S = 1.0  # between looks whether all nodes are there, and between offers to a node that refuses for now
+ASKED_MAX = 5  # at the end, for what was sent and spent, and for reports that are under way
 POLL_S = 2.0  # between questions what was sent and spent
 NOTHING = Metered(0.0, 0.0, 0.0)  # of a role that begins
 GONE = ("worker-ended", "worker-silent")  # codes of errors that are losses, beside PeerError
@@ -532,7 +533,7 @@ class Trainings:
 
     def _trained(self, node_id: str, body: wire.Trained) -> None:
         run = self._runs.get(body.job)
-        if run is None or run.group is None or run.epoch != body.epoch or run.finished.done():
+        if run is None or run.group is None or run.epoch != body.epoch:
             return
         roles = run.group.load.roles
         if not 0 <= body.rank < len(roles) or roles[body.rank].node_id != node_id:
@@ -541,7 +542,7 @@ class Trainings:
         if body.kind == "error":
             run.fail(self._error_of(node_id, body))
         elif body.kind == "done":
-            if node_id == self._peers.identity.node_id:
+            if node_id == self._peers.identity.node_id and not run.finished.done():
                 run.finished.set_result(body.values)
         elif run.plan is not None and 0 <= body.step <= run.plan.steps and len(body.values) <= VALUES_MAX:
             self._report(run, run.plan, body)
@@ -636,7 +637,7 @@ class Trainings:
     async def _document(self, run: _Run, done: Mapping[str, float]) -> dict[str, Any]:
         assert run.group is not None
         assert run.plan is not None
-        run.used = await self._groups.used(run.group)
+        await self._hear_out(run, run.plan, run.group)
         seconds = time.monotonic() - run.since
         joules, source = _added(run.joules_before, run.used), "measured"
         if joules is None:
@@ -668,6 +669,13 @@ class Trainings:
             }
             | dict(done),
         }
+
+    async def _hear_out(self, run: _Run, plan: TrainingPlan, group: Group) -> None:
+        """The collector's word may overtake other ranks' last reports: what a node answers comes after these."""
+        for _ in range(ASKED_MAX):
+            run.used = await self._groups.used(group)
+            if None not in run.used and len(run.losses) >= plan.steps:
+                return
 
     def _adopt(self, run: _Run, plan: TrainingPlan, done: Mapping[str, float]) -> Adapter:
         """Keep what the collector wrote; a job that ended between that and its own end has it already."""
