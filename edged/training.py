@@ -16,7 +16,6 @@ import secrets
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -318,8 +317,11 @@ class Trainings:
         seen = 0
         while True:
             run.news.clear()
-            for event in run.told[seen:]:
-                await emit(event)
+            try:
+                for event in run.told[seen:]:
+                    await emit(event)
+            except OSError:  # it went away; nobody hears the end
+                return {}
             seen = len(run.told)
             if run.task.cancelled():
                 raise JobError(
@@ -480,8 +482,9 @@ class Trainings:
         run.cost = run.training.cost(plan, manifest.model, surveys)
         keepers = [started for started in group.started if started.survey.get("keeps", True)]
         kept = set.intersection({0, *range(plan.steps + 1)}, *({0, *k.steps_kept} for k in keepers))
-        run.step = _first_step(kept, run.losses)
+        run.step = max(kept)
         run.forget_from(run.step)
+        told = next(step for step in itertools.count() if step not in run.losses)
         self._store.forget_steps(run.job_id, run.step)
         run.tell(
             {
@@ -496,7 +499,7 @@ class Trainings:
         )
         run.patience = Patience(time.monotonic())
         for role in plan.roles:
-            body = wire.Train(group.group_id, run.job_id, run.epoch, run.step)
+            body = wire.Train(group.group_id, run.job_id, run.epoch, run.step, told)
             self._peers.tell(role.node_id, "train", body)
 
     async def _until_finished(self, run: _Run) -> Mapping[str, float]:
@@ -570,7 +573,7 @@ class Trainings:
             if body.step >= run.furthest:  # what is told again after a loss is no progress
                 run.furthest, run.failures = body.step + 1, 0
             run.losses[body.step] = values["loss"]
-            run.step = body.step + 1
+            run.step = max(run.step, body.step + 1)
         else:
             run.evals[body.step] = values
         run.tell({"event": body.kind, "step": body.step, "steps": plan.steps} | values | self._pace(run))
@@ -736,13 +739,6 @@ def _may_pass(run: _Run, error: EdgedError) -> bool:
     if isinstance(error, PolicyViolation):
         return run.has_begun
     return isinstance(error, PeerError) or error.code in GONE
-
-
-def _first_step(kept: AbstractSet[int], told: AbstractSet[int] | Mapping[int, Any]) -> int:
-    """The last of the steps that every rank has kept before which all losses are told: reports that were under
-    way at a loss are told again. Where that is the beginning, the last one."""
-    known = next(step for step in itertools.count() if step not in told)
-    return max((step for step in kept if 0 < step <= known), default=max(kept))
 
 
 def _mean(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -150,6 +150,7 @@ class Followed:
         self._files = [os.open(file, os.O_RDONLY | os.O_CLOEXEC) for file in files]
         self._events = self._client.stream(kind, body, self._files, silence_s=GUARD_S)
         self.seen: list[Document] = []
+        node.closes(self)
 
     def until(self, *kinds: str, step: int = 0) -> Document:
         """The next event of a kind, of this step or a later one; it fails where the job ends before."""
@@ -168,9 +169,9 @@ class Followed:
             document: Document = end.value
             return document
         finally:
-            self.leave()
+            self.vanish()
 
-    def leave(self) -> None:
+    def vanish(self) -> None:
         """What the daemon sees of a client whose terminal is closed."""
         self._client.close()
         while self._files:
@@ -184,6 +185,13 @@ def begun(node: Node, body: Document) -> str:
 
 def followed(node: Node, job: str) -> Followed:
     return Followed(node, "jobs.show", {"job": job, "follow": True})
+
+
+def until_step(node: Node, job: str, step: int = 0) -> None:
+    """Return in the middle of a job that runs."""
+    stream = followed(node, job)
+    stream.until("step", step=step)
+    stream.vanish()
 
 
 def row_of(node: Node, job: str) -> Document:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,7 +29,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def made(shared_nodes: Nodes, folder: Path, patched: pytest.MonkeyPatch) -> list[Node]:
     rig.install_abacus(folder / "plugin", patched)
-    nodes = shared_nodes.group(*NAMES, plugins=rig.ABACUS, jobs={"worker_idle": "1s"}, budget={"memory": "2GiB"})
+    nodes = shared_nodes.group(
+        *NAMES, plugins=rig.ABACUS, jobs={"worker_idle": "1s"}, budget={"memory": "2GiB"}
+    )
     rig.give(nodes, folder)
     return nodes
 
@@ -44,7 +47,12 @@ def trio(made: list[Node]) -> Iterator[list[Node]]:
     wait_no_workers(*(node for node in made if node.process is not None))
     for node in made:
         if node.process is not None:
-            assert node.call("status")["jobs_running"] == node.call("status")["roles"] == 0
+            wait_until(f"{node.name} to be idle", lambda n=node: is_idle(n))
+
+
+def is_idle(node: Node) -> bool:
+    status = node.call("status")
+    return status["jobs_running"] == status["roles"] == 0
 
 
 def by_rule(folder: Path, clients: int, steps: int) -> list[int]:
@@ -113,7 +121,7 @@ def test_a_job_is_followed_listed_and_removed_with_its_rows(trio: list[Node], fo
     stream = rig.Followed(phone, "finetune", body | {"file_clients": [0]}, [folder / "abacus.jsonl"])
     job = stream.until("accepted")["job_id"]
     stream.until("step")
-    stream.leave()  # nobody waits any more, and it goes on
+    stream.vanish()  # nobody waits any more, and it goes on
     row = next(row for row in phone.call("jobs")["jobs"] if row["job_id"] == job)
     assert (row["kind"], row["state"]) == ("finetune", "running")
     assert 0 < row["progress"] < 1
@@ -176,7 +184,7 @@ def test_without_the_right_to_train_nothing_trains(trio: list[Node]) -> None:
     """Taken away before the job, and while it runs."""
     phone, cloud, _ = trio
     job = rig.begun(phone, rig.abacus([PHONE], CLOUD, **SLOW))
-    rig.followed(phone, job).until("step")
+    rig.until_step(phone, job)
     cloud.call("trust", {"node": PHONE, "rights": ["submit", "serve"]})
     try:
         with pytest.raises(rig.EdgedError, match="no right to train") as caught:
@@ -266,7 +274,7 @@ def test_a_killed_daemon_comes_back_and_no_number_changes(
     if victim == CLOUD:
         stream.until("waiting")
         assert "cloud" in rig.row_of(desk, job)["waits"]["because"]
-    stream.leave()
+    stream.vanish()
     lost.start().wait_ready()
     check(rig.followed(desk, job).end(), desk, folder)
 
@@ -286,13 +294,15 @@ def test_a_coordinator_that_comes_back_alone_waits_for_the_nodes_of_its_plan(
 ) -> None:
     phone, cloud, _ = trio
     job = rig.begun(phone, rig.abacus([PHONE], CLOUD, step_s=0.05, steps=20))
-    rig.followed(phone, job).until("step", step=3)
-    cloud.kill()
-    phone.kill()
-    phone.start().wait_ready()
-    stream = rig.followed(phone, job)
-    assert "cloud" in stream.until("waiting")["because"]
-    cloud.start().wait_ready()
+    rig.until_step(phone, job, 3)
+    cloud.signal(signal.SIGSTOP)
+    try:
+        phone.kill()
+        phone.start().wait_ready()
+        stream = rig.followed(phone, job)
+        assert "cloud" in stream.until("waiting")["because"]
+    finally:
+        cloud.signal(signal.SIGCONT)
     document = stream.end()
     check(document, phone, folder)
     assert "phone's daemon ended" in [row["reason"] for row in document["measured"]["recoveries"]]
