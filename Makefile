@@ -23,7 +23,7 @@ LLAMA_INSTALLED := $(STAMPS)/llama-$(KEY)-$(WHEEL)
 DEV_INSTALLED := $(STAMPS)/dev-$(KEY)
 ALL_INSTALLED := $(STAMPS)/all-$(KEY)
 
-.PHONY: help install demo test check bench clean
+.PHONY: help install demo test chaos check bench clean
 .DELETE_ON_ERROR:
 .NOTPARALLEL: # pip installs into one .venv
 
@@ -32,6 +32,7 @@ help:
 	@echo "make demo      three nodes on this machine answer together; no torch, nothing left running"
 	@echo "make check     format, lint, types, fast tests: what a commit must pass"
 	@echo "make test      every test; those that need root or a container say so when they cannot"
+	@echo "make chaos     trainings while nodes are killed and restarted, seeded; prints what was done"
 	@echo "make bench     the benchmarks; BENCH=NAME for one; EDGED_BENCH_QUICK=1 to see that they run"
 	@echo "make clean     removes .venv and what tools left; compiled wheels stay in ~/.cache/edged"
 
@@ -42,13 +43,16 @@ demo: $(LLAMA_INSTALLED)
 	$(BIN)/edged demo
 
 test: $(ALL_INSTALLED) $(DEV_INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not chaos" $(PYTEST_ARGS)
+
+chaos: $(ALL_INSTALLED) $(DEV_INSTALLED)
+	$(BIN)/python -m pytest -s tests/chaos $(PYTEST_ARGS)
 
 check: $(ALL_INSTALLED) $(DEV_INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy edged
-	$(BIN)/python -m pytest -m "not slow and not network and not systemd" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow and not chaos and not network and not systemd" $(PYTEST_ARGS)
 
 bench: $(ALL_INSTALLED) $(DEV_INSTALLED)
 	@mkdir -p $(RESULTS)

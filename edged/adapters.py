@@ -94,8 +94,8 @@ class _File(msgspec.Struct, frozen=True):
 class _Config(msgspec.Struct):
     """What is read of PEFT's adapter_config.json."""
 
-    r: int = 0  # of what is no LoRA
-    lora_alpha: float = 0.0
+    r: int
+    lora_alpha: float
 
 
 class _Stored(msgspec.Struct, frozen=True):
@@ -309,7 +309,7 @@ def _describe(folder: Path, meta: AdapterMeta) -> _Stored:
             )
     if not is_sha256(meta.base_sha256):
         raise EngineError("expected the SHA-256 of the adapter's base model; there is none")
-    if not (meta.r and meta.alpha):
+    if meta.kind == "lora" and not (meta.r and meta.alpha):
         config = _read_config(folder / CONFIG)
         meta = replace(meta, r=config.r, alpha=config.lora_alpha)
     told = {name: getattr(meta, name) for name in AdapterMeta.__slots__}

@@ -151,6 +151,7 @@ class Groups:
             group = Group(secrets.token_hex(8), load, asked, candidate, idle_since=time.monotonic())
             self._groups[group.group_id] = self._by_key[load.key] = group
             group.made = asyncio.get_running_loop().create_task(self._make(group, nodes))
+            group.made.add_done_callback(_looked_at)
         return group
 
     def enter(self, group: Group, job: str) -> None:
@@ -386,6 +387,12 @@ class Groups:
     def _stop(self, group_id: str, roles: Sequence[Role]) -> None:
         for role in roles:
             self._peers.tell_when_online(role.node_id, "stop", wire.Stop(group_id))
+
+
+def _looked_at(made: asyncio.Task[None]) -> None:
+    """Who waited for it may have been cancelled: then its error is nobody's."""
+    if not made.cancelled():
+        made.exception()
 
 
 def _listeners(roles: Sequence[Role], nodes: Mapping[str, NodeView]) -> dict[tuple[int, int], int]:

@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import os
 import shutil
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +22,7 @@ from . import sizes, wire
 from .config import Profile
 from .datasets import DataStore
 from .device import Device
-from .errors import EdgedError, EngineError, PeerError, PolicyViolation, ProtocolError
+from .errors import ConfigError, EdgedError, EngineError, PeerError, PolicyViolation, ProtocolError
 from .models import MODEL_BYTES_MAX, is_sha256
 from .peers import Peers
 from .plugins import Host
@@ -33,6 +34,7 @@ from .watching import Watch, Watched
 log = logging.getLogger(__name__)
 LOAD_S = 60.0  # plus the time to read the weights
 LOAD_BYTES_S = 20e6  # a slow SD card
+STOPPED_MAX = 64  # a stop overtakes its offer by microseconds
 
 
 @dataclass(slots=True)
@@ -81,6 +83,7 @@ class Roles:
         self._held: dict[str, _Held] = {}
         self._stopping: set[asyncio.Task[None]] = set()
         self._admitting: dict[str, _Admitting] = {}
+        self._stopped: deque[tuple[str, str]] = deque(maxlen=STOPPED_MAX)  # (coordinator, group) never held
         self._emptied = asyncio.Event()  # the last role ended
         self.is_draining = False
         for kind, answer in (
@@ -147,6 +150,8 @@ class Roles:
     # --- from the coordinator ---
 
     async def _offer(self, coordinator: str, offer: wire.Offer) -> wire.Offered:
+        if (coordinator, offer.group) in self._stopped:
+            raise PeerError(f"{self._peers.identity.name} takes no role that was stopped already")
         entry, memory_bytes = self._check_offer(coordinator, offer)
         task = asyncio.current_task()
         assert task is not None
@@ -220,9 +225,12 @@ class Roles:
                 f"{self._peers.identity.name} has no training {offered.kind!r}; loaded: {known}",
                 remedy='add "split_learning" to `plugins` there',
             )
-        training.check(offered.settings)
-        if offered.data:
-            self._data.path_of(offered.data, job_id=offered.job)
+        try:
+            training.check(offered.settings)
+            if offered.data:
+                self._data.path_of(offered.data, job_id=offered.job)
+        except ConfigError as error:
+            raise self._named(error) from error
 
     def _check_adapter(self, offer: wire.Offer) -> None:
         adapter, engine = offer.adapter, self._engines[offer.engine]
@@ -394,7 +402,9 @@ class Roles:
 
     def _stop(self, coordinator: str, group: str) -> None:
         entry = self._held.get(group) or self._admitting.get(group)
-        if entry is not None and entry.coordinator == coordinator:
+        if entry is None:  # its offer may not have been looked at yet: both came at once
+            self._stopped.append((coordinator, group))
+        elif entry.coordinator == coordinator:
             self._end(group, "its coordinator is done with it")
 
     def _of(self, coordinator: str, group: str) -> _Held:

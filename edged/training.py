@@ -16,7 +16,6 @@ import secrets
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,6 +56,7 @@ STEPS_MAX = 1_000_000
 VALUES_MAX = 16  # figures in one report
 RETRIES_MAX = 5  # losses without a step between them: a plan that always ends so is a plan that cannot run
 LOOK_S = 1.0  # between looks whether all nodes are there, and between offers to a node that refuses for now
+ASKED_MAX = 5  # at the end, for what was sent and spent, and for reports that are under way
 POLL_S = 2.0  # between questions what was sent and spent
 NOTHING = Metered(0.0, 0.0, 0.0)  # of a role that begins
 GONE = ("worker-ended", "worker-silent")  # codes of errors that are losses, beside PeerError
@@ -317,8 +317,11 @@ class Trainings:
         seen = 0
         while True:
             run.news.clear()
-            for event in run.told[seen:]:
-                await emit(event)
+            try:
+                for event in run.told[seen:]:
+                    await emit(event)
+            except OSError:  # it went away; nobody hears the end
+                return {}
             seen = len(run.told)
             if run.task.cancelled():
                 raise JobError(
@@ -479,8 +482,9 @@ class Trainings:
         run.cost = run.training.cost(plan, manifest.model, surveys)
         keepers = [started for started in group.started if started.survey.get("keeps", True)]
         kept = set.intersection({0, *range(plan.steps + 1)}, *({0, *k.steps_kept} for k in keepers))
-        run.step = _first_step(kept, run.losses)
+        run.step = max(kept)
         run.forget_from(run.step)
+        told = next(step for step in itertools.count() if step not in run.losses)
         self._store.forget_steps(run.job_id, run.step)
         run.tell(
             {
@@ -495,7 +499,7 @@ class Trainings:
         )
         run.patience = Patience(time.monotonic())
         for role in plan.roles:
-            body = wire.Train(group.group_id, run.job_id, run.epoch, run.step)
+            body = wire.Train(group.group_id, run.job_id, run.epoch, run.step, told)
             self._peers.tell(role.node_id, "train", body)
 
     async def _until_finished(self, run: _Run) -> Mapping[str, float]:
@@ -532,7 +536,7 @@ class Trainings:
 
     def _trained(self, node_id: str, body: wire.Trained) -> None:
         run = self._runs.get(body.job)
-        if run is None or run.group is None or run.epoch != body.epoch or run.finished.done():
+        if run is None or run.group is None or run.epoch != body.epoch:
             return
         roles = run.group.load.roles
         if not 0 <= body.rank < len(roles) or roles[body.rank].node_id != node_id:
@@ -541,7 +545,7 @@ class Trainings:
         if body.kind == "error":
             run.fail(self._error_of(node_id, body))
         elif body.kind == "done":
-            if node_id == self._peers.identity.node_id:
+            if node_id == self._peers.identity.node_id and not run.finished.done():
                 run.finished.set_result(body.values)
         elif run.plan is not None and 0 <= body.step <= run.plan.steps and len(body.values) <= VALUES_MAX:
             self._report(run, run.plan, body)
@@ -569,7 +573,7 @@ class Trainings:
             if body.step >= run.furthest:  # what is told again after a loss is no progress
                 run.furthest, run.failures = body.step + 1, 0
             run.losses[body.step] = values["loss"]
-            run.step = body.step + 1
+            run.step = max(run.step, body.step + 1)
         else:
             run.evals[body.step] = values
         run.tell({"event": body.kind, "step": body.step, "steps": plan.steps} | values | self._pace(run))
@@ -636,7 +640,7 @@ class Trainings:
     async def _document(self, run: _Run, done: Mapping[str, float]) -> dict[str, Any]:
         assert run.group is not None
         assert run.plan is not None
-        run.used = await self._groups.used(run.group)
+        await self._hear_out(run, run.plan, run.group)
         seconds = time.monotonic() - run.since
         joules, source = _added(run.joules_before, run.used), "measured"
         if joules is None:
@@ -668,6 +672,13 @@ class Trainings:
             }
             | dict(done),
         }
+
+    async def _hear_out(self, run: _Run, plan: TrainingPlan, group: Group) -> None:
+        """The collector's word may overtake other ranks' last reports: what a node answers comes after these."""
+        for _ in range(ASKED_MAX):
+            run.used = await self._groups.used(group)
+            if None not in run.used and len(run.losses) >= plan.steps:
+                return
 
     def _adopt(self, run: _Run, plan: TrainingPlan, done: Mapping[str, float]) -> Adapter:
         """Keep what the collector wrote; a job that ended between that and its own end has it already."""
@@ -728,13 +739,6 @@ def _may_pass(run: _Run, error: EdgedError) -> bool:
     if isinstance(error, PolicyViolation):
         return run.has_begun
     return isinstance(error, PeerError) or error.code in GONE
-
-
-def _first_step(kept: AbstractSet[int], told: AbstractSet[int] | Mapping[int, Any]) -> int:
-    """The last of the steps that every rank has kept before which all losses are told: reports that were under
-    way at a loss are told again. Where that is the beginning, the last one."""
-    known = next(step for step in itertools.count() if step not in told)
-    return max((step for step in kept if 0 < step <= known), default=max(kept))
 
 
 def _mean(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:

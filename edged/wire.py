@@ -328,10 +328,13 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Train:
+    """Begin at `step`. `told`: the first step of which the coordinator has no report, to be told again."""
+
     group: str
     job: str
     epoch: int
     step: int
+    told: int = 0
 
 
 @dataclass(frozen=True, slots=True)

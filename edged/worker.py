@@ -41,6 +41,7 @@ from .certificate import new_credential
 from .channel import End, ZmqChannel
 from .errors import ConfigError, EdgedError, EngineError, PeerError, PolicyViolation, ProtocolError
 from .exchanging import measure_burst, measure_link
+from .reports import Reports
 from .streams import Streams
 from .types import (
     Channel,
@@ -93,6 +94,7 @@ class Worker:
         self._channel: ZmqChannel | None = None
         self._engine: Engine | None = None
         self._trainer: Trainer | None = None
+        self._reports: Reports | None = None  # that the trainer's coordinator may have missed
         self._asked_to_stop = threading.Event()
         self._rank = self._context = 0
         self._running: dict[str, _Sequence] = {}
@@ -217,6 +219,7 @@ class Worker:
         loaded = _resolve(body["load"])(spec, channel)
         if body.get("trainer"):
             training = wire.read_body(TrainingSpec, body["training"])
+            self._reports = Reports(training.state_folder)
             trainer = self._trainer = cast(Trainer, _resolve(body["trainer"])(training, loaded, channel))
             told = dict(trainer.survey), tuple(trainer.steps_kept)
         else:
@@ -225,7 +228,8 @@ class Worker:
 
     def _train(self, request: wire.Train) -> None:
         """Run the trainer to its end. What fails in it fails the job, but for a rank that is gone."""
-        if self._trainer is None:
+        trainer, reports = self._trainer, self._reports
+        if trainer is None or reports is None:
             raise ProtocolError("expected load of a trainer before train")
 
         def tell(kind: str, step: int, values: Mapping[str, float], error: EdgedError | None = None) -> None:
@@ -233,8 +237,16 @@ class Worker:
             told = wire.Trained(request.job, request.epoch, self._rank, kind, step, dict(values), described)  # type: ignore[arg-type]
             self._event("trained", told)
 
+        def report(kind: str, step: int, values: Mapping[str, float]) -> None:
+            if kind in ("step", "eval"):
+                reports.add(kind, step, values)
+            tell(kind, step, values)
+
+        for kind, step, values in reports.begin(request.step):
+            if step >= request.told:
+                tell(kind, step, values)
         try:
-            self._trainer.run(request.step, tell, self._asked_to_stop.is_set)
+            trainer.run(request.step, report, self._asked_to_stop.is_set)
         except PeerError as error:
             self._fail(error)
         except EdgedError as error:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import psutil
 import pytest
@@ -81,6 +81,10 @@ def _toml(value: Any) -> str:
     return f'"{value}"' if isinstance(value, str) else str(value)
 
 
+class Vanishing(Protocol):
+    def vanish(self) -> None: ...
+
+
 class Node:
     """One node: a home, and a daemon in it while it is started."""
 
@@ -90,7 +94,7 @@ class Node:
         self.node_id = identity.create(self.home, name, profile, new_keys()).node_id
         self._prefix = prefix
         self.process: subprocess.Popen[bytes] | None = None
-        self._jobs: list[Job] = []
+        self._jobs: list[Vanishing] = []
 
     # --- life ---
 
@@ -171,8 +175,13 @@ class Node:
 
     def job(self, asked: Document) -> Job:
         """A generation that has been accepted."""
-        self._jobs.append(Job(self, asked))
-        return self._jobs[-1]
+        job = Job(self, asked)
+        self._jobs.append(job)
+        return job
+
+    def closes(self, request: Vanishing) -> None:
+        """Close the request's connection when this node ends, if the test has not."""
+        self._jobs.append(request)
 
     def peers(self) -> dict[str, Document]:
         """Members by name."""

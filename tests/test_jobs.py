@@ -59,7 +59,7 @@ def test_an_accepted_job_survives_the_kill_that_follows(path: Path) -> None:
     killed = subprocess.run([sys.executable, "-c", ACCEPTS_AND_DIES, str(path), "3"], check=False)
     assert killed.returncode == -signal.SIGKILL
     store = JobStore(path)
-    assert [(job.job_id, job.state, job.epoch) for job in store.unfinished()] == [
+    assert [(job.job_id, job.state, job.epoch) for job in store.unfinished("generate")] == [
         ("job-0", "running", 1),
         ("job-1", "queued", 0),
         ("job-2", "queued", 0),
@@ -98,7 +98,7 @@ def test_a_job_is_read_as_it_was_written(store: JobStore) -> None:
     assert (running.state, running.epoch, running.plan) == ("running", 2, PLAN | {"strategy": "remote"})
     store.end("job-a", "done", 1001.0, result={"text": "hi"})
     assert (store.get("job-a").state, store.get("job-a").result) == ("done", {"text": "hi"})
-    assert store.unfinished() == []
+    assert store.unfinished("generate") == []
 
 
 def test_a_failed_job_keeps_its_reason(store: JobStore) -> None:
@@ -129,7 +129,7 @@ def test_jobs_are_listed_newest_first_and_taken_up_oldest_first(store: JobStore)
     for number in (2, 1, 3):
         store.accept(f"job-{number}", "generate", REQUEST, float(number))
     assert [job.job_id for job in store.all()] == ["job-3", "job-2", "job-1"]
-    assert [job.job_id for job in store.unfinished()] == ["job-1", "job-2", "job-3"]
+    assert [job.job_id for job in store.unfinished("generate")] == ["job-1", "job-2", "job-3"]
 
 
 @pytest.mark.parametrize(

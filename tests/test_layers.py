@@ -25,7 +25,7 @@ LAYERS = {
     3: "accounting plugins node planning simulation advising jobs identity token requests framing",
     4: "transport certificate stream meeting streams channel exchanging dataplane control client "
     "worker supervisor models partial ingest datasets ingest_rows adapters adapter_files lending transfer "
-    "health sdnotify device bearing limits pressure saving",
+    "health sdnotify device bearing limits pressure saving patience reports",
     5: "peers probing transfers watching viewing roles groups choosing coordinator training commands parts "
     "daemon",
     6: "cli testing",
@@ -57,7 +57,7 @@ DOORS = {
     "ctypes": ("worker cli", "one call, prctl, for a child that must not outlive us; the rest is engines"),
 }
 PURE = (
-    "types wire sizes rows pricing rules correcting accounting metering sustaining queueing scenario node "
+    "types wire sizes rows pricing rules correcting accounting metering sustaining queueing scenario node patience "
     "planning"
 )
 PURE_MAY_IMPORT = {

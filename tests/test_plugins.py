@@ -25,6 +25,7 @@ from edged import (
     Role,
     SensorEntry,
     Strategy,
+    Training,
     hookimpl,
     hookspecs,
     plugins,
@@ -378,6 +379,12 @@ def test_edged_strategies() -> None:
     found = first_party("edged_strategies", "layer_parallel", "tensor_parallel")
     assert set(found) == {"layers", "tensor", "hybrid"}
     assert all(isinstance(entry, Strategy) for entry in found.values())
+
+
+def test_edged_trainings() -> None:
+    found = first_party("edged_trainings", "split_learning")
+    assert set(found) == {"split", "local"}
+    assert all(isinstance(training, Training) for training in found.values())
 
 
 def test_edged_discoverers() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -14,8 +14,9 @@ from edged_plugins import echo
 
 from edged import models, planning, sizes, wire
 from edged.config import Budget, Network, Profile
+from edged.datasets import DataStore
 from edged.device import Device
-from edged.errors import EngineError, PolicyViolation, ProtocolError
+from edged.errors import ConfigError, EngineError, PeerError, PolicyViolation, ProtocolError
 from edged.identity import Home
 from edged.ingest import ingest
 from edged.lending import Lending
@@ -25,12 +26,35 @@ from edged.plugins import Host
 from edged.roles import Roles
 from edged.supervisor import Supervisor
 from edged.transfers import Transfers
-from edged.types import AdapterFile, DeviceState, EngineEntry, NodeView, PlanRequest, Predicted, SensorEntry
+from edged.types import (
+    AdapterFile,
+    DeviceState,
+    EngineEntry,
+    NodeView,
+    PlanRequest,
+    Predicted,
+    SensorEntry,
+    Training,
+    TrainingCost,
+    TrainingPlan,
+)
 
 ECHO = echo.edged_engines({})[0]
 WINDOWED = dataclasses.replace(ECHO, window_bytes=1)
 CONTEXT = 512
 PLENTY = 64 << 30
+
+
+def check(table: Mapping[str, Any]) -> Mapping[str, Any]:
+    if set(table) != {"steps"}:
+        raise ConfigError("expected steps")
+    return table
+
+
+TRAINING = Training(
+    "sums", "echo", check, lambda *_: TrainingPlan({}), lambda *_: TrainingCost(), "nowhere:load"
+)
+JOB = "0123456789abcdef"
 
 
 class Stranger:
@@ -41,12 +65,14 @@ class Stranger:
 
     def __init__(self) -> None:
         self.offered: Callable[[str, wire.Offer], Awaitable[Any]] | None = None
+        self.taken: dict[str, Callable[[str, Any], None]] = {}
 
     def answers(self, kind: str, answer: Any) -> None:
         if kind == "offer":
             self.offered = answer
 
-    def takes(self, kind: str, take: Any) -> None: ...
+    def takes(self, kind: str, take: Any) -> None:
+        self.taken[kind] = take
 
     def when_gone(self, callback: Any) -> None: ...
 
@@ -71,7 +97,12 @@ class Rig:
         sensor = SensorEntry("free", lambda: DeviceState(memory_free=self.free))
         self.device = Device(profile, home.cache, {"free": sensor}, engines, self.supervisor)
         transfers = Transfers(home, profile, store, Lending(), peers, self.supervisor, engines)
-        self.roles = Roles(profile, peers, Host(), self.device, self.supervisor, transfers, engines)
+        self.data = DataStore(home, self.supervisor)
+        self.trainings = {"sums": TRAINING}
+        self.roles = Roles(
+            profile, peers, Host(), self.device, self.supervisor, transfers, engines, self.trainings,
+            self.data, home.training,
+        )  # fmt: skip
         [role] = planning.whole(NodeView("me", "phone"), self.manifest.model, "local").roles
         self.role = role
         asked = PlanRequest(context_tokens=CONTEXT)
@@ -79,7 +110,12 @@ class Rig:
         self.least = sizes.least_memory_of(role, self.manifest.model, asked, engine.window_bytes)
 
     async def offer(
-        self, group: str = "g", memory_bytes: int = 0, adapter: AdapterFile | None = None, **model: Any
+        self,
+        group: str = "g",
+        memory_bytes: int = 0,
+        training: wire.TrainingOffer | None = None,
+        adapter: AdapterFile | None = None,
+        **model: Any,
     ) -> None:
         described = dataclasses.replace(self.manifest.model, **model)
         role = dataclasses.replace(self.role, memory_bytes=memory_bytes)
@@ -88,7 +124,7 @@ class Rig:
             "coordinator",
             wire.Offer(
                 group, 0, (role,), self.manifest.sha256, "m", models.manifest_hash(self.manifest), described,
-                self.engine.name, CONTEXT, "fast", (), "me", adapter=adapter,
+                self.engine.name, CONTEXT, "fast", (), "me", training=training, adapter=adapter,
             ),
         )  # fmt: skip
 
@@ -196,6 +232,32 @@ def test_an_offer_s_adapter_is_one_that_can_be_applied(
     run(tmp_path, test)
 
 
+# --- trainings ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "says"),
+    [
+        ({"kind": "products"}, EngineError, "phone has no training 'products'; loaded: sums"),
+        ({"settings": {"steps": 1, "rank": 2}}, ConfigError, "phone: expected steps"),
+        ({"data": "absent"}, ConfigError, "phone: .*absent"),
+        ({"data": "../absent"}, ConfigError, "phone: .*absent"),
+        ({"data": "job-fedcba9876543210-0"}, ConfigError, "phone: .*job-fedcba"),
+    ],
+    ids=str,
+)
+def test_a_training_that_cannot_run_here_is_refused_by_name(
+    tmp_path: Path, changes: dict[str, Any], error: type[Exception], says: str
+) -> None:
+    async def test(rig: Rig) -> None:
+        offered = dataclasses.replace(wire.TrainingOffer(JOB, "sums", {"steps": 1}), **changes)
+        with pytest.raises(error, match=says):
+            await rig.offer(training=offered)
+        assert rig.roles.memory_taken == rig.roles.count == 0
+
+    run(tmp_path, test)
+
+
 def test_an_adapter_counts_in_a_role_s_memory(tmp_path: Path) -> None:
     async def test(rig: Rig) -> None:
         rig.free = rig.full + 99
@@ -203,3 +265,51 @@ def test_an_adapter_counts_in_a_role_s_memory(tmp_path: Path) -> None:
             await rig.offer(adapter=AdapterFile("a" * 64, 100))
 
     run(tmp_path, test, dataclasses.replace(ECHO, adapters=True))
+
+
+@pytest.mark.parametrize(
+    "job", ["", "../../../etc", "0123456789ABCDEF", "0123456789abcdef0", "0123/56789abcdef"]
+)
+def test_a_job_s_id_names_no_other_folder(job: str) -> None:
+    offered = wire.to_map(wire.TrainingOffer(job, "sums", {}))
+    with pytest.raises(ProtocolError, match="job"):
+        wire.read_body(wire.TrainingOffer, offered)
+
+
+@pytest.mark.parametrize(
+    ("rights", "training", "is_refused"),
+    [
+        (("submit",), True, True),
+        (("train",), True, False),
+        (("train",), False, True),
+        (("submit",), False, False),
+    ],
+)
+def test_who_may_train_here_and_who_may_generate_are_two_rights(
+    tmp_path: Path, rights: tuple[str, ...], training: bool, is_refused: bool
+) -> None:
+    async def test(rig: Rig) -> None:
+        member = SimpleNamespace(name="desk", rights=rights)
+        rig.peers.membership = SimpleNamespace(member=lambda node_id: member)  # type: ignore[misc]
+        offered = wire.TrainingOffer(JOB, "sums", {"steps": 1}) if training else None
+        if is_refused:
+            with pytest.raises(PolicyViolation, match="phone: desk has no right") as caught:
+                await rig.offer(training=offered)
+            assert caught.value.code == "no-right"
+        else:
+            await rig.offer(training=offered)
+            assert rig.roles.count == 1
+
+    run(tmp_path, test)
+
+
+def test_an_offer_whose_stop_came_with_it_starts_nothing(tmp_path: Path) -> None:
+    async def test(rig: Rig) -> None:
+        rig.peers.taken["stop"]("coordinator", wire.Stop("g"))
+        with pytest.raises(PeerError, match="stopped already"):
+            await rig.offer("g")
+        rig.peers.taken["stop"]("somebody else", wire.Stop("h"))
+        await rig.offer("h")
+        assert rig.roles.count == 1
+
+    run(tmp_path, test)

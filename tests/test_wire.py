@@ -32,6 +32,10 @@ for scalar, strategy in ((str, WORDS), (int, COUNTS), (float, FLOATS), (bytes, s
     st.register_type_strategy(scalar, strategy)
 
 PORTS = st.integers(0, 65535)  # Hypothesis does not know msgspec's bounds
+PLAIN = st.dictionaries(WORDS, COUNTS | WORDS | st.lists(COUNTS, max_size=2), max_size=3)
+OFFERED = st.builds(wire.TrainingOffer, job=st.from_regex("[0-9a-f]{16}", fullmatch=True), settings=PLAIN)
+st.register_type_strategy(wire.TrainingOffer, OFFERED)
+st.register_type_strategy(wire.Started, st.builds(wire.Started, survey=PLAIN))
 BY_RANK = st.dictionaries(COUNTS, PORTS, max_size=4)
 st.register_type_strategy(wire.PeerEnd, st.builds(wire.PeerEnd, port=PORTS, stream_port=PORTS))
 st.register_type_strategy(wire.Offered, st.builds(wire.Offered, ports=BY_RANK, stream_ports=BY_RANK))

@@ -126,12 +126,12 @@ def asked(settings: Document, kind: str = "split", **changes: Any) -> Document:
 
 
 def add_rows(node: Node, file: Path, name: str = "sums") -> None:
-    _stream(node, "data.add", {"name": name}, [file])
+    Followed(node, "data.add", {"name": name}, [file]).end()
 
 
 def finetune(node: Node, body: Document, files: Sequence[Path] = ()) -> Document:
     """The document at the end."""
-    return _stream(node, "finetune", body, files)
+    return Followed(node, "finetune", body, files).end()
 
 
 def refusal(node: Node, body: Document, files: Sequence[Path] = ()) -> EdgedError:
@@ -139,32 +139,18 @@ def refusal(node: Node, body: Document, files: Sequence[Path] = ()) -> EdgedErro
         document = finetune(node, body, files)
     except EdgedError as error:
         return error
-    raise AssertionError(f"expected a refusal; {document} came")
-
-
-def _stream(node: Node, kind: str, body: Document, files: Sequence[Path]) -> Document:
-    descriptors = [os.open(file, os.O_RDONLY | os.O_CLOEXEC) for file in files]
-    try:
-        with node.client() as client:
-            stream = client.stream(kind, body, descriptors, silence_s=GUARD_S)
-            while True:
-                try:
-                    next(stream)
-                except StopIteration as end:
-                    return end.value
-    finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
+    return pytest.fail(f"expected a refusal; {document} came")
 
 
 class Followed:
-    """A training that runs, read event by event."""
+    """A request of a node, read event by event."""
 
-    def __init__(self, node: Node, kind: str, body: Document) -> None:
+    def __init__(self, node: Node, kind: str, body: Document, files: Sequence[Path] = ()) -> None:
         self._client: Client = node.client()
-        self._events = self._client.stream(kind, body, silence_s=GUARD_S)
+        self._files = [os.open(file, os.O_RDONLY | os.O_CLOEXEC) for file in files]
+        self._events = self._client.stream(kind, body, self._files, silence_s=GUARD_S)
         self.seen: list[Document] = []
-        self.document: Document | None = None
+        node.closes(self)
 
     def until(self, *kinds: str, step: int = 0) -> Document:
         """The next event of a kind, of this step or a later one; it fails where the job ends before."""
@@ -172,21 +158,24 @@ class Followed:
             self.seen.append(event)
             if event["event"] in kinds and event.get("step", 0) >= step:
                 return event
-        raise AssertionError(f"expected {kinds} of step {step}; the job ended")
+        return pytest.fail(f"expected {kinds} of step {step}; the job ended")
 
     def end(self) -> Document:
         """The document; EdgedError where it failed."""
         try:
             while True:
-                try:
-                    self.seen.append(next(self._events))
-                except StopIteration as end:
-                    return end.value
+                self.seen.append(next(self._events))
+        except StopIteration as end:
+            document: Document = end.value
+            return document
         finally:
-            self._client.close()
+            self.vanish()
 
-    def leave(self) -> None:
+    def vanish(self) -> None:
+        """What the daemon sees of a client whose terminal is closed."""
         self._client.close()
+        while self._files:
+            os.close(self._files.pop())
 
 
 def begun(node: Node, body: Document) -> str:
@@ -196,6 +185,13 @@ def begun(node: Node, body: Document) -> str:
 
 def followed(node: Node, job: str) -> Followed:
     return Followed(node, "jobs.show", {"job": job, "follow": True})
+
+
+def until_step(node: Node, job: str, step: int = 0) -> None:
+    """Return in the middle of a job that runs."""
+    stream = followed(node, job)
+    stream.until("step", step=step)
+    stream.vanish()
 
 
 def row_of(node: Node, job: str) -> Document:
@@ -220,7 +216,7 @@ def install_abacus(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     install_plugin(folder, monkeypatch, "abacus", source)
 
 
-def abacus(clients: Sequence[str], server: str, **changes: Any) -> Document:
+def abacus(clients: Sequence[str], server: str, /, **changes: Any) -> Document:
     """The body of `finetune` for it."""
     settings = {
         "model": "echo",

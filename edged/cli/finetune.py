@@ -94,8 +94,10 @@ class TrainingStream(Stream):
         if kind == "step":
             self._show_step(event)
             return
-        if kind == "progress":
-            self._progress.show(event)
+        if kind not in ("planned", "eval", "interrupted") and not (
+            kind == "waiting" and event.get("until") is None
+        ):
+            super()._show_person(event)
             return
         self._progress.clear()
         if kind == "planned":

@@ -11,7 +11,7 @@ from ..errors import ConfigError
 from . import options, output
 from .asking import ask
 from .finetune import TrainingStream, training_summary
-from .generating import Stream, ended
+from .generating import ended
 from .options import (
     AdapterOption,
     GuestOption,
@@ -87,11 +87,10 @@ def jobs(
     if not follow:
         show(ask(home, "jobs.show", {"job": job, "follow": False}), as_json, _show_jobs)
         return 0
-    kind = ask(home, "jobs.show", {"job": job, "follow": False})["jobs"][0].get("kind")
     with connect(home) as client:
-        shown, summary = (TrainingStream, training_summary) if kind == "finetune" else (Stream, None)
-        stream = shown(client, as_json=as_json, as_lines=as_lines)
-        return ended(stream.run("jobs.show", {"job": job, "follow": True}), stream, summary)
+        stream = TrainingStream(client, as_json=as_json, as_lines=as_lines)
+        document = stream.run("jobs.show", {"job": job, "follow": True})
+        return ended(document, stream, training_summary if "loss" in document else None)
 
 
 def cancel(

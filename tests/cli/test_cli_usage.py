@@ -84,17 +84,6 @@ def test_common_options_may_stand_before_the_command(home: Any, daemon: Any, edg
     assert edged("--home", home.path, "--json", "models", "ls").document == {"models": []}
 
 
-ABSENT = ("finetune split c.toml --resume j",)
-
-
-@pytest.mark.parametrize("line", ABSENT)
-def test_a_command_that_is_not_there_says_so(line: str, edged: Any) -> None:
-    result = edged(*line.split(), "--json")
-    assert result.code == 2
-    assert result.document["error"]["code"] == "not-there"
-    assert f"edged {line.split()[0]} is not part of this version" in result.err
-
-
 ARGUMENTS = [
     ["invite", "--ttl", "ten"],
     ["invite", "--ttl", "0s"],

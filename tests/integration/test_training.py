@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import training_rig as rig
 from support import Node, Nodes
-
 
 for _name in rig.NEEDED:
     pytest.importorskip(_name, reason="needs the extra train: make install")

@@ -1,0 +1,85 @@
+"""Seeded faults against trainings that run: whatever is killed, frozen or restarted, the job ends by itself and its
+adapter is that of a run which nothing disturbed. The seed is in the test's name; `make chaos` runs the long ones."""
+
+from __future__ import annotations
+
+import random
+import signal
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import training_rig as rig
+from support import Node, Nodes, wait_no_workers, wait_online
+
+NAMES = ("phone", "cloud", "desk")  # client, server, coordinator
+STEP_S = 0.05
+BETWEEN = (2, 9)  # steps between two faults
+
+
+@pytest.fixture
+def trio(nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Node]]:
+    rig.install_abacus(tmp_path / "plugin", monkeypatch)
+    made = nodes.group(*NAMES, plugins=rig.ABACUS)
+    rig.give(made, tmp_path)
+    yield made
+    wait_no_workers(*(node for node in made if node.process is not None))
+
+
+class Faults:
+    """Draws what happens next, and does it."""
+
+    def __init__(self, nodes: list[Node], seed: int, kinds: tuple[str, ...]) -> None:
+        self._nodes, self._random, self._kinds = nodes, random.Random(seed), kinds
+        self.done: Counter[str] = Counter()
+
+    def pause(self) -> int:
+        return self._random.randint(*BETWEEN)
+
+    def strike(self) -> None:
+        kind, node = self._random.choice(self._kinds), self._random.choice(self._nodes)
+        self.done[f"{kind} of {node.name}"] += 1
+        if kind == "worker":
+            for worker in node.workers():
+                worker.kill()
+        elif kind == "freeze":
+            for worker in node.workers():
+                worker.send_signal(signal.SIGSTOP)
+        elif kind == "daemon":
+            node.kill()
+            node.start().wait_ready()
+
+
+def survive(trio: list[Node], folder: Path, faults: Faults, count: int) -> None:
+    """A job with `count` faults, one after the other, each when it has gone on for some steps."""
+    desk, steps = trio[2], 40 * (count + 1)
+    job = rig.begun(desk, rig.abacus(["phone"], "cloud", step_s=STEP_S, steps=steps, checkpoint_every=2))
+    reached = 0
+    for _ in range(count):
+        stream = rig.followed(desk, job)
+        reached = stream.until("step", step=min(reached + faults.pause(), steps - 2))["step"]
+        stream.vanish()
+        faults.strike()
+        wait_online(trio)
+    document = rig.followed(desk, job).end()
+    assert sum(faults.done.values()) == count
+    assert len(document["loss"]) == steps
+    assert rig.numbers_of(desk, document["adapter"]) == rig.expected(folder / "abacus.jsonl", 1, steps)
+    assert rig.row_of(desk, job)["state"] == "done"
+    print(f"\n{count} faults: {dict(faults.done)}; epochs: {document['plan']['epoch']}")
+
+
+def test_three_faults_change_nothing(trio: list[Node], tmp_path: Path) -> None:
+    survive(trio, tmp_path, Faults(trio, 5, ("worker", "daemon")), 3)
+
+
+@pytest.mark.slow
+def test_a_frozen_worker_is_noticed_by_its_silence(trio: list[Node], tmp_path: Path) -> None:
+    survive(trio, tmp_path, Faults(trio[:2], 1, ("freeze",)), 1)
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("seed", range(3))
+def test_many_faults_change_nothing(trio: list[Node], tmp_path: Path, seed: int) -> None:
+    survive(trio, tmp_path, Faults(trio, seed, ("worker", "worker", "daemon")), 10)
