@@ -64,6 +64,8 @@ def survive(trio: list[Node], folder: Path, faults: Faults, count: int) -> None:
         wait_online(trio)
     document = rig.followed(desk, job).end()
     assert sum(faults.done.values()) == count
+    told = {row[0] for row in rig.steps_told(desk, job)}
+    assert sorted(set(range(steps)) - told) == []
     assert len(document["loss"]) == steps
     assert rig.numbers_of(desk, document["adapter"]) == rig.expected(folder / "abacus.jsonl", 1, steps)
     assert rig.row_of(desk, job)["state"] == "done"
