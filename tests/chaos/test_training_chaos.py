@@ -1,5 +1,8 @@
-"""Seeded faults against trainings that run: whatever is killed, frozen or restarted, the job ends by itself and its
-adapter is that of a run which nothing disturbed. The seed is in the test's name; `make chaos` runs the long ones."""
+"""Seeded faults against trainings that run; `make chaos` has the long ones.
+
+Whatever is killed, frozen or restarted, the job ends by itself, and its adapter is that of a run which nothing
+disturbed.
+"""
 
 from __future__ import annotations
 
