@@ -1,4 +1,4 @@
-"""How long a training may be silent before a rank of it counts as frozen: by the silences that there were. Pure.
+"""How long a training may be silent before a rank counts as frozen: by the silences that there were. Pure.
 
 A process that was stopped, or hangs in a driver, keeps its connections open: nothing but its silence tells.
 Steps differ in length with their rows, and an evaluation takes longer than a step, so the limit is far above

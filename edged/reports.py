@@ -1,4 +1,4 @@
-"""What a rank told of its steps, kept beside its checkpoints: a coordinator that was gone meanwhile is told again.
+"""What a rank told of its steps, kept beside its checkpoints: a coordinator that was gone is told again.
 
 state_folder/told.jsonl   [kind, step, values] a line, in order
 """

@@ -160,6 +160,8 @@ class Roles:
             await self._device.check(entry)
             await self._transfers.ensure(offer)
             await self._transfers.ensure_adapter(offer, coordinator)
+            if offer.training is not None and self._stopping:  # this rank's last worker still writes there
+                await asyncio.wait(set(self._stopping))
             model = self._transfers.description_of(offer.model_sha256)
             admitting.memory_bytes = 0  # it is not beside itself
             admitting.memory_bytes = self._check_memory(offer, model)

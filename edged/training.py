@@ -674,7 +674,7 @@ class Trainings:
         }
 
     async def _hear_out(self, run: _Run, plan: TrainingPlan, group: Group) -> None:
-        """The collector's word may overtake other ranks' last reports: what a node answers comes after these."""
+        """The collector may overtake other ranks' last reports: what a node answers comes after these."""
         for _ in range(ASKED_MAX):
             run.used = await self._groups.used(group)
             if None not in run.used and len(run.losses) >= plan.steps:

@@ -57,8 +57,8 @@ DOORS = {
     "ctypes": ("worker cli", "one call, prctl, for a child that must not outlive us; the rest is engines"),
 }
 PURE = (
-    "types wire sizes rows pricing rules correcting accounting metering sustaining queueing scenario node patience "
-    "planning"
+    "types wire sizes rows pricing rules correcting accounting metering sustaining queueing scenario node "
+    "planning patience"
 )
 PURE_MAY_IMPORT = {
     "__future__": "no code",

@@ -1,4 +1,4 @@
-"""Reports that a coordinator missed are told again, once, and those of a trajectory that is given up never."""
+"""Reports that a coordinator missed are told again; those of a trajectory that is given up are not."""
 
 from __future__ import annotations
 

@@ -6,8 +6,10 @@ sees is the work of daemons and workers, not of the model.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -196,6 +198,13 @@ def until_step(node: Node, job: str, step: int = 0) -> None:
 
 def row_of(node: Node, job: str) -> Document:
     return node.call("jobs.show", {"job": job})["jobs"][0]
+
+
+def steps_told(node: Node, job: str) -> list[tuple[int, float]]:
+    """As the node's store has them: step and loss."""
+    with contextlib.closing(sqlite3.connect(f"file:{node.home.store_file}?mode=ro", uri=True)) as store:
+        rows = store.execute("SELECT step, said FROM steps WHERE job_id = ? AND kind = 'step'", (job,))
+        return [(step, json.loads(said)["loss"]) for step, said in rows]
 
 
 def adapter_files(node: Node, name: str) -> dict[str, bytes]:

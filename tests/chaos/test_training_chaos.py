@@ -1,5 +1,8 @@
-"""Seeded faults against trainings that run: whatever is killed, frozen or restarted, the job ends by itself and its
-adapter is that of a run which nothing disturbed. The seed is in the test's name; `make chaos` runs the long ones."""
+"""Seeded faults against trainings that run; `make chaos` has the long ones.
+
+Whatever is killed, frozen or restarted, the job ends by itself, and its adapter is that of a run which nothing
+disturbed.
+"""
 
 from __future__ import annotations
 
@@ -64,6 +67,8 @@ def survive(trio: list[Node], folder: Path, faults: Faults, count: int) -> None:
         wait_online(trio)
     document = rig.followed(desk, job).end()
     assert sum(faults.done.values()) == count
+    told = {row[0] for row in rig.steps_told(desk, job)}
+    assert sorted(set(range(steps)) - told) == []
     assert len(document["loss"]) == steps
     assert rig.numbers_of(desk, document["adapter"]) == rig.expected(folder / "abacus.jsonl", 1, steps)
     assert rig.row_of(desk, job)["state"] == "done"
