@@ -1,8 +1,8 @@
 """A training without tensors, on engine echo: ranks that add each other's numbers, with checkpoints.
 
 It stands in for split learning where the work of daemons is tested: its worker is up at once, a step takes
-as long as the job's file says, and the adapter is a function of every step of every rank in order. A step that is
-done twice, left out, or done from another rank's older state gives other bytes.
+as long as the job's file says, and the adapter is a function of every step of every rank in order. A step that
+is done twice, left out, or done from another rank's older state gives other bytes.
 """
 
 from __future__ import annotations

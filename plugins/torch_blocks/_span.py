@@ -158,8 +158,7 @@ class Span(nn.Module):
         return self._part(self.family.final_norm)(hidden.to(self.device)).cpu()
 
     def project(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits (..., vocab), on the span's own device, of what `forward` gives, (..., d); of a span with the
-        head."""
+        """Logits (..., vocab) of what `forward` gives, (..., d), on the span's own device; with the head."""
         if not self.has_head:
             raise EngineError("expected a span with the output head; this one was loaded without")
         return self.get_submodule(self.family.head)(hidden.to(self.device))
