@@ -38,4 +38,6 @@ def test_abacus(trio: list[Node], rows: Path) -> None:
     assert rig.numbers_of(phone, document["adapter"]) == rig.expected(rows / "abacus.jsonl", 1, 4)
     document = rig.finetune(desk, rig.abacus([PHONE], CLOUD, steps=7))
     assert rig.numbers_of(desk, document["adapter"]) == rig.expected(rows / "abacus.jsonl", 1, 7)
+    assert document["measured"]["beads"] == 2.0  # the most that a rank says it spends
+    assert "wires" not in document["measured"]
     print(document)
