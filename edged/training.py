@@ -60,7 +60,7 @@ ASKED_MAX = 5  # at the end, for what was sent and spent, and for reports that a
 POLL_S = 2.0  # between questions what was sent and spent
 NOTHING = Metered(0.0, 0.0, 0.0)  # of a role that begins
 GONE = ("worker-ended", "worker-silent")  # codes of errors that are losses, beside PeerError
-FINAL = ("no-right", "stayed-away")  # codes of what no waiting mends
+FINAL = ("no-right", "stayed-away", "privacy-budget", "privacy-changed")  # codes of what no waiting mends
 SENT = "bytes_sent"  # beside a step's figures in the store: what the job had sent until then
 
 
@@ -648,7 +648,8 @@ class Trainings:
             watts = {node.node_id: node.watts for node in nodes}
             joules = estimated_training_joules([watts.get(r.node_id) for r in run.plan.roles], seconds)
             source = "estimated"
-        adapter = await asyncio.to_thread(self._adopt, run, run.plan, dict(done))
+        done = _with_spent(done, [started.survey for started in run.group.started])
+        adapter = await asyncio.to_thread(self._adopt, run, run.plan, done)
         return {
             "job_id": run.job_id,
             "adapter": adapter.name,
@@ -670,7 +671,7 @@ class Trainings:
                 },
                 "recoveries": run.recoveries,
             }
-            | dict(done),
+            | done,
         }
 
     async def _hear_out(self, run: _Run, plan: TrainingPlan, group: Group) -> None:
@@ -753,6 +754,18 @@ def _mean(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:
     }
     sums = {key: sum(report[key] for report in reports) for key in ("tokens", "targets") if key in keys}
     return found | sums | {"seconds": max(report.get("seconds", 0.0) for report in reports)}
+
+
+def _with_spent(done: Mapping[str, float], surveys: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The last report, with the most that any rank's survey says is "spent" of something, such as an epsilon:
+    whoever collects the adapter may have nothing of it."""
+    found = dict(done)
+    for survey in surveys:
+        spent = survey.get("spent")
+        for key, value in list(spent.items())[:VALUES_MAX] if isinstance(spent, Mapping) else ():
+            if isinstance(key, str) and type(value) in (int, float) and value >= 0:  # not NaN
+                found[key[:40]] = max(found.get(key[:40], 0.0), float(value))
+    return found
 
 
 def _added(before: float | None, used: Sequence[wire.Used | None]) -> float | None:

@@ -474,10 +474,11 @@ Report = Callable[[str, int, Mapping[str, float]], None]  # kind ("step", "eval"
 class Trainer(Protocol):
     """One rank of a training job, in a worker. Every rank runs the same schedule; nobody drives.
 
-    `survey`: what it counted in its data, for the prediction of bytes. `steps_kept`: steps at which it has a
-    checkpoint of this job. `run` goes on from `step` (0, or one that every rank has kept) to the end; it
-    looks at `is_stopped` at least every second, and returns early then. PeerError: another rank is gone;
-    any other EdgedError ends the job.
+    `survey`: what it counted in its data, for the prediction of bytes; "spent" in it: figures of which the
+    job's document has the most of any rank. `steps_kept`: steps at which it has a checkpoint of this job.
+    `run` goes on from `step` (0, or one that every rank has kept) to the end; it looks at `is_stopped` at
+    least every second, and returns early then. PeerError: another rank is gone; any other EdgedError ends
+    the job.
     """
 
     survey: Mapping[str, Any]

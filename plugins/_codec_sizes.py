@@ -48,12 +48,13 @@ def kept(n: int, ratio: float) -> int:
     return math.ceil(Fraction(n) / Fraction(ratio))
 
 
-def ada_ratios(times: Mapping[Link, float], r: float) -> dict[Link, float]:
+def ada_ratios(times: Mapping[Link, float], r: float, factor: float = ADA_FACTOR) -> dict[Link, float]:
     """The ratio of each link for `adatopk`, from the seconds that its uncompressed tensors take.
 
-    r_ij = max(1, 3 r T_ij / max T); 1 is lossless. Every tensor of a link whose ratio would make it larger,
-    an index beside each value, travels whole, so that no link's time grows. Source: FusionLLM,
-    arXiv 2410.12707, "AdaTopK".
+    r_ij = max(1, factor r T_ij / max T), where the paper's factor is 3; 1 is lossless. With factor 1 the
+    slowest link has r itself, so that r = 1 is lossless everywhere. Every tensor of a link whose ratio would
+    make it larger, an index beside each value, travels whole, so that no link's time grows. Source:
+    FusionLLM, arXiv 2410.12707, "AdaTopK".
     """
     if not 1 <= r < math.inf:
         raise ConfigError(f"ratio: expected a number of at least 1, got {r}")
@@ -61,4 +62,4 @@ def ada_ratios(times: Mapping[Link, float], r: float) -> dict[Link, float]:
         if not 0 <= time < math.inf:
             raise ConfigError(f"link {link}: expected its time in seconds, got {time}")
     slowest = max(times.values(), default=0.0)
-    return {link: max(1.0, ADA_FACTOR * r * (t / slowest)) if slowest else 1.0 for link, t in times.items()}
+    return {link: max(1.0, factor * r * (t / slowest)) if slowest else 1.0 for link, t in times.items()}

@@ -108,7 +108,9 @@ class Abacus:
         if spec.data_path:
             self.value += sum(Path(spec.data_path).read_bytes())
         time.sleep(self.settings["load_s"])
-        self.survey = {"keeps": spec.rank <= self.server}
+        self.survey = {"keeps": spec.rank <= self.server, "spent": {"beads": float(spec.rank)}}
+        if spec.rank == self.server:
+            self.survey["spent"] = {"beads": float("nan"), "wires": "many"}  # that counts for nothing
         self.steps_kept = tuple(sorted(self._kept()))
 
     def run(self, step: int, report: Callable[..., None], is_stopped: Callable[[], bool]) -> None:

@@ -1,17 +1,18 @@
 """How hidden states and gradients travel between ranks that train.
 
     f32        4 bytes a value, exact
-    f16        2 bytes a value, rounded to nearest; what lies beyond its range becomes the largest it has
+    f16        2 bytes a value, rounded to nearest, of the tensor over a power of two that its header says
     int8       1 byte a value and an F32 scale a row; the error is at most half the scale
     topk       the n / ratio largest values of the tensor: an int32 index and an F32 value each
-    topk-f16   the same with F16 values
+    topk-f16   the same with F16 values, undivided; what lies beyond their range becomes the largest they have
     adatopk    topk with a ratio of the link's own (`_codec_sizes.ada_ratios`); f32 where that is smaller
 
 Both ends of a link know codec, ratio and shape beforehand. A header says them again, and a frame of
 another size is refused before anything is allocated, so that a peer costs no more memory than was agreed.
 
 What top-k leaves out is kept as a residual and added to the next tensor of the same key and shape (error
-feedback: Stich et al. 2018, "Sparsified SGD with memory", algorithm 1). AdaTopK: FusionLLM, arXiv 2410.12707.
+feedback: Stich et al. 2018, "Sparsified SGD with memory", algorithm 1); so it is meant for gradients.
+AdaTopK: FusionLLM, arXiv 2410.12707.
 All numbers travel in little-endian order.
 """
 
@@ -33,7 +34,9 @@ from .._codec_sizes import CODECS, kept, payload_bytes
 HALF_MAX = 65504.0  # the largest finite F16
 LEVELS = 127
 VALUES_MOST = 2**31 - 1  # what an int32 index reaches
-RESIDUALS_MOST = 256  # each as large as a tensor in F32; a rank has a few dozen slots and lengths
+RESIDUALS_MOST = 256  # each as large as a tensor in F32
+HALF_TOP = 15  # the largest magnitude of a tensor is sent from 2^14 to below 2^15, within F16's normal range
+HALF_LEAST, HALF_MOST = -164, 113  # exponents that a tensor of F32 can need
 
 Frames = list[memoryview]
 
@@ -61,13 +64,14 @@ class Codec(Protocol):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None: ...
 
 
-def make(name: str, ratio: float = 1.0) -> Codec:
-    """The codec of one end of a link. ConfigError for an unknown name or a ratio below 1."""
+def make(name: str, ratio: float = 1.0, residuals: int = RESIDUALS_MOST) -> Codec:
+    """The codec of one end of a link, with at most so many residuals. ConfigError for an unknown name or a
+    ratio below 1."""
     if name not in CODECS:
         raise ConfigError(f"no codec {name!r}; there are {', '.join(CODECS)}")
     kept(1, ratio)  # checks the ratio
     if name in ("topk", "topk-f16", "adatopk"):
-        return TopK(name, ratio)
+        return TopK(name, ratio, residuals)
     return {"f32": Whole, "f16": Half, "int8": Rows}[name]()
 
 
@@ -115,10 +119,27 @@ class Whole:
 
 
 class Half(Whole):
+    """Loss scaling, by tensor: gradients are as small as 1e-8, where F16 alone has a bit or none
+    (Micikevicius et al. 2018, "Mixed precision training", section 3.2). The header's "e" is the exponent of
+    the power of two, by which multiplication is exact. Infinities and NaN stay what they are."""
+
     name = "f16"
 
+    def encode(self, x: Tensor, key: str = "") -> tuple[dict[str, Any], Frames]:
+        values = _float32(x)
+        exponent = _exponent(values)
+        return self._header(values.shape) | {"e": exponent}, self._pack(np.ldexp(values, -exponent), key)
+
+    def decode(self, header: Mapping[str, Any], frames: Sequence[Any], shape: Sequence[int]) -> Tensor:
+        exponent = header.get("e")
+        if type(exponent) is not int or not HALF_LEAST <= exponent <= HALF_MOST:
+            raise ProtocolError(f"codec {self.name}: expected an exponent from {HALF_LEAST} to {HALF_MOST}")
+        plain = {word: said for word, said in header.items() if word != "e"}
+        with np.errstate(over="ignore"):
+            return torch.from_numpy(np.ldexp(super().decode(plain, frames, shape).numpy(), exponent))
+
     def _pack(self, values: np.ndarray, key: str) -> Frames:
-        return [_bytes(_half(values), "<f2")]
+        return [_bytes(values.astype(np.float16), "<f2")]
 
     def _unpack(self, frames: Sequence[memoryview], shape: Sequence[int]) -> np.ndarray:
         return np.frombuffer(frames[0], "<f2").astype(np.float32)
@@ -153,12 +174,13 @@ class Rows(Whole):
 class TopK(Whole):
     """The largest magnitudes, the earlier of equal ones first, in the order of the tensor.
 
-    Residuals: at most RESIDUALS_MOST, of which the one unused for longest is dropped.
+    At most `residuals` of them are kept; the one unused for longest is dropped.
     """
 
-    def __init__(self, name: str, ratio: float) -> None:
+    def __init__(self, name: str, ratio: float, residuals: int) -> None:
         self.name = name
         self.ratio = ratio
+        self._most = residuals
         self._type = "<f2" if name == "topk-f16" else "<f4"
         self._value_bytes = np.dtype(self._type).itemsize
         self._residuals: OrderedDict[tuple[str, tuple[int, ...]], np.ndarray] = OrderedDict()
@@ -213,7 +235,7 @@ class TopK(Whole):
             residual[chosen] -= sent.astype(np.float32)
         self._residuals[key, shape] = residual.reshape(shape)
         self._residuals.move_to_end((key, shape))
-        if len(self._residuals) > RESIDUALS_MOST:
+        if len(self._residuals) > self._most:
             self._residuals.popitem(last=False)
 
     def _unpack(self, frames: Sequence[memoryview], shape: Sequence[int]) -> np.ndarray:
@@ -246,6 +268,14 @@ def _float32(x: Tensor) -> np.ndarray:
         )
     values: np.ndarray = x.detach().to("cpu", torch.float32).contiguous().numpy()
     return values
+
+
+def _exponent(values: np.ndarray) -> int:
+    """Of the power of two that brings the largest finite magnitude below 2^HALF_TOP, and no further; 0 for
+    zeros."""
+    sizes = np.abs(values)
+    largest = np.max(sizes, where=np.isfinite(sizes), initial=np.float32(0))
+    return math.frexp(largest)[1] - HALF_TOP if largest else 0
 
 
 def _half(values: np.ndarray) -> np.ndarray:

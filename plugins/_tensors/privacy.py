@@ -73,8 +73,10 @@ def clip_rows(x: Tensor, C: float) -> Tensor:
 class Gaussian:
     """Clipping to C, then noise of standard deviation sigma C.
 
-    The noise is a function of (secret, step, slot), so that a resumed run draws the same; SHAKE-256 makes
-    the bits, so that nobody else can. `secret`: random bytes that belong to the client alone and to its
+    The noise is a function of (secret, step, slot, the clipped row's F32 bytes), so that a resumed run, which
+    sends the same row again, sends the same bits; another row in its place gets noise that is unrelated, and
+    the difference of the two says no more than two releases do. SHAKE-256 makes the bits, so that nobody else
+    can. `secret`: random bytes that belong to the client alone and to its
     checkpoint, never the job's seed: the server knows that one, and could take the noise away again.
     """
 
@@ -91,7 +93,7 @@ class Gaussian:
 
     def __call__(self, x: Tensor, step: int, slots: Sequence[int] | None = None) -> Tensor:
         """x (B, ...) of any device: clipped and noisy. `slots`: which sample of the step's batch each row
-        is, 0 to B-1 by default; a pair (step, slot) is used once. Gradients pass the noise as they are and
+        is, 0 to B-1 by default. Gradients pass the noise as they are and
         the clipping by its own derivative."""
         clipped = clip_rows(x, self.C)
         if not self.sigma:
@@ -99,15 +101,18 @@ class Gaussian:
         slots = range(len(x)) if slots is None else slots
         if len(slots) != len(x) or len(set(slots)) != len(x):
             raise ConfigError(f"expected {len(x)} slots, each once, got {list(slots)}")
-        drawn = np.stack([self._normal(step, slot, x[0].numel()) for slot in slots])
+        rows = clipped.detach().to("cpu", torch.float32).contiguous().numpy()
+        drawn = np.stack([self._normal(step, slot, row) for slot, row in zip(slots, rows, strict=True)])
         noise = torch.from_numpy(drawn).mul_(self.sigma * self.C).to(x.device, x.dtype)
         return clipped + noise.reshape(x.shape)
 
-    def _normal(self, step: int, slot: int, count: int) -> np.ndarray:
-        """(count) float64 of N(0, 1), by Box and Muller 1958."""
+    def _normal(self, step: int, slot: int, row: np.ndarray) -> np.ndarray:
+        """As many float64 of N(0, 1) as the row has values, by Box and Muller 1958."""
+        count = row.size
         half = -(-count // 2)
         place = step.to_bytes(8, "little") + slot.to_bytes(8, "little")
         made = hashlib.shake_256(len(self._secret).to_bytes(8, "little") + self._secret + place)
+        made.update(np.ascontiguousarray(row, "<f4").tobytes())
         bits = np.frombuffer(made.digest(16 * half), "<u8") >> np.uint64(11)
         uniform = (bits + 1.0) * 2.0**-53  # in (0, 1]
         radius, angle = np.sqrt(-2 * np.log(uniform[:half])), 2 * np.pi * uniform[half:]

@@ -28,7 +28,6 @@ from ._averaging import average_clients
 from ._cost import divided
 from ._link import int_frame, ints
 from ._loss import summed, targets_of
-from ._noise import Noise
 from ._rank import Rank, Report
 
 TOKENS_MAX = 1 << 31
@@ -47,7 +46,7 @@ class Stage(Rank):
             )
         span.train()
         self.spans, self.span = [span], span
-        self.noise = Noise(self.job, self.spec.state_folder, self.rows)
+        self.noise = self.make_noise()
         chain = self.places.chain
         self.is_source, self.is_last = self.rank in self.places.clients, self.rank == self.places.server
         place = 0 if self.is_source else chain.index(self.rank)
@@ -106,7 +105,7 @@ class Stage(Rank):
                 "forward",
                 [step, micro],
                 hidden,
-                self.feedback_key(f"forward {micro}"),
+                "",
                 [int_frame(labels[rows])],
                 of=len(sizes),
                 targets=targets,
@@ -146,9 +145,8 @@ class Stage(Rank):
             given, labels, header = self._take(before, step, micro)
             count = header["of"]
             hidden = self.span(given)
-            key = self.feedback_key(f"forward {micro}")
             words = {"of": count, "targets": header["targets"]}
-            link.send_tensor("forward", [step, micro], hidden, key, [int_frame(labels)], **words)
+            link.send_tensor("forward", [step, micro], hidden, "", [int_frame(labels)], **words)
             inputs.append(given)
             under_way.append((micro, hidden))
             micro += 1
@@ -299,9 +297,6 @@ class Stage(Rank):
         if state:
             self._hierarchy = Hierarchy(self)
             self._hierarchy.set_state(state)
-
-    def spent(self) -> dict[str, float]:
-        return self.noise.spent(self.job.steps)
 
 
 class Hierarchy:

@@ -334,6 +334,8 @@ def tensor_bytes(
         said["k"] = kept(math.prod(shape), ratio)
         if payload < F32 * math.prod(shape) or job.codec == "topk":
             frames = [payload // 2, payload // 2]
+    elif job.codec == "f16":
+        said["e"] = 0  # one byte, or two where values are below 1e-5
     elif job.codec == "int8":
         frames = [payload - math.prod(shape), math.prod(shape)]
     at = [job.steps // 2, 1][:place]

@@ -93,10 +93,10 @@ class Job:
         "of what travels: f32, f16, int8, topk or adatopk; of parallel-adapters f32 or f16, and kept so",
     )
     ratio: float = _key(10.0, "topk, adatopk: one of so many values is sent")
-    error_feedback: bool = _key(True, "topk, adatopk: what was not sent is added to the next")
+    error_feedback: bool = _key(True, "topk, adatopk: what was not sent of a gradient is added to the next")
     clip: float = _key(0.0, "most that a row's hidden states may be long (L2); 0: as they are")
     noise: float = _key(0.0, "standard deviation of what is added to them, in parts of clip")
-    epsilon: float = _key(0.0, "privacy budget that ends the job; 0: none")
+    epsilon: float = _key(0.0, "privacy budget; a job that would pass it is refused; 0: none")
     delta: float = _key(1e-5, "of the budget")
     sparse: float = _key(1.0, "part of the adapter's values that is tuned, chosen by the first gradient")
     tune: str = _key("adapter", "remote-blocks: adapter of the client's own blocks, or prompts")

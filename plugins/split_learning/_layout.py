@@ -293,6 +293,6 @@ def _with_ratios(job: Job, model: ModelDescription, chosen: Sequence[NodeView], 
                 notes.append("adatopk: a link was never measured, so every link has the same ratio")
                 return job
             times[f"{min(a, b)}-{max(a, b)}"] = took
-    ratios = ada_ratios(times, max(1.0, job.ratio / 3))  # its slowest link then has the file's own ratio
+    ratios = ada_ratios(times, job.ratio, 1.0)  # the slowest link has the file's own ratio
     notes += [f"link {link}: one of {ratio:.3g} values" for link, ratio in ratios.items()]
     return dataclasses.replace(job, link_ratios=tuple(ratios.items()))

@@ -36,7 +36,6 @@ from ._chain import frame_of, report_eval, take_plain
 from ._link import Link
 from ._loss import summed, targets_of
 from ._middle import BACKWARD, FORWARD, adapt, drawn
-from ._noise import Noise
 from ._places import shared_inputs
 from ._rank import Rank, Report
 
@@ -65,10 +64,13 @@ class PrivateClient(PrivateLora):
         self.middles = {
             name: nn.Parameter(torch.zeros(self.job.r, self.job.r)) for group in self.groups for name in group
         }
-        self.noise = Noise(self.job, self.spec.state_folder, self.rows)
+        self.noise = self.make_noise()
 
     def own_parameters(self) -> list[nn.Parameter]:
         return list(self.middles.values())
+
+    def streams(self) -> int:
+        return 1 + len(self.groups)
 
     def count(self) -> dict[str, Any]:
         given = sum(self.job.r * (rows + columns) for rows, columns in self.shapes.values())
@@ -90,7 +92,7 @@ class PrivateClient(PrivateLora):
         (head, tail), (ids, labels) = self.spans, self.batch(step)
         link, targets = self.link(self.places.server), targets_of(labels)
         sent = self.noise(head(ids), step, 0)
-        link.send_tensor("up", [step], sent, self.feedback_key("up"))
+        link.send_tensor("up", [step], sent)
         passed = [self._forward(link, [step, group], sent) for group in range(len(self.groups))]
         back, _, _ = link.receive_tensor("back", [step], list(sent.shape), is_exact=True)
         loss = summed(tail, tail(back.requires_grad_()), labels) / max(1, targets)
@@ -109,8 +111,7 @@ class PrivateClient(PrivateLora):
         shape = [*sent.shape[:2], self.width(place[-1])]
         inner, _, _ = link.receive_tensor(FORWARD, place, shape, is_exact=True)
         outer = self._middle(place[-1], inner.requires_grad_())
-        key = f"{FORWARD} back"
-        link.send_tensor(key, place, outer, self.feedback_key(f"{key} {place[-1]}"))
+        link.send_tensor(f"{FORWARD} back", place, outer)
         return inner, outer
 
     def _backward(self, link: Link, place: list[int], inner: Tensor, outer: Tensor) -> None:
@@ -142,12 +143,9 @@ class PrivateClient(PrivateLora):
                 sums.append((summed(tail, tail(back), labels).item(), targets_of(labels)))
         report_eval(step, sums, report)
 
-    def spent(self) -> dict[str, float]:
-        return self.noise.spent(self.job.steps)
-
 
 class PrivateServer(PrivateLora):
-    """It has no parameters: no optimiser, no checkpoint."""
+    """It has no parameters: no optimiser, no checkpoint, and so no memory of what a codec left out."""
 
     def build(self) -> None:
         super().build()
@@ -165,16 +163,12 @@ class PrivateServer(PrivateLora):
         (self.client,) = self.places.clients
         self._place: list[int] = []  # of the pass under way: the step, or step and batch of an evaluation
 
-    def feedback_key(self, key: str) -> str:
-        """Nothing is remembered of what a codec left out, either: no checkpoint would hold it."""
-        return ""
-
     def _exchange(self, kind: str, group: int, tensor: Tensor) -> Tensor:
         link, place = self.link(self.client), [*self._place, group]
         if len(self._place) > 1:
             link.send(EVAL, place, {"shape": list(tensor.shape[:2])}, [frame_of(tensor)])
             return _take(link, f"{EVAL} back", place, list(tensor.shape))
-        link.send_tensor(kind, place, tensor, self.feedback_key(f"{kind} {group}"))
+        link.send_tensor(kind, place, tensor)
         return link.receive_tensor(f"{kind} back", place, list(tensor.shape), is_exact=True)[0]
 
     def step(self, step: int, report: Report) -> None:
@@ -182,7 +176,7 @@ class PrivateServer(PrivateLora):
         most = [self.job.batch_size, self.job.max_length, self.blocks.hidden]
         given, _, _ = link.receive_tensor("up", [step], most)
         hidden = self.span(given)
-        link.send_tensor("back", [step], hidden, self.feedback_key("back"))
+        link.send_tensor("back", [step], hidden)
         gradient, _, _ = link.receive_tensor("back gradient", [step], list(hidden.shape), is_exact=True)
         hidden.backward(gradient)
 

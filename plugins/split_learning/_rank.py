@@ -24,19 +24,20 @@ from torch import Tensor, nn
 from edged import Channel, Computed, ConfigError, EngineError, ProtocolError, TrainingSpec
 
 from .._tensors import codecs
-from .._tensors.rows import Batches, Encoded, encode, read_rows
+from .._tensors.rows import LENGTH_MULTIPLE, Batches, Encoded, encode, read_rows
 from .._tensors.sparse import Scores, SparseMask
 from . import _adapter
 from ._checkpoints import Checkpoints
 from ._cost import packed_bytes
 from ._job import Job, read
 from ._link import Link, Stopped
+from ._noise import Noise
 from ._places import Places
 
 Report = Callable[[str, int, Mapping[str, float]], None]
 SCORED_STEPS = 4  # of all values, whose gradients choose those that are tuned: at first only B has any
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's own
-HELLO_S = 60.0
+RESIDUAL_BYTES = 256 << 20  # of one link
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,6 +48,7 @@ class Rows:
     held_out: list[Encoded]
     count: int
     dropped: int  # whose answers begin after `max_length`
+    digest: str  # of all of them, as they are encoded
 
     def shapes(self, steps: int) -> list[list[int]]:
         """[rows, length, how many] of the first batches."""
@@ -72,6 +74,7 @@ class Rank(abc.ABC):
         self._links: dict[int, Link] = {}
         self.rows = self._read_rows() if spec.data_path else None
         self.spans: list[Any] = []
+        self.noise = Noise(self.job, "", None)  # none; `build` may make one
         self.build()
         self.parameters: list[nn.Parameter] = [p for span in self.spans for p in span.trainable()]
         self.parameters += self.own_parameters()
@@ -121,7 +124,8 @@ class Rank(abc.ABC):
         )
 
     def count(self) -> dict[str, Any]:
-        """What the prediction of bytes needs to know of this rank's rows and adapter."""
+        """What the prediction of bytes needs to know of this rank's rows and adapter; and what noise will
+        have spent."""
         found: dict[str, Any] = {
             "adapter_values": sum(p.numel() for p in self.parameters),
             "adapter_names": sum(packed_bytes([k, list(v.shape)]) for k, v in self.adapter().items()),
@@ -134,7 +138,12 @@ class Rank(abc.ABC):
                 "eval_shapes": [[*shape, count] for shape, count in sorted(evals.items())],
                 "dropped": self.rows.dropped,
             }
-        return found
+        return found | self.noise.survey()
+
+    def make_noise(self) -> Noise:
+        """The identity for ranks without rows, and for jobs without a clip."""
+        node = self.job.clients[self.rank].node if self.rank in self.places.clients else ""
+        return Noise(self.job, self.spec.state_folder, self.rows, node or "the submitting node")
 
     # --- Trainer --------------------------------------------------------------------------------
 
@@ -176,7 +185,7 @@ class Rank(abc.ABC):
 
     def link(self, other: int) -> Link:
         if other not in self._links:
-            codec = codecs.make(self.job.codec, self.ratio_of(other))
+            codec = codecs.make(self.job.codec, self.ratio_of(other), self.residuals())
             self._links[other] = Link(self.channel, other, codec, lambda: self._is_stopped())
         return self._links[other]
 
@@ -187,7 +196,27 @@ class Rank(abc.ABC):
         return self.places.ratio(self.rank, other)
 
     def feedback_key(self, key: str) -> str:
+        """Of a gradient that goes back, the stream along which what top-k left out is added to the next; ""
+        for none.
+
+        Hidden states that go forward have no key: they are plain top-k. Error feedback is about sums: what is
+        left out of one gradient still belongs to what the optimiser adds up over the steps. Hidden states are
+        never added up; the rest of an earlier batch's would be other rows' words, laid over these.
+        """
         return key if self.job.error_feedback else ""
+
+    def streams(self) -> int:
+        """Of gradients to one other rank: keys that `feedback_key` is asked for."""
+        return self.job.micro_batches
+
+    def residuals(self) -> int:
+        """The most a link may keep: one for each stream and shape of a batch (every length that padding
+        makes, full and last batches), within RESIDUAL_BYTES where these are many and large; never less than
+        one for each stream."""
+        shapes = 2 * -(-(self.job.max_length + self.job.prompts) // LENGTH_MULTIPLE)
+        rows = -(-self.job.batch_size // self.job.micro_batches)
+        size = 4 * rows * (self.job.max_length + self.job.prompts) * self.blocks.hidden
+        return max(self.streams(), min(self.streams() * shapes, RESIDUAL_BYTES // size))
 
     def _shake_hands(self) -> None:
         """Every two ranks that meet must train the same model by the same words."""
@@ -247,7 +276,7 @@ class Rank(abc.ABC):
         held_out = [row for row in found if row.split == "test"][:share]
         train = [row for row in found if row.split == "train"]
         batches = Batches(train, job.batch_size, job.seed, job.max_length)
-        return Rows(batches, held_out, len(train), len(read_ones) - len(found))
+        return Rows(batches, held_out, len(train), len(read_ones) - len(found), _digest([*train, *held_out]))
 
     def eval_batches(self) -> list[tuple[Tensor, Tensor]]:
         """Held-out rows in batches, in order: ids and labels (B, S)."""
@@ -360,7 +389,7 @@ class Rank(abc.ABC):
 
     def spent(self) -> dict[str, float]:
         """More that the job's document shall say, such as privacy that was spent."""
-        return {}
+        return self.noise.spent(self.job.steps)
 
     def _take_part(self, giver: int) -> dict[str, np.ndarray]:
         header, frames = self.link(giver).receive("part", [self.job.steps])
@@ -382,6 +411,15 @@ class Rank(abc.ABC):
 def _tensors(pair: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
     ids, labels = pair
     return torch.from_numpy(np.asarray(ids, np.int64)), torch.from_numpy(np.asarray(labels, np.int64))
+
+
+def _digest(rows: Sequence[Encoded]) -> str:
+    found = hashlib.sha256()
+    for row in rows:
+        for values in (row.ids, row.labels):
+            found.update(len(values).to_bytes(8, "little") + np.asarray(values, "<i4").tobytes())
+        found.update(row.split.encode())
+    return found.hexdigest()
 
 
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:

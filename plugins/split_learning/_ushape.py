@@ -18,7 +18,6 @@ from edged import ProtocolError
 from ._averaging import average_clients
 from ._chain import Hierarchy, frame_of, report_eval, take_plain
 from ._loss import summed, targets_of
-from ._noise import Noise
 from ._rank import Rank, Report
 
 
@@ -40,7 +39,7 @@ class UShape(Rank):
             self.spans.append(span)
         self.is_client = self.rank in self.places.clients
         self.before = list(self.places.clients)
-        self.noise = Noise(job, self.spec.state_folder, self.rows)
+        self.noise = self.make_noise()
         self.longest = job.max_length + job.prompts  # positions of a row
         self._hierarchy: Hierarchy | None = None
 
@@ -64,7 +63,7 @@ class UShape(Rank):
         ids, labels = self.batch(step)
         link, targets = self.link(self.places.server), targets_of(labels)
         sent = self.noise(self.lower(ids), step, 0)
-        link.send_tensor("up", [step], sent, self.feedback_key("up"))
+        link.send_tensor("up", [step], sent)
         back, _, _ = link.receive_tensor("back", [step], list(sent.shape), is_exact=True)
         back.requires_grad_()
         loss = summed(tail, tail(back), labels) / max(1, targets)
@@ -84,7 +83,7 @@ class UShape(Rank):
         return given.requires_grad_()
 
     def _give(self, step: int, client: int, hidden: Tensor) -> None:
-        self.link(client).send_tensor("back", [step], hidden, self.feedback_key("back"))
+        self.link(client).send_tensor("back", [step], hidden)
 
     def _gradient(self, step: int, client: int, hidden: Tensor) -> Tensor:
         shape = list(hidden.shape)
@@ -179,9 +178,6 @@ class UShape(Rank):
         if state:
             self._hierarchy = Hierarchy(self)
             self._hierarchy.set_state(state)
-
-    def spent(self) -> dict[str, float]:
-        return self.noise.spent(self.job.steps)
 
 
 def _padded(given: Tensor, length: int) -> Tensor:

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from rig import (
     Outcome,
     Planned,
     assert_same_bits,
+    described,
     finished,
     gradients_of,
-    kept_by,
     largest_difference,
     lora_of,
     plain_loop,
@@ -27,7 +29,8 @@ from rig import (
 )
 from safetensors.numpy import load_file
 
-from edged import PolicyViolation
+from edged import NodeView, PolicyViolation
+from edged.types import LinkState
 
 Tiny = Callable[[str], tuple[Any, Path]]
 EXACT = 1e-6
@@ -176,8 +179,8 @@ def test_the_server_sees_no_row_longer_than_the_clip(topology: str, tiny: Tiny, 
     assert max(norms) <= clip
 
 
-@pytest.mark.parametrize("topology", ["label-sharing", "u-shape"])
-def test_the_budget_ends_the_job_before_the_step_that_would_pass_it(
+@pytest.mark.parametrize("topology", ["label-sharing", "u-shape", "remote-blocks", "private-lora"])
+def test_a_job_that_would_pass_its_budget_is_refused_before_anything_is_sent(
     topology: str, tiny: Tiny, tmp_path: Path
 ) -> None:
     pytest.importorskip("opacus", reason="a privacy budget needs opacus")
@@ -185,15 +188,18 @@ def test_the_budget_ends_the_job_before_the_step_that_would_pass_it(
 
     sigma, rows = 2.0, [write_rows(tmp_path / "rows", 6, 0)]
     spent = Budget(1e9, 1e-5, sigma, 3, 6).spent
-    settings = {"rows": rows, "topology": topology, "clip": 3.0, "noise": sigma, "steps": 8}
-    plan = planned(tiny("llama")[1], tmp_path, epsilon=(spent(4) + spent(5)) / 2, **settings)
-    outcomes = run_threads(plan, keep="messages")
+    budget = (spent(4) + spent(5)) / 2
+    settings = {"rows": rows, "topology": topology, "clip": 3.0, "noise": sigma, "epsilon": budget}
+    outcomes = run_threads(planned(tiny("llama")[1], tmp_path, steps=5, **settings), keep="messages")
     error = raised(outcomes)
     assert isinstance(error, PolicyViolation)
-    assert "step 4 would spend" in str(error)
-    sent = [header["at"][0] for _, header, _ in outcomes[1].received if header["k"] in ("forward", "up")]
-    assert sent == [0, 1, 2, 3]
-    assert kept_by(plan)[0][-1] == 4
+    assert error.code == "privacy-budget"
+    said = f"5 steps at client0 would spend epsilon {spent(5):.4g} at delta 1e-05; the budget is {budget:g}"
+    assert f"{said}, enough for 4 steps" in str(error)
+    assert not [header for _, header, _ in outcomes[1].received if header["k"] in ("forward", "up", "eval")]
+    client, _ = finished(run_threads(planned(tiny("llama")[1], tmp_path / "fits", steps=4, **settings)))
+    assert client.survey["steps_allowed"] == 4
+    assert client.survey["spent"] == {"epsilon": pytest.approx(spent(4)), "delta": 1e-5}
 
 
 @pytest.mark.parametrize("topology", ["label-sharing", "u-shape"])
@@ -212,6 +218,135 @@ def test_rows_that_are_held_out_are_sent_as_often_as_the_budget_allows(
     assert [header["at"] for _, header, _ in server.received if header["k"] == "eval"] == [[0, 0]]
     [done] = [values for kind, _, values in client.reports if kind == "done"]
     assert done["epsilon"] == pytest.approx(spent(1))
+    assert client.survey["epsilon"] == pytest.approx(spent(1))
+
+
+def test_an_evaluation_at_a_former_end_counts_when_a_job_goes_on_with_more_steps(
+    tiny: Tiny, tmp_path: Path
+) -> None:
+    pytest.importorskip("opacus", reason="a privacy budget needs opacus")
+    from edged_plugins._tensors.privacy import Budget
+
+    spent = Budget(1e9, 1e-5, 2.0, 1, 1).spent
+    rows = [write_rows(tmp_path / "rows", 60, 2)]
+    settings = {"rows": rows, "clip": 3.0, "noise": 2.0, "eval_every": 0}
+    path = tiny("llama")[1]
+    for step, steps, evaluations in ((0, 2, 2), (2, 3, 3), (3, 4, 4)):  # 0 and 2; then 3, too; then 4
+        client, _ = finished(run_threads(planned(path, tmp_path, steps=steps, **settings), step))
+        assert client.survey["epsilon"] == pytest.approx(spent(evaluations))
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"noise": 0.01}, "noise"),
+        ({"clip": 9.0}, "clip"),
+        ({"delta": 1e-3}, "delta"),
+        ({"epsilon": 1e6}, "epsilon"),
+        ({"rows": True}, "rows"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_job_goes_on_with_the_privacy_and_the_rows_it_began_with(
+    changes: dict[str, Any], named: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    pytest.importorskip("opacus", reason="a privacy budget needs opacus")
+    rows = [write_rows(tmp_path / f"rows{i}", 6, 1, seed=i) for i in range(2)]
+    settings = {"clip": 3.0, "noise": 2.0, "steps": 1, "topology": "u-shape"}
+    finished(run_threads(planned(tiny("llama")[1], tmp_path, rows=rows[:1], **settings)))
+    changed = settings | changes | {"steps": 2, "rows": rows[1:] if "rows" in changes else rows[:1]}
+    error = raised(run_threads(planned(tiny("llama")[1], tmp_path, **changed), 1))
+    assert isinstance(error, PolicyViolation)
+    assert error.code == "privacy-changed"
+    assert f"client0 was made for; {named} changed" in str(error)
+
+
+def test_a_step_that_is_done_again_costs_where_it_sends_other_values(tmp_path: Path) -> None:
+    """The same values: the same bits, and no epsilon. Others: another release, as far as the budget goes."""
+    pytest.importorskip("opacus", reason="a privacy budget needs opacus")
+    from edged_plugins._tensors.privacy import Budget
+    from edged_plugins.split_learning._job import read
+    from edged_plugins.split_learning._noise import Noise
+
+    spent = Budget(1e9, 1e-5, 2.0, 1, 1).spent
+    table = {"clip": 3.0, "noise": 2.0, "epsilon": (spent(3) + spent(4)) / 2, "steps": 4, "batch_size": 2}
+    rows = SimpleNamespace(count=4, held_out=[1], digest="rows")  # 2 steps an epoch
+
+    def again() -> Noise:
+        return Noise(read(table), str(tmp_path), rows)
+
+    x, y, z = (torch.full((2, 3, 4), number) for number in (0.1, 0.2, 0.3))
+    noise = again()
+    first = [noise(x, step) for step in range(4)]
+    assert noise.spent(4)["epsilon"] == spent(2)
+    for repeated in (noise, again()):  # in this process, and in the next one
+        assert all((repeated(x, step) == first[step]).all() for step in range(4))
+        assert repeated.spent(4)["epsilon"] == spent(2)
+    assert (again()(y, 3) - first[3]).std() > 3.0  # noise of its own, not 0.1 everywhere
+    assert again().spent(4)["epsilon"] == spent(3)
+    for kind in (again(), again()):
+        with pytest.raises(PolicyViolation, match="step 3 of this client is done again"):
+            kind(z, 3)
+    sent = (tmp_path / "noise.sent").read_bytes()
+    (tmp_path / "noise.sent").write_bytes(sent[:-9])  # a power cut; y was not sent, as far as is known
+    assert again().spent(4)["epsilon"] == spent(3)
+    for step in (0, 1, 2):
+        assert again().allows(step)
+        again().held_out(x, step, 0)
+    assert not again().allows(3)
+    assert again().allows(2)
+    with pytest.raises(PolicyViolation, match="eval 2 of this client is done again"):
+        again().held_out(y, 2, 0)
+
+
+# --- what codecs leave out ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("topology", "expected"),
+    [
+        ("label-sharing", [set(), {"backward 0"}]),
+        ("pipeline", [set(), {"backward 0", "backward 1"}, {"backward 0", "backward 1"}]),
+        ("u-shape", [{"back gradient"}, {"up gradient"}]),
+        ("remote-blocks", [{"back gradient"}, None]),
+        ("private-lora", [{"back gradient", *(f"outer gradient back {i}" for i in range(8))}, None]),
+    ],
+)
+def test_what_is_left_out_of_gradients_is_kept_and_of_hidden_states_is_not(
+    topology: str, expected: list[set[str] | None], tiny: Tiny, tmp_path: Path
+) -> None:
+    more = {"stages": 1, "micro_batches": 2} if topology == "pipeline" else {}
+    more |= {"target_modules": ["q_proj", "o_proj"]} if topology == "private-lora" else {}
+    plan = planned(tiny("llama")[1], tmp_path, topology=topology, codec="topk", ratio=4.0, **more)
+    finished(run_threads(plan))
+    for folder, keys in zip(plan.folders, expected, strict=True):
+        path = folder / "step-3.safetensors"
+        assert path.exists() == (keys is not None)
+        names = load_file(path) if keys is not None else {}
+        kept = {name.split(" ", 1)[1] for name in names if name.startswith("residual.")}
+        assert kept == (keys or set())
+
+
+@pytest.mark.parametrize("ratio", [1.0, 2.0, 12.0])
+def test_the_slowest_link_has_the_files_own_ratio_and_others_less(ratio: float, tiny: Tiny) -> None:
+    from edged_plugins.split_learning._job import check_split, read
+    from edged_plugins.split_learning._layout import plan_split
+
+    names = ["client0", "client1", "client2"]
+    links = [
+        LinkState(name, latency_s=0.0, bandwidth_bytes_s=speed)
+        for name, speed in zip(names, (1e6, 2e6, 1e8), strict=True)
+    ]
+    nodes = [*(NodeView(name, name) for name in names), NodeView("server", "server", links=tuple(links))]
+    clients = [{"node": name, "data": "rows"} for name in names]
+    table = {"codec": "adatopk", "ratio": ratio, "cut": 2, "clients": clients, "server": "server"}
+    plan = plan_split(check_split(table), described(tiny("llama")[1]), nodes)
+    found = dict(read(plan.settings).link_ratios)
+    assert found == {
+        "0-3": ratio,
+        "1-3": pytest.approx(max(1, ratio / 2)),
+        "2-3": pytest.approx(max(1, ratio / 100)),
+    }
 
 
 # --- sparse tuning --------------------------------------------------------------------------------

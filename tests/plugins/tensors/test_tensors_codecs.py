@@ -132,10 +132,46 @@ def test_int8_rounds_ties_to_even() -> None:
     assert there_and_back(make("int8"), x).tolist() == [[127.0, 0.0, 2.0, 2.0, 0.0, -2.0]]
 
 
-@pytest.mark.parametrize("name", ["f16", "topk-f16"])
-def test_half_precision_keeps_what_it_cannot_reach_finite(name: str) -> None:
+def test_half_precision_of_single_values_keeps_what_it_cannot_reach_finite() -> None:
     x = torch.tensor([1e6, -1e6, 65504.0])
-    assert there_and_back(make(name), x).tolist() == [65504.0, -65504.0, 65504.0]
+    assert there_and_back(make("topk-f16"), x).tolist() == [65504.0, -65504.0, 65504.0]
+
+
+@pytest.mark.parametrize("size", [1e-42, 1e-30, 1e-8, 1.0, 1e6, 1e38])
+def test_half_precision_has_eleven_bits_whatever_the_size_of_a_tensor(size: float) -> None:
+    """Relative to each value down to 2^-28 of the largest: half a unit in the last of 11 bits; and to what
+    F32 itself has of the smallest."""
+    spread = torch.tensor([1.0, -0.7, 0.1, 1e-3, -1e-6], dtype=torch.float64) * size
+    x = spread.float()
+    error = (there_and_back(make("f16"), x).double() - x.double()).abs()
+    assert (error <= x.double().abs() * 2.0**-11 + 2.0**-150).all()
+
+
+def test_gradients_of_1e_8_arrive_in_half_precision() -> None:
+    x = 1e-8 * random(4, 64)
+    got = there_and_back(make("f16"), x)
+    assert (got - x).norm() < 1e-3 * x.norm()
+    assert (got != 0).all()
+
+
+@given(st.lists(FLOATS, min_size=1, max_size=8), st.integers(-60, 20))
+def test_a_power_of_two_passes_half_precision_exactly(values: list[float], exponent: int) -> None:
+    x = torch.tensor(values, dtype=torch.float32)
+    x = torch.where(x.abs() < 2.0**-40, 0, x)  # so that no product is below F32's normal range
+    scaled = there_and_back(make("f16"), x * 2.0**exponent)
+    assert (scaled == there_and_back(make("f16"), x) * 2.0**exponent).all()
+
+
+def test_an_infinity_in_half_precision_stays_one_and_harms_no_other() -> None:
+    got = there_and_back(make("f16"), torch.tensor([[1.0, math.inf], [-math.inf, 0.25]]))
+    assert got.tolist() == [[1.0, math.inf], [-math.inf, 0.25]]
+
+
+@pytest.mark.parametrize("exponent", [None, True, 1.0, "1", -165, 114, 2**40])
+def test_an_exponent_that_no_tensor_has_is_refused(exponent: Any) -> None:
+    header, frames = make("f16").encode(random(2, 8))
+    with pytest.raises(ProtocolError, match="exponent"):
+        make("f16").decode({**header, "e": exponent}, frames, (2, 8))
 
 
 @pytest.mark.parametrize(("name", "ratio"), ALL)
@@ -215,14 +251,15 @@ def test_a_resumed_run_sends_the_same_bits() -> None:
     assert list(resumed.state_dict()) == list(whole.state_dict())
 
 
-def test_residuals_are_bounded_and_the_oldest_goes() -> None:
-    codec = make("topk", 4.0)
-    for key in range(RESIDUALS_MOST):
+@pytest.mark.parametrize("most", [3, RESIDUALS_MOST])
+def test_residuals_are_bounded_and_the_oldest_goes(most: int) -> None:
+    codec = make("topk", 4.0, most)
+    for key in range(most):
         codec.encode(random(4), f"k{key}")
     codec.encode(random(4), "k0")
     codec.encode(random(4), "new")
     keys = {name.partition(" ")[2] for name in codec.state_dict()}
-    assert keys == {"new", *(f"k{key}" for key in range(RESIDUALS_MOST))} - {"k1"}
+    assert keys == {"new", *(f"k{key}" for key in range(most))} - {"k1"}
 
 
 @pytest.mark.parametrize("name", ["f32", "f16", "int8"])
@@ -238,6 +275,7 @@ def test_a_codec_that_keeps_nothing_refuses_anothers_residuals(name: str) -> Non
 def test_ratios_follow_the_published_formula() -> None:
     times = {"fast": 0.01, "middle": 0.5, "slow": 1.0}
     assert ada_ratios(times, 10.0) == {"fast": 1.0, "middle": 15.0, "slow": 30.0}
+    assert ada_ratios(times, 10.0, 1.0) == {"fast": 1.0, "middle": 5.0, "slow": 10.0}
 
 
 @given(

@@ -106,6 +106,16 @@ def test_noise_is_a_function_of_secret_step_and_slot() -> None:
     assert len(drawn.unique()) == len(drawn)
 
 
+def test_another_row_in_the_same_place_gets_other_noise() -> None:
+    """Else whoever makes a step be done again takes the noise away: the difference of two would have none."""
+    noise, x = Gaussian(1.0, 1.0, SECRET), 0.1 * random(2, 3, 50)
+    other = x.clone()
+    other[1, 2, 49] += 1e-6
+    first, second = noise(x, 5), noise(other, 5)
+    assert (first[0] == second[0]).all()  # the same row as before tells nothing new
+    assert (second[1] - first[1]).std() == pytest.approx(math.sqrt(2), rel=0.2)
+
+
 @pytest.mark.parametrize("count", [1, 2, 7])
 def test_any_number_of_values_is_drawn(count: int) -> None:
     assert Gaussian(1.0, 1.0, SECRET)(torch.zeros(2, count), 0).unique().numel() == 2 * count
