@@ -147,7 +147,6 @@ def compose(home: Home) -> Parts:
     coordinator = Coordinator(profile, store, peers, host, models, viewer, chooser, groups)
     transfers.borrowers = coordinator.borrowers
     trainings = Trainings(
-        profile,
         store,
         peers,
         host,

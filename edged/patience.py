@@ -10,7 +10,8 @@ from __future__ import annotations
 import statistics
 from collections import deque
 
-FIRST_S = 300.0  # until the first report: checkpoints are read and the first evaluation runs meanwhile
+FIRST_S = 300.0  # until some reports came: checkpoints are read and the first evaluation runs meanwhile
+SETTLED = 3
 LEAST_S = 20.0  # a busy machine, a slow disk
 KEPT = 256  # silences; the longest of all is kept beside them
 SPREADS, TIMES = 10.0, 3.0  # above the median, and of the longest
@@ -23,18 +24,24 @@ class Patience:
         self._heard_at = now
         self._silences: deque[float] = deque(maxlen=KEPT)
         self._longest = 0.0
+        self._heard = 0  # since `begin`
+
+    def begin(self, now: float) -> None:
+        """Another epoch begins: nothing was heard in it yet."""
+        self._heard_at, self._heard = now, 0
 
     def heard(self, now: float) -> None:
         silence = max(0.0, now - self._heard_at)
         self._silences.append(silence)
         self._longest = max(self._longest, silence)
         self._heard_at = now
+        self._heard += 1
 
     @property
     def limit_s(self) -> float:
         """LEAST_S at least; the median and ten median deviations, or three times the longest, where more."""
-        if not self._silences:
-            return FIRST_S
+        if self._heard < SETTLED:
+            return max(FIRST_S, TIMES * self._longest)
         median = statistics.median(self._silences)
         spread = statistics.median(abs(silence - median) for silence in self._silences)
         return max(LEAST_S, median + SPREADS * spread, TIMES * self._longest)

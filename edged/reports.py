@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -33,7 +34,9 @@ class Reports:
         kept = [report for report in self._read() if report[1] < step][-KEPT:]
         with contextlib.suppress(OSError):
             if self._path.exists():
-                self._path.write_text("".join(json.dumps(report) + "\n" for report in kept))
+                half = self._path.with_suffix(".half")
+                half.write_text("".join(json.dumps(report) + "\n" for report in kept))
+                os.replace(half, self._path)
         return kept
 
     def _read(self) -> list[Report]:

@@ -193,7 +193,7 @@ class Roles:
                 code="no-right",
             )
         if offer.training is not None:
-            self._check_training(offer.training)
+            self._check_training(coordinator, offer.training)
         if self._device.saving and coordinator != mine.node_id:
             raise PolicyViolation(f"{mine.name} takes no new roles: {self._device.saving}")
         if self.is_draining:
@@ -218,7 +218,7 @@ class Roles:
             raise PolicyViolation(f"{mine.name} refuses the role: {reason}")
         return self._engines[offer.engine], memory_bytes
 
-    def _check_training(self, offered: wire.TrainingOffer) -> None:
+    def _check_training(self, coordinator: str, offered: wire.TrainingOffer) -> None:
         """It must be one that this node knows, sound by its own check, on data that its owner offers."""
         training = self._trainings.get(offered.kind)
         if training is None:
@@ -230,9 +230,14 @@ class Roles:
         try:
             training.check(offered.settings)
             if offered.data:
-                self._data.path_of(offered.data, job_id=offered.job)
+                self._rows_of(coordinator, offered)
         except ConfigError as error:
             raise self._named(error) from error
+
+    def _rows_of(self, coordinator: str, offered: wire.TrainingOffer) -> Path:
+        """A data set that the owner offers; those of a job are for this node's own jobs."""
+        is_mine = coordinator == self._peers.identity.node_id
+        return self._data.path_of(offered.data, job_id=offered.job if is_mine else None)
 
     def _check_adapter(self, offer: wire.Offer) -> None:
         adapter, engine = offer.adapter, self._engines[offer.engine]
@@ -351,7 +356,7 @@ class Roles:
             offered.settings,
             offer.roles,
             offer.rank,
-            str(self._data.path_of(offered.data, job_id=offered.job)) if offered.data else "",
+            str(self._rows_of(coordinator, offered)) if offered.data else "",
             str(folder),
             collector,
             offer.model_name,

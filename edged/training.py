@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import itertools
 import logging
+import math
 import secrets
 import shutil
 import time
@@ -24,9 +25,8 @@ import msgspec
 
 from . import metering, models, wire
 from .accounting import estimated_training_joules
-from .adapters import META, Adapter, AdapterMeta, AdapterStore, Kind
+from .adapters import META, Adapter, AdapterMeta, AdapterStore, Kind, check_adapter_name
 from .choosing import Chooser
-from .config import Profile
 from .control import Emit
 from .datasets import DataStore
 from .errors import ConfigError, EdgedError, EngineError, JobError, PeerError, PolicyViolation
@@ -54,9 +54,13 @@ KIND = "finetune"
 RUNNING_MAX = 8  # trainings at once; each holds a worker on every node that it uses
 STEPS_MAX = 1_000_000
 VALUES_MAX = 16  # figures in one report
+REPORTS_MAX = 50_000  # of steps that not every reporter has told yet
+TOLD_MAX = 20_000  # events that a client can still be sent
+OWN_WORDS = ("event", "step", "steps", "bytes_sent", "joules")  # of an event, which no report may set
 RETRIES_MAX = 5  # losses without a step between them: a plan that always ends so is a plan that cannot run
 LOOK_S = 1.0  # between looks whether all nodes are there, and between offers to a node that refuses for now
 ASKED_MAX = 5  # at the end, for what was sent and spent, and for reports that are under way
+REST_S = 15.0  # the longest between two offers to a node that refuses for now
 POLL_S = 2.0  # between questions what was sent and spent
 NOTHING = Metered(0.0, 0.0, 0.0)  # of a role that begins
 GONE = ("worker-ended", "worker-silent")  # codes of errors that are losses, beside PeerError
@@ -74,10 +78,12 @@ class _Run:
     settings: Mapping[str, Any]
     since: float  # monotonic
     plan: TrainingPlan | None = None
+    model_sha256: str = ""  # of the first epoch: its name may be another model's by now
     cost: TrainingCost = field(default_factory=TrainingCost)
     epoch: int = 0
     group: Group | None = None
     told: list[dict[str, Any]] = field(default_factory=list)  # events, in order; watchers read on from theirs
+    told_before: int = 0  # events that are not kept any more
     losses: dict[int, float] = field(default_factory=dict)
     evals: dict[int, dict[str, float]] = field(default_factory=dict)
     reports: dict[tuple[int, str], dict[int, Mapping[str, float]]] = field(default_factory=dict)
@@ -89,6 +95,7 @@ class _Run:
     bytes_before: int = 0  # that earlier epochs sent
     joules_before: float | None = 0.0
     used: tuple[wire.Used | None, ...] = ()
+    silent: tuple[str, ...] = ()  # nodes that did not answer the last time
     news: asyncio.Event = field(default_factory=asyncio.Event)
     finished: asyncio.Future[dict[str, float]] = field(default_factory=asyncio.Future)
     is_cancelled: bool = False
@@ -107,7 +114,11 @@ class _Run:
 
     def tell(self, event: dict[str, Any]) -> None:
         self.told.append(event)
-        self.news.set()
+        if len(self.told) > TOLD_MAX:  # who follows from afar has the rest in the document
+            self.told_before += len(self.told) - TOLD_MAX // 2
+            del self.told[: -TOLD_MAX // 2]
+        news, self.news = self.news, asyncio.Event()  # each watcher holds the one it waits for
+        news.set()
 
     def fail(self, error: EdgedError) -> None:
         """End this epoch; the first error counts."""
@@ -130,7 +141,6 @@ class _Run:
 class Trainings:
     def __init__(
         self,
-        profile: Profile,
         store: JobStore,
         peers: Peers,
         host: Host,
@@ -144,7 +154,7 @@ class Trainings:
         engines: Mapping[str, EngineEntry],
         folder: Path,
     ) -> None:
-        self._profile, self._store, self._peers, self._host = profile, store, peers, host
+        self._store, self._peers, self._host = store, peers, host
         self._models, self._viewer, self._chooser, self._groups = stored_models, viewer, chooser, groups
         self._data, self._adapters, self._folder = data, adapters, folder
         self._trainings, self._engines = trainings, engines
@@ -164,10 +174,13 @@ class Trainings:
     def resume_unfinished(self) -> None:
         """Go on with what the daemon's end interrupted; called once, when peers can be reached."""
         for job in self._store.unfinished(KIND):
+            if job.job_id in self._runs:  # asked for since the socket is open
+                continue
             try:
                 self._begin(job.job_id, self._request_of(job), job)
-            except EdgedError as error:
-                self._store.end(job.job_id, "failed", time.time(), error=error)
+            except Exception as error:  # one that cannot be read must not keep the node from starting
+                log.exception("training not gone on with", extra={"job_id": job.job_id})
+                self._store.end(job.job_id, "failed", time.time(), error=_failure_of(error, False))
 
     async def close(self) -> None:
         """Leave them as they are in the store: the next start goes on with them."""
@@ -192,6 +205,7 @@ class Trainings:
             raise PolicyViolation(f"{len(self._runs)} trainings run, the most", remedy="try again later")
         settings = self._check(request)
         self._models.find(str(settings["model"]))
+        check_adapter_name(str(settings["adapter"] or request.name))
         if request.resume:
             return self._accept_resumed(request, settings)
         job_id = secrets.token_hex(8)
@@ -231,7 +245,11 @@ class Trainings:
             )
         going_on = dataclasses.replace(former, settings=former.settings | {"steps": kept["steps"]})
         self._store.reopen(job.job_id, msgspec.to_builtins(going_on))
-        return self._begin(job.job_id, going_on, self._store.get(job.job_id))
+        try:
+            return self._begin(job.job_id, going_on, self._store.get(job.job_id))
+        except EdgedError as error:
+            self._store.end(job.job_id, "failed", time.time(), error=error)
+            raise
 
     async def _with_files(
         self, job_id: str, request: FinetuneRequest, files: Sequence[int]
@@ -293,9 +311,11 @@ class Trainings:
                 run.losses[step] = values["loss"]
             elif kind == "eval":
                 run.evals[step] = values
+        run.joules_before = None  # what was spent until then is not known any more
         if job.plan is None:
             return
         try:
+            run.model_sha256 = str(job.plan["model_sha256"])
             plan = msgspec.convert(job.plan["plan"], TrainingPlan)
             run.recoveries = list(job.plan["recoveries"])
         except (KeyError, TypeError, msgspec.ValidationError) as error:
@@ -316,13 +336,15 @@ class Trainings:
             await emit(first)
         seen = 0
         while True:
-            run.news.clear()
+            news, batch = run.news, run.told[max(0, seen - run.told_before) :]
+            seen = run.told_before + len(run.told)
             try:
-                for event in run.told[seen:]:
+                for event in batch:
                     await emit(event)
             except OSError:  # it went away; nobody hears the end
                 return {}
-            seen = len(run.told)
+            if seen < run.told_before + len(run.told):
+                continue
             if run.task.cancelled():
                 raise JobError(
                     "this node stops; the job goes on when it starts again",
@@ -331,8 +353,7 @@ class Trainings:
                 )
             if run.task.done():
                 return run.task.result()
-            if not run.news.is_set():
-                await _either(run.news, run.task)
+            await _either(news, run.task)
 
     async def _run(self, run: _Run) -> dict[str, Any]:
         """The life of one training. Whatever happens but the daemon's end, the store says how it ended."""
@@ -363,6 +384,7 @@ class Trainings:
 
     async def _run_epochs(self, run: _Run) -> dict[str, Any]:
         refused_since: float | None = None
+        refusals = 0
         while True:
             if run.plan is not None:
                 await self._until_all_there(run)
@@ -379,12 +401,13 @@ class Trainings:
                         raise
                     self._leave_group(run)
                     run.waits(str(error))
+                    refusals += 1
                 else:
-                    refused_since = None
+                    refused_since, refusals = None, 0
                     self._note_loss(run, error)
                     if run.failures > RETRIES_MAX:
                         raise
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(min(REST_S, LOOK_S * 2**refusals))
 
     def _note_loss(self, run: _Run, error: EdgedError) -> None:
         self._leave_group(run)
@@ -420,11 +443,17 @@ class Trainings:
 
     async def _run_epoch(self, run: _Run) -> Mapping[str, float]:
         """Plan, load, go on from the last step that every rank has kept, to the end."""
-        model = self._models.find(str(run.settings["model"]))
+        model = self._models.find(run.model_sha256 or str(run.settings["model"]))
+        run.model_sha256 = model.sha256
         nodes = await self._viewer.views(measure=run.plan is None and "auto" in run.settings.values())
         plan = self._plan(run, model.sha256, nodes)
         run.epoch += 1
-        row = {"strategy": run.training.name, "plan": wire.to_map(plan), "recoveries": run.recoveries}
+        row = {
+            "strategy": run.training.name,
+            "plan": wire.to_map(plan),
+            "model_sha256": model.sha256,
+            "recoveries": run.recoveries,
+        }
         self._store.begin_epoch(run.job_id, run.epoch, row)
         candidate = Candidate(run.training.name, plan.roles, engine=run.training.engine)
         offers = tuple(
@@ -481,8 +510,8 @@ class Trainings:
         surveys = [started.survey for started in group.started]
         run.cost = run.training.cost(plan, manifest.model, surveys)
         keepers = [started for started in group.started if started.survey.get("keeps", True)]
-        kept = set.intersection({0, *range(plan.steps + 1)}, *({0, *k.steps_kept} for k in keepers))
-        run.step = max(kept)
+        kept = [{0, *keeper.steps_kept} for keeper in keepers] or [{0}]
+        run.step = max(step for step in set.intersection(*kept) if step <= plan.steps)
         run.forget_from(run.step)
         told = next(step for step in itertools.count() if step not in run.losses)
         self._store.forget_steps(run.job_id, run.step)
@@ -497,7 +526,7 @@ class Trainings:
                 "explanation": list(plan.explanation),
             }
         )
-        run.patience = Patience(time.monotonic())
+        run.patience.begin(time.monotonic())
         for role in plan.roles:
             body = wire.Train(group.group_id, run.job_id, run.epoch, run.step, told)
             self._peers.tell(role.node_id, "train", body)
@@ -507,15 +536,24 @@ class Trainings:
         assert run.group is not None
         while not run.finished.done():
             await asyncio.wait([run.finished], timeout=POLL_S)
-            run.used = await self._groups.used(run.group)
+            await self._ask_used(run, run.group)
             if run.patience.is_over(time.monotonic()) and not run.finished.done():
-                raise self._stalled(run, run.group)
+                raise self._stalled(run)
         return run.finished.result()
 
-    def _stalled(self, run: _Run, group: Group) -> PeerError:
+    async def _ask_used(self, run: _Run, group: Group) -> None:
+        """What every role sent and spent; what one does not answer stays as it last was."""
+        answers = await self._groups.used(group)
+        before = run.used or (None,) * len(answers)
+        run.silent = tuple(
+            role.node_id for role, used in zip(group.load.roles, answers, strict=True) if used is None
+        )
+        run.used = tuple(now or last for now, last in zip(answers, before, strict=True))
+
+    def _stalled(self, run: _Run) -> PeerError:
         """It names who does not even say what it uses; a frozen one does not."""
-        pairs = zip(group.load.roles, run.used, strict=False)
-        silent = [self._peers.name_of(role.node_id) for role, used in pairs if used is None]
+        run.patience.heard(time.monotonic())  # the next time it is longer
+        silent = [self._peers.name_of(node_id) for node_id in run.silent]
         whose = f"; {', '.join(silent)} does not answer" if silent else ""
         return PeerError(
             f"expected a step within {run.patience.limit_s:.0f} s; none came{whose}", code="stalled"
@@ -541,13 +579,12 @@ class Trainings:
         roles = run.group.load.roles
         if not 0 <= body.rank < len(roles) or roles[body.rank].node_id != node_id:
             return
-        run.patience.heard(time.monotonic())
         if body.kind == "error":
             run.fail(self._error_of(node_id, body))
         elif body.kind == "done":
             if node_id == self._peers.identity.node_id and not run.finished.done():
                 run.finished.set_result(body.values)
-        elif run.plan is not None and 0 <= body.step <= run.plan.steps and len(body.values) <= VALUES_MAX:
+        elif run.plan is not None and _is_sound(body, run.plan):
             self._report(run, run.plan, body)
 
     def _error_of(self, node_id: str, body: wire.Trained) -> EdgedError:
@@ -558,9 +595,12 @@ class Trainings:
 
     def _report(self, run: _Run, plan: TrainingPlan, body: wire.Trained) -> None:
         """A step is told when every rank that has a part of its loss has told it: their mean by tokens."""
+        is_known = body.step in (run.losses if body.kind == "step" else run.evals)
+        if is_known or len(run.reports) >= REPORTS_MAX:
+            return
         heard = run.reports.setdefault((body.step, body.kind), {})
         heard[body.rank] = body.values
-        if len(heard) < plan.reporters:
+        if len(heard) < len(plan.reporters):
             return
         del run.reports[body.step, body.kind]
         values = _mean(list(heard.values()))
@@ -569,6 +609,7 @@ class Trainings:
         except EdgedError as error:
             run.fail(error)
             return
+        run.patience.heard(time.monotonic())
         if body.kind == "step":
             if body.step >= run.furthest:  # what is told again after a loss is no progress
                 run.furthest, run.failures = body.step + 1, 0
@@ -740,6 +781,18 @@ def _may_pass(run: _Run, error: EdgedError) -> bool:
     if isinstance(error, PolicyViolation):
         return run.has_begun
     return isinstance(error, PeerError) or error.code in GONE
+
+
+def _is_sound(body: wire.Trained, plan: TrainingPlan) -> bool:
+    """Is it a report that this rank has to make, with figures that can be kept?"""
+    return (
+        body.rank in plan.reporters
+        and 0 <= body.step <= plan.steps
+        and "loss" in body.values
+        and len(body.values) <= VALUES_MAX
+        and all(key.isidentifier() and len(key) <= 32 and key not in OWN_WORDS for key in body.values)
+        and all(math.isfinite(value) for value in body.values.values())
+    )
 
 
 def _mean(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:

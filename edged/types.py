@@ -424,7 +424,7 @@ class TrainingPlan:
 
     `settings`: the job's, with everything in it that was left to the planner. By rank: its role, whose
     `memory_bytes` it needs there; in `data` the data set of its node that it trains on, "" for none.
-    `collector`: the rank of the submitter's node. `reporters`: how many ranks tell the loss of every step.
+    `collector`: the rank of the submitter's node. `reporters`: the ranks that tell the loss of every step.
     `step_s`: of one step; None where a node was never measured.
     """
 
@@ -432,7 +432,7 @@ class TrainingPlan:
     roles: tuple[Role, ...] = ()
     data: tuple[str, ...] = ()
     steps: int = 0
-    reporters: int = 1
+    reporters: tuple[int, ...] = (0,)
     collector: int = 0
     step_s: float | None = None
     refused_because: str = ""
@@ -441,7 +441,7 @@ class TrainingPlan:
 
 @dataclass(frozen=True, slots=True)
 class TrainingCost:
-    """What a planned training should cost: bytes over all links, seconds, and the memory of each rank."""
+    """What a planned training should cost: bytes over all links, and seconds; None where unknown."""
 
     bytes_sent: int | None = None
     seconds: float | None = None
@@ -506,7 +506,7 @@ class Training:
     """A kind of training job: `edged finetune NAME`.
 
     check(table) -> the settings of a job's file, every default filled in; ConfigError names the key
-    plan(settings, model, nodes, extra) -> TrainingPlan over nodes (the first is the submitter), pure
+    plan(settings, model, nodes) -> TrainingPlan over nodes (the first is the submitter), pure
     cost(plan, model, surveys) -> TrainingCost, from what each rank's trainer counted in its data, pure
     load: "package.module:attribute", in a worker: load(spec: TrainingSpec, loaded, channel) -> Trainer, where
         `loaded` is what `engine`'s own `load` made of the model

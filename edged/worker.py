@@ -252,8 +252,8 @@ class Worker:
         except EdgedError as error:
             tell("error", request.step, {}, error)
             self._stopped = True
-        except (RuntimeError, ValueError, TypeError, KeyError, IndexError, OSError) as error:
-            # the outermost frame of a plugin's training: its node and its error are told, not a lost worker
+        except Exception as error:
+            # MemoryError, too. The outermost frame of a plugin's training: it tells its error, and is not lost
             log.exception("training failed")
             short = _is_out_of_memory(error)
             text = "expected enough memory" if short else f"the training failed: {type(error).__name__}"
@@ -435,7 +435,8 @@ def _step(sequence: _Sequence) -> Step:
 
 def _is_out_of_memory(error: Exception) -> bool:
     """Tensor libraries say it in a RuntimeError's text; a full disk is an OSError of its own."""
-    return "can't allocate memory" in str(error) or "out of memory" in str(error)
+    told = str(error)
+    return isinstance(error, MemoryError) or "can't allocate memory" in told or "out of memory" in told
 
 
 def _peak_bytes() -> int:

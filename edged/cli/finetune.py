@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import os
 import re
 import sys
@@ -43,16 +44,15 @@ def finetune(
     Ctrl-C cancels the job, which --resume goes on with. A job whose terminal is closed goes on.
     """
     options.check_form(as_json, as_lines)
-    if plot is not None and plot.suffix not in PLOTS:
-        raise ConfigError(
-            f"expected a plot file that ends in {' or '.join(PLOTS)}; {plot.name!r} came",
-            remedy="name it otherwise",
-        )
+    if plot is not None:
+        _check_plot(plot, detach)
     table = config.load_table(settings)
+    if kind == "local" and isinstance(table.get("data"), str):
+        table["clients"] = [{"data": table.pop("data")}]
     with _open_data(table, settings.parent) as (indices, files), connect(home) as client:
         request = {
             "kind": kind,
-            "name": re.sub(r"[^\w.\-]", "-", settings.stem) or "adapter",
+            "name": re.sub(r"[^A-Za-z0-9_.\-]", "-", settings.stem).strip(".-") or "adapter",
             "settings": table,
             "file_clients": indices,
             "resume": resume,
@@ -63,9 +63,10 @@ def finetune(
     if detach and not (as_json or as_lines):
         print(document.get("job_id"))
         return 0
+    code = ended(document, stream, training_summary)
     if plot is not None and document.get("loss"):
         _draw(plot, document)
-    return ended(document, stream, training_summary)
+    return code
 
 
 @contextlib.contextmanager
@@ -180,13 +181,22 @@ def bars(values: Sequence[float]) -> str:
     return "".join(BARS[round((mean - low) / (high - low or 1) * (len(BARS) - 1))] for mean in means)
 
 
-def _draw(path: Path, document: Document) -> None:
-    try:
-        pyplot = importlib.import_module("matplotlib.pyplot")
-    except ImportError as error:
+def _check_plot(path: Path, detach: bool) -> None:
+    """Before hours of training rather than after them."""
+    if path.suffix not in PLOTS or detach:
+        came = "--detach came, too" if detach else f"{path.name!r} came"
         raise ConfigError(
-            f"expected matplotlib, which draws plots; {error}", remedy="pip install 'edged[plan]'"
-        ) from error
+            f"expected a plot file that ends in {' or '.join(PLOTS)}, and to wait for it; {came}",
+            remedy="name it otherwise, or drop --detach",
+        )
+    if not path.absolute().parent.is_dir():
+        raise ConfigError(f"expected a folder for the plot at {path.parent}", remedy="make it first")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("expected matplotlib, which draws plots", remedy="pip install 'edged[plan]'")
+
+
+def _draw(path: Path, document: Document) -> None:
+    pyplot = importlib.import_module("matplotlib.pyplot")
     figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
     axes.plot(range(1, len(document["loss"]) + 1), document["loss"], linewidth=1.0, label="training")
     evals = document.get("evals") or []

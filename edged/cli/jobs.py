@@ -130,7 +130,10 @@ def _because(job: Document) -> str | None:
     if error := job.get("error"):
         return str(error.get("message"))
     waits = job.get("waits")
-    return f"waits until {waits.get('until')}: {waits.get('because')}" if waits else None
+    if not waits:
+        return None
+    until = f" until {waits['until']}" if waits.get("until") else ""
+    return f"waits{until}: {waits.get('because')}"
 
 
 def _show_plan(document: Document, explain: bool) -> None:

@@ -20,6 +20,7 @@ UNCUT = ("private-lora", "parallel-adapters")  # all blocks are the server's
 BATTERY_WEIGHT = 2.0  # a second of a node on battery counts so many times
 CUTS_MAX = 2000  # that are each planned; of more, a grid, refined
 LEAST_AUTO = 2
+TELL_THEMSELVES = ("u-shape", "remote-blocks", "private-lora", "parallel-adapters")  # clients have the loss
 INSTABILITY = 1e-3  # seconds a step that a cut's bound on stability is worth
 
 
@@ -68,7 +69,7 @@ def _plan(
     roles = _roles(job, model, chosen)
     collector = next(role.rank for role in roles if role.node_id == nodes[0].node_id)
     places = Places(job, roles, model.layers, collector, [node.name for node in chosen])
-    tells_loss = len(job.clients) if job.topology == "u-shape" else 1
+    tells_loss = tuple(places.clients) if job.topology in TELL_THEMSELVES else (places.server,)
     return TrainingPlan(
         to_table(job),
         roles,
