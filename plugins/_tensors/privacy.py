@@ -34,7 +34,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edged import ConfigError, PluginError, PolicyViolation
+from edged import ConfigError, PluginError
 
 # A clipped row in F32 has a norm of at most C for sure: two roundings of 2^-24 are less than this.
 SHRINK = 1 - 2.0**-22
@@ -172,23 +172,12 @@ class Budget:
         """How many steps the budget is enough for."""
         return _steps_allowed(self)
 
-    def check_before(self, step: int) -> None:
-        """PolicyViolation where `step`, counted from 0, would spend more than the budget."""
-        allowed = self.steps_allowed()
-        if step >= allowed:
-            raise PolicyViolation(
-                f"step {step} would spend epsilon {self.spent(step + 1):.4g} at delta {self.delta:g}; "
-                f"the budget is {self.epsilon:g}, enough for {allowed} steps",
-                remedy="fewer steps, a larger sigma, or a larger epsilon",
-                code="privacy-budget",
-            )
-
     @property
     def _epoch_steps(self) -> int:
         return -(-self.rows // self.batch)
 
 
-@functools.lru_cache(maxsize=64)  # a run asks before every step; a worker has a few budgets
+@functools.lru_cache(maxsize=64)  # a run asks before every evaluation; a worker has a few budgets
 def _steps_allowed(budget: Budget) -> int:
     """By bisection: what is spent grows with the steps."""
     least, most = 0, 1
