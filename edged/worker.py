@@ -253,7 +253,7 @@ class Worker:
             tell("error", request.step, {}, error)
             self._stopped = True
         except Exception as error:
-            # MemoryError, too. The outermost frame of a plugin's training: it tells its error, and is not lost
+            # The outermost frame of a plugin's training: it tells its error, and does not look lost
             log.exception("training failed")
             short = _is_out_of_memory(error)
             text = "expected enough memory" if short else f"the training failed: {type(error).__name__}"

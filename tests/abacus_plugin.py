@@ -1,8 +1,8 @@
 """A training without tensors, on engine echo: ranks that add each other's numbers, with checkpoints.
 
 It stands in for split learning where the work of daemons is tested: its worker is up at once, a step takes
-as long as the job's file says, and the adapter is a function of every step of every rank in order. A step that
-is done twice, left out, or done from another rank's older state gives other bytes.
+as long as the job's file says, and the adapter is a function of every step of every rank in order. A step
+that is done twice, left out, or done from another rank's older state gives other bytes.
 """
 
 from __future__ import annotations
@@ -84,8 +84,9 @@ def plan(settings: Mapping[str, Any], model: Any, nodes: Sequence[Any]) -> Train
     data = [client["data"] for client in settings["clients"]]
     mine = next(role.rank for role in roles if role.node_id == nodes[0].node_id)
     return TrainingPlan(
-        dict(settings), roles, (*data, *[""] * (len(roles) - len(data))), settings["steps"], collector=mine
-    )
+        dict(settings), roles, (*data, *[""] * (len(roles) - len(data))), settings["steps"],
+        reporters=(len(settings["clients"]),), collector=mine,
+    )  # fmt: skip
 
 
 def cost(planned: TrainingPlan, model: Any, surveys: Sequence[Mapping[str, Any]]) -> TrainingCost:

@@ -1,7 +1,7 @@
 """Seeded faults against trainings that run; `make chaos` has the long ones.
 
-Whatever is killed, frozen or restarted, the job ends by itself, and its adapter is that of a run which nothing
-disturbed.
+Whatever is killed, frozen or restarted, the job ends by itself, and its adapter is that of a run which
+nothing disturbed.
 """
 
 from __future__ import annotations
