@@ -14,6 +14,7 @@ from edged_plugins import echo
 
 from edged import models, planning, sizes, wire
 from edged.config import Budget, Network, Profile
+from edged.datasets import DataStore
 from edged.device import Device
 from edged.errors import EngineError, PolicyViolation, ProtocolError
 from edged.identity import Home
@@ -25,7 +26,18 @@ from edged.plugins import Host
 from edged.roles import Roles
 from edged.supervisor import Supervisor
 from edged.transfers import Transfers
-from edged.types import AdapterFile, DeviceState, EngineEntry, NodeView, PlanRequest, Predicted, SensorEntry
+from edged.types import (
+    AdapterFile,
+    DeviceState,
+    EngineEntry,
+    NodeView,
+    PlanRequest,
+    Predicted,
+    SensorEntry,
+    Training,
+    TrainingCost,
+    TrainingPlan,
+)
 
 ECHO = echo.edged_engines({})[0]
 WINDOWED = dataclasses.replace(ECHO, window_bytes=1)
@@ -71,7 +83,15 @@ class Rig:
         sensor = SensorEntry("free", lambda: DeviceState(memory_free=self.free))
         self.device = Device(profile, home.cache, {"free": sensor}, engines, self.supervisor)
         transfers = Transfers(home, profile, store, Lending(), peers, self.supervisor, engines)
-        self.roles = Roles(profile, peers, Host(), self.device, self.supervisor, transfers, engines)
+        self.counted = 0
+        training = Training(
+            "abacus", "echo", dict, lambda *_: TrainingPlan({}), lambda *_: TrainingCost(), "none:none",
+            memory=lambda settings, model, roles, rank: self.counted,
+        )  # fmt: skip
+        self.roles = Roles(
+            profile, peers, Host(), self.device, self.supervisor, transfers, engines,
+            {"abacus": training}, DataStore(home, self.supervisor), home.cache / "training",
+        )  # fmt: skip
         [role] = planning.whole(NodeView("me", "phone"), self.manifest.model, "local").roles
         self.role = role
         asked = PlanRequest(context_tokens=CONTEXT)
@@ -79,7 +99,12 @@ class Rig:
         self.least = sizes.least_memory_of(role, self.manifest.model, asked, engine.window_bytes)
 
     async def offer(
-        self, group: str = "g", memory_bytes: int = 0, adapter: AdapterFile | None = None, **model: Any
+        self,
+        group: str = "g",
+        memory_bytes: int = 0,
+        adapter: AdapterFile | None = None,
+        training: wire.TrainingOffer | None = None,
+        **model: Any,
     ) -> None:
         described = dataclasses.replace(self.manifest.model, **model)
         role = dataclasses.replace(self.role, memory_bytes=memory_bytes)
@@ -88,7 +113,7 @@ class Rig:
             "coordinator",
             wire.Offer(
                 group, 0, (role,), self.manifest.sha256, "m", models.manifest_hash(self.manifest), described,
-                self.engine.name, CONTEXT, "fast", (), "me", adapter=adapter,
+                self.engine.name, CONTEXT, "fast", (), "me", adapter=adapter, training=training,
             ),
         )  # fmt: skip
 
@@ -121,6 +146,27 @@ def test_a_role_takes_what_this_node_knows_of_the_model_not_what_the_offer_says(
         await rig.offer(layer_bytes=(0,) * rig.manifest.model.layers, kv_heads=1)
         assert rig.roles.memory_taken == rig.full
         assert rig.roles._held["g"].model == rig.manifest.model
+
+    run(tmp_path, test)
+
+
+@pytest.mark.parametrize(("claimed", "counted"), [(0, 700 << 20), (900 << 20, 0), (500 << 20, 600 << 20)])
+def test_a_training_counts_with_the_larger_of_what_is_claimed_and_what_is_counted_here(
+    tmp_path: Path, claimed: int, counted: int
+) -> None:
+    training = wire.TrainingOffer("0" * 16, "abacus", {})
+
+    async def test(rig: Rig) -> None:
+        rig.counted, most = counted, max(claimed, counted)
+        await rig.offer(memory_bytes=claimed, training=training)
+        assert rig.roles.memory_taken == most
+        rig.roles._end("g", "the test is done with it")
+        rig.free = most - 1
+        with pytest.raises(PolicyViolation, match="by its own count") as caught:
+            await rig.offer(memory_bytes=claimed, training=training)
+        for needed in (max(counted, sizes.WORKER_BYTES), claimed):
+            assert f"{needed >> 20} MiB" in str(caught.value)
+        assert rig.roles.memory_taken == 0
 
     run(tmp_path, test)
 
