@@ -258,16 +258,29 @@ class Roles:
             raise ProtocolError("expected a role and a context within the model's size")
         request, entry = _request_of(offer), self._engines[offer.engine]
         budget = self._device.memory_budget(self.memory_taken)
-        if offer.training is not None:  # its own plan counted it
-            given = max(role.memory_bytes, sizes.WORKER_BYTES)
-        else:
-            given = sizes.admitted(role, model, request, budget, entry.window_bytes)
+        if offer.training is not None:
+            counted = self._counted(offer, offer.training, model)
+            given = max(role.memory_bytes, counted)
+            if budget is not None and given > budget:
+                raise PolicyViolation(
+                    f"{name}: its part of this training needs {counted >> 20} MiB by its own count and "
+                    f"{role.memory_bytes >> 20} MiB by the plan's, and the budget is {budget >> 20} MiB",
+                    remedy="free memory there, or lower batch_size or max_length",
+                )
+            return given
+        given = sizes.admitted(role, model, request, budget, entry.window_bytes)
         if budget is not None and given > budget:
             raise PolicyViolation(
                 f"{name}: its part needs at least {given >> 20} MiB, and the budget is {budget >> 20} MiB",
                 remedy="free memory there, or give it a smaller share",
             )
         return given
+
+    def _counted(self, offer: wire.Offer, offered: wire.TrainingOffer, model: ModelDescription) -> int:
+        """Bytes of a training's role, as the training's own plugin counts them here."""
+        memory = self._trainings[offered.kind].memory
+        counted = memory(offered.settings, model, offer.roles, offer.rank) if memory is not None else 0
+        return max(counted, sizes.WORKER_BYTES)
 
     async def _prepare(self, admitting: _Admitting, model: ModelDescription) -> wire.Offered:
         offer, group = admitting.offer, admitting.offer.group

@@ -604,6 +604,8 @@ class Trainings:
             return
         del run.reports[body.step, body.kind]
         values = _mean(list(heard.values()))
+        if body.kind == "eval" and values.get("targets") == 0:
+            return  # no rank has rows that are held out, or may still send them
         try:
             self._store.add_step(run.job_id, body.step, body.kind, values | {SENT: float(run.bytes_sent)})
         except EdgedError as error:
@@ -796,13 +798,15 @@ def _is_sound(body: wire.Trained, plan: TrainingPlan) -> bool:
 
 
 def _mean(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Of several ranks' figures: sums of `tokens` and `targets`, means by targets of all else."""
+    """Of several ranks' figures: sums of `tokens` and `targets`, means by targets of all else.
+    A report without targets says nothing of the rest."""
     if len(reports) == 1:
         return dict(reports[0])
     weights = [max(0.0, report.get("targets", 1.0)) for report in reports]
     keys = [key for key in reports[0] if all(key in report for report in reports)]
     found = {
-        key: sum(w * report[key] for w, report in zip(weights, reports, strict=True)) / (sum(weights) or 1.0)
+        key: sum(w * report[key] for w, report in zip(weights, reports, strict=True) if w)
+        / (sum(weights) or 1.0)
         for key in keys
     }
     sums = {key: sum(report[key] for report in reports) for key in ("tokens", "targets") if key in keys}

@@ -508,6 +508,8 @@ class Training:
     check(table) -> the settings of a job's file, every default filled in; ConfigError names the key
     plan(settings, model, nodes) -> TrainingPlan over nodes (the first is the submitter), pure
     cost(plan, model, surveys) -> TrainingCost, from what each rank's trainer counted in its data, pure
+    memory(settings, model, roles, rank) -> bytes that a rank's worker takes, pure: the asked node's own
+        count, which stands against what the submitter says; None: nothing to count
     load: "package.module:attribute", in a worker: load(spec: TrainingSpec, loaded, channel) -> Trainer, where
         `loaded` is what `engine`'s own `load` made of the model
 
@@ -522,6 +524,7 @@ class Training:
     cost: Callable[[TrainingPlan, ModelDescription, Sequence[Mapping[str, Any]]], TrainingCost]
     load: str
     keys: Sequence[TrainingKey] = ()
+    memory: Callable[[Mapping[str, Any], ModelDescription, Sequence[Role], int], int] | None = None
 
 
 @dataclass(frozen=True, slots=True)

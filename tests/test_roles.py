@@ -97,8 +97,12 @@ class Rig:
         sensor = SensorEntry("free", lambda: DeviceState(memory_free=self.free))
         self.device = Device(profile, home.cache, {"free": sensor}, engines, self.supervisor)
         transfers = Transfers(home, profile, store, Lending(), peers, self.supervisor, engines)
-        self.data = DataStore(home, self.supervisor)
-        self.trainings = {"sums": TRAINING}
+        self.data, self.counted = DataStore(home, self.supervisor), 0
+        counting = Training(
+            "abacus", "echo", dict, lambda *_: TrainingPlan({}), lambda *_: TrainingCost(), "none:none",
+            memory=lambda settings, model, roles, rank: self.counted,
+        )  # fmt: skip
+        self.trainings = {"sums": TRAINING, "abacus": counting}
         self.roles = Roles(
             profile, peers, Host(), self.device, self.supervisor, transfers, engines, self.trainings,
             self.data, home.training,
@@ -157,6 +161,27 @@ def test_a_role_takes_what_this_node_knows_of_the_model_not_what_the_offer_says(
         await rig.offer(layer_bytes=(0,) * rig.manifest.model.layers, kv_heads=1)
         assert rig.roles.memory_taken == rig.full
         assert rig.roles._held["g"].model == rig.manifest.model
+
+    run(tmp_path, test)
+
+
+@pytest.mark.parametrize(("claimed", "counted"), [(0, 700 << 20), (900 << 20, 0), (500 << 20, 600 << 20)])
+def test_a_training_counts_with_the_larger_of_what_is_claimed_and_what_is_counted_here(
+    tmp_path: Path, claimed: int, counted: int
+) -> None:
+    training = wire.TrainingOffer("0" * 16, "abacus", {})
+
+    async def test(rig: Rig) -> None:
+        rig.counted, most = counted, max(claimed, counted)
+        await rig.offer(memory_bytes=claimed, training=training)
+        assert rig.roles.memory_taken == most
+        rig.roles._end("g", "the test is done with it")
+        rig.free = most - 1
+        with pytest.raises(PolicyViolation, match="by its own count") as caught:
+            await rig.offer(memory_bytes=claimed, training=training)
+        for needed in (max(counted, sizes.WORKER_BYTES), claimed):
+            assert f"{needed >> 20} MiB" in str(caught.value)
+        assert rig.roles.memory_taken == 0
 
     run(tmp_path, test)
 

@@ -17,7 +17,7 @@ from edged import ConfigError, Training, hookimpl
 
 from ._cost import cost
 from ._job import check_local, check_split, keys
-from ._layout import plan_local, plan_split
+from ._layout import memory, plan_local, plan_split
 
 LOAD = "edged_plugins.split_learning._trainer:load"
 ENGINE = "torch_blocks"
@@ -30,6 +30,6 @@ def edged_trainings(settings: Mapping[str, Any]) -> Sequence[Training]:
             f"no setting plugin.split_learning.{min(settings)}; it has none", remedy="remove the key"
         )
     return [
-        Training("split", ENGINE, check_split, plan_split, cost, LOAD, keys("split")),
-        Training("local", ENGINE, check_local, plan_local, cost, LOAD, keys("local")),
+        Training("split", ENGINE, check_split, plan_split, cost, LOAD, keys("split"), memory),
+        Training("local", ENGINE, check_local, plan_local, cost, LOAD, keys("local"), memory),
     ]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,35 +14,39 @@ from edged import ProtocolError
 from ._link import Link
 from ._places import Places
 
+VALUES_MAX = 1 << 29  # of a client's adapter, 2 GiB: a server cannot know what its client tunes
+
 
 def average_clients(
     places: Places, rank: int, link: Callable[[int], Link], parameters: Sequence[nn.Parameter], step: int
 ) -> None:
-    """Clients send their values in one frame and take the mean's; nothing where there is one client."""
+    """Clients send their values and take the mean's; nothing where there is one client. ProtocolError,
+    naming the node, where values are not finite or not as many as expected."""
     if len(places.clients) < 2:
         return
     if rank in places.clients:
-        link(places.server).send("mine", [step], {}, [flat(parameters)])
-        _set(parameters, _taken(link(places.server), "mean", step))
+        server, count = link(places.server), sum(parameter.numel() for parameter in parameters)
+        server.send_values("mine", [step], {"of": count}, flat(parameters))
+        name = places.name(places.server)
+        _set(parameters, server.receive_values("mean", [step], lambda _: count, name)[1])
         return
     total: np.ndarray | None = None
-    for client in places.clients:
-        values = _taken(link(client), "mine", step).astype(np.float64)
-        if total is not None and values.shape != total.shape:
-            raise ProtocolError(f"expected {total.size} values of client {client}, got {values.size}")
-        total = values if total is None else total + values
+    for client in places.clients:  # all have the same tensors: the first says how many values
+        name = places.name(client)
+
+        def count_of(said: Mapping[str, Any], name: str = name, total: np.ndarray | None = total) -> int:
+            of = said.get("of")
+            if type(of) is not int or not 1 <= of <= VALUES_MAX or (total is not None and of != total.size):
+                wanted = f"1 to {VALUES_MAX}" if total is None else f"{total.size}"
+                raise ProtocolError(f"expected {wanted} values of {name}'s adapter; {str(of)[:20]} came")
+            return of
+
+        _, values = link(client).receive_values("mine", [step], count_of, name)
+        total = values.astype(np.float64) if total is None else total + values
     assert total is not None
-    mean = (total / len(places.clients)).astype("<f4")
+    mean = total / len(places.clients)
     for client in places.clients:
-        link(client).send("mean", [step], {}, [mean])
-
-
-def _taken(link: Link, kind: str, step: int) -> np.ndarray:
-    """The one frame's numbers."""
-    _, frames = link.receive(kind, [step])
-    if len(frames) != 1 or frames[0].nbytes % 4:
-        raise ProtocolError(f"expected {kind} of rank {link.other} in one frame of F32 values")
-    return np.frombuffer(frames[0], "<f4")
+        link(client).send_values("mean", [step], {}, mean)
 
 
 def flat(parameters: Sequence[nn.Parameter]) -> np.ndarray:
@@ -50,10 +55,7 @@ def flat(parameters: Sequence[nn.Parameter]) -> np.ndarray:
 
 
 def _set(parameters: Sequence[nn.Parameter], values: np.ndarray) -> None:
-    sizes = [parameter.numel() for parameter in parameters]
-    if values.size != sum(sizes):
-        raise ProtocolError(f"expected the mean of {sum(sizes)} values, got {values.size}")
-    parts = np.split(values.astype(np.float32), np.cumsum(sizes)[:-1])
+    parts = np.split(values, np.cumsum([parameter.numel() for parameter in parameters])[:-1])
     with torch.no_grad():
         for parameter, part in zip(parameters, parts, strict=True):
             parameter.copy_(torch.from_numpy(part.copy()).reshape(parameter.shape))

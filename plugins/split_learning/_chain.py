@@ -24,16 +24,17 @@ from torch import Tensor, nn
 
 from edged import ProtocolError
 
-from ._averaging import average_clients
-from ._cost import divided
+from ._cost import EVAL_DONE, divided
 from ._link import int_frame, ints
 from ._loss import summed, targets_of
-from ._rank import Rank, Report
+from ._rank import Report
+from ._serving import Serving
 
 TOKENS_MAX = 1 << 31
+EVAL_WINDOW = 2  # batches of an evaluation that are under way to the next rank
 
 
-class Stage(Rank):
+class Stage(Serving):
     """One rank of the chain, or of several chains that end at the same server."""
 
     def build(self) -> None:
@@ -52,8 +53,7 @@ class Stage(Rank):
         place = 0 if self.is_source else chain.index(self.rank)
         self.before = [] if self.is_source else self._upstream(chain[place - 1])
         self.after = None if self.is_last else (chain[1] if self.rank == 0 else self._next(place))
-        self.window = len(chain) - place
-        self._hierarchy: Hierarchy | None = None
+        self.window = self.places.window(self.rank)
 
     def _upstream(self, before: int) -> list[int]:
         return list(self.places.clients) if before == 0 and not self.job.stages else [before]
@@ -121,8 +121,7 @@ class Stage(Rank):
         assert self.after is not None
         micro, hidden = under_way.popleft()
         link, shape = self.link(self.after), list(hidden.shape)
-        gradient, _, _ = link.receive_tensor("backward", [step, micro], shape, is_exact=True)
-        hidden.backward(gradient)
+        hidden.backward(link.receive_gradient("backward", [step, micro], shape))
 
     def _take(self, before: int, step: int, micro: int) -> tuple[Tensor, Tensor, dict[str, Any]]:
         """A micro-batch of the rank before us: hidden states (a leaf), labels, and its header."""
@@ -177,7 +176,7 @@ class Stage(Rank):
             losses, tokens, targets = self._serve_together(step)
         else:
             for before in self.before:
-                self._enter(before)
+                self.enter(before)
                 loss, seen, wanted = self._serve_one(before, step)
                 losses.append(loss)
                 targets.append(wanted)
@@ -225,13 +224,6 @@ class Stage(Rank):
         tokens = sum(labels.numel() for _, labels, _ in taken)
         return [loss.item() for loss in losses], tokens, [header["targets"] for _, _, header in taken]
 
-    def _enter(self, client: int) -> None:
-        """With an adapter for each client: take up this one's."""
-        if self.job.schedule == "server-hierarchical" and len(self.before) > 1:
-            if self._hierarchy is None:
-                self._hierarchy = Hierarchy(self)
-            self._hierarchy.enter(client)
-
     # --- evaluation -----------------------------------------------------------------------------
 
     def evaluate(self, step: int, report: Report) -> None:
@@ -257,11 +249,13 @@ class Stage(Rank):
         for index, (ids, labels) in enumerate(batches):
             hidden = self.noise.held_out(self.span(ids), step, index * self.job.batch_size)
             frames = [frame_of(hidden), int_frame(labels)]
-            link.send("eval", [step, index], {"shape": list(ids.shape)}, frames)
+            self._send_eval(step, index, {"shape": list(ids.shape)}, frames)
+        self._await_evals(step, len(batches))
 
     def _evaluate_others(self, step: int, report: Report) -> None:
         sums: list[tuple[float, int]] = []
         for before in self.before:
+            self.enter(before)
             count = self.eval_count(self.link(before).receive("evals", [step])[0])
             if self.after is not None:
                 self.link(self.after).send("evals", [step], {"of": count}, [])
@@ -272,9 +266,26 @@ class Stage(Rank):
                     sums.append((summed(self.span, hidden, labels).item(), targets_of(labels)))
                 else:
                     frames = [frame_of(hidden), int_frame(labels)]
-                    self.link(self.after).send("eval", [step, index], {"shape": list(labels.shape)}, frames)
+                    self._send_eval(step, index, {"shape": list(labels.shape)}, frames)
+                self.link(before).send(EVAL_DONE, [step, index], {}, [])
+            if self.after is not None:
+                self._await_evals(step, count)
         if self.after is None:
             report_eval(step, sums, report)
+
+    def _send_eval(self, step: int, index: int, words: Mapping[str, Any], frames: list[Any]) -> None:
+        """A batch to the rank after us, when it is done with all but the last ones: what waits there is
+        bounded, however long it serves others."""
+        assert self.after is not None
+        if index >= EVAL_WINDOW:
+            self.link(self.after).receive(EVAL_DONE, [step, index - EVAL_WINDOW])
+        self.link(self.after).send("eval", [step, index], words, frames)
+
+    def _await_evals(self, step: int, count: int) -> None:
+        """Take the answers to the last batches."""
+        assert self.after is not None
+        for index in range(max(0, count - EVAL_WINDOW), count):
+            self.link(self.after).receive(EVAL_DONE, [step, index])
 
     def _take_eval(self, before: int, step: int, index: int) -> tuple[Tensor, Tensor]:
         header, frames = self.link(before).receive("eval", [step, index])
@@ -282,85 +293,6 @@ class Stage(Rank):
             header, frames, self.job.batch_size, self.job.max_length, self.blocks.hidden, 1
         )
         return given, ints(labels[0], given.shape[:2], self.blocks.vocab)
-
-    # --- several clients ------------------------------------------------------------------------
-
-    def average(self, step: int) -> None:
-        average_clients(self.places, self.rank, self.link, self.parameters, step)
-        if self._hierarchy is not None:
-            self._hierarchy.average()
-
-    def own_state(self) -> dict[str, Tensor]:
-        return self._hierarchy.state() if self._hierarchy is not None else {}
-
-    def set_own_state(self, state: Mapping[str, Tensor]) -> None:
-        if state:
-            self._hierarchy = Hierarchy(self)
-            self._hierarchy.set_state(state)
-
-
-class Hierarchy:
-    """The server's adapters and moments, one set for each client; `enter` swaps one in."""
-
-    def __init__(self, stage: Stage) -> None:
-        self._stage, self._now = stage, -1
-        self._sets: dict[int, list[dict[str, Tensor]]] = {}
-        first = self._held()
-        for client in stage.before:
-            self._sets[client] = [{key: value.clone() for key, value in each.items()} for each in first]
-
-    def enter(self, client: int) -> None:
-        self._keep()
-        self._put(client)
-
-    def average(self) -> None:
-        """All become their mean; moments stay their own."""
-        self._keep()
-        for i in range(len(self._stage.parameters)):
-            mean = torch.stack([held[i]["value"] for held in self._sets.values()]).mean(0)
-            for held in self._sets.values():
-                held[i]["value"] = mean.clone()
-        self._put(self._stage.before[0])
-
-    def state(self) -> dict[str, Tensor]:
-        self._keep()
-        return {
-            f"{client}.{i}.{key}": value
-            for client, held in self._sets.items()
-            for i, each in enumerate(held)
-            for key, value in each.items()
-        }
-
-    def set_state(self, state: Mapping[str, Tensor]) -> None:
-        for name, value in state.items():
-            client, i, key = name.split(".")
-            self._sets[int(client)][int(i)][key] = value.clone()
-        self._now = -1
-        self._put(self._stage.before[0])
-
-    def _held(self) -> list[dict[str, Tensor]]:
-        optimiser = self._stage.optimiser
-        assert optimiser is not None
-        return [
-            {
-                "value": parameter.detach().clone(),
-                **{k: v.clone() for k, v in optimiser.state[parameter].items()},
-            }
-            for parameter in self._stage.parameters
-        ]
-
-    def _keep(self) -> None:
-        if self._now >= 0:
-            self._sets[self._now] = self._held()
-
-    def _put(self, client: int) -> None:
-        optimiser = self._stage.optimiser
-        assert optimiser is not None
-        for parameter, held in zip(self._stage.parameters, self._sets[client], strict=True):
-            with torch.no_grad():
-                parameter.copy_(held["value"])
-            optimiser.state[parameter] = {key: value.clone() for key, value in held.items() if key != "value"}
-        self._now = client
 
 
 def take_plain(
@@ -382,7 +314,7 @@ def frame_of(hidden: Tensor) -> Any:
 
 
 def report_eval(step: int, sums: list[tuple[float, int]], report: Report) -> None:
+    """The mean loss; of nothing held out it counts nothing, and is told all the same: others wait for it."""
     targets = sum(count for _, count in sums)
-    if targets:
-        loss = sum(loss for loss, _ in sums) / targets
-        report("eval", step, {"loss": loss, "targets": float(targets)})
+    loss = sum(loss for loss, _ in sums) / targets if targets else 0.0
+    report("eval", step, {"loss": loss, "targets": float(targets)})

@@ -29,16 +29,26 @@ ASK_BYTES, STATES_BYTES = 175, 124  # the same of parallel adapters' two kinds o
 LABEL_BYTES = 4
 ANSWER_PART = 0.5  # of the positions, before the rows are known
 COLLECTOR_BYTES = 64 << 20
+EVAL_DONE = "eval done"  # that a batch of an evaluation is dealt with
+FRAME_BYTES_MAX = 256 << 20  # of `edged.wire`, which plugins do not read: a larger one ends its connection
+PIECE_BYTES = 64 << 20  # of an adapter's values in one message; four bytes make a value
+RESIDUALS_MOST = 256  # of `_tensors.codecs`, which needs torch: a link keeps no more
+LENGTH_MULTIPLE = 8  # of `_tensors.rows`: batches are padded to it
 
 
-def memory_bytes(job: Job, model: ModelDescription, parts: Sequence[Part]) -> int:
-    """Most that a worker with these parts should take."""
+def memory_bytes(job: Job, model: ModelDescription, places: Places, rank: int) -> int:
+    """Most that the worker of a rank should take."""
+    parts = places.parts(rank)
     if not parts:
         return WORKER_BYTES + COLLECTOR_BYTES
     if job.topology == "parallel-adapters":
         return _parallel_memory_bytes(job, model, parts)
-    rows = job.batch_size * (len(job.clients) if job.schedule == "client-batch" else 1)
-    positions = rows * (job.max_length + job.prompts) // max(1, job.micro_batches)
+    is_server, clients = rank == places.server, len(places.clients)
+    rows = divided(job.batch_size, job.micro_batches)[0]
+    if is_server and job.schedule == "client-batch":  # one pass over the rows of all
+        rows *= clients
+    positions = rows * (job.max_length + job.prompts)
+    window = min(len(divided(job.batch_size, job.micro_batches)), places.window(rank))
     weight = 2 if job.weights == "bf16" else F32
     total = float(WORKER_BYTES)
     for part in parts:
@@ -47,17 +57,44 @@ def memory_bytes(job: Job, model: ModelDescription, parts: Sequence[Part]) -> in
             count * block_values(model) + (part.embed + part.head) * model.vocab * model.hidden
         )
         if job.gradient_checkpointing:
-            total += F32 * positions * (count * model.hidden + saved_values(model))
+            total += F32 * positions * (window * count * model.hidden + saved_values(model))
         else:
-            total += F32 * positions * count * saved_values(model)
+            total += F32 * positions * window * count * saved_values(model)
         if part.head:
             loss = positions * (ANSWER_PART if job.loss_on == "answer" else 1)
             total += 3 * F32 * loss * model.vocab  # logits, their softmax, their gradient
         if part.tuned:
-            total += 4 * F32 * count * adapter_values(job, model)  # values, gradient, two moments
+            values = F32 * count * adapter_values(job, model)
+            total += 4 * values  # values, gradient, two moments
+            if is_server and clients > 1 and job.schedule == "server-hierarchical":
+                total += 3 * clients * values  # a set of each client's: no gradient
     total += _private_bytes(job, model, parts, positions) if job.topology == "private-lora" else 0
-    under_way = min(job.micro_batches, 4)
-    return round(total + under_way * 4 * F32 * positions * model.hidden)
+    total += _residual_bytes(job, model, places, rank)
+    return round(total + window * 4 * F32 * positions * model.hidden)
+
+
+def _residual_bytes(job: Job, model: ModelDescription, places: Places, rank: int) -> int:
+    """What top-k keeps of the tensors that a rank sends: one of each slot and each length of a batch, on a
+    link no more than RESIDUALS_MOST."""
+    if job.codec not in ("topk", "adatopk") or not job.error_feedback or places.is_local:
+        return 0
+    is_client = rank in places.clients
+    if job.topology in ("remote-blocks", "private-lora") and not is_client:
+        return 0  # such a server keeps nothing
+    sizes = divided(job.batch_size, job.micro_batches)
+    if job.topology in ("label-sharing", "pipeline"):
+        is_between = not is_client and rank != places.server
+        links = 2 if is_between else len(places.neighbours(rank))
+        slots = [size * model.hidden for size in sizes]
+    else:
+        links = len(places.neighbours(rank))
+        slots = [job.batch_size * model.hidden] * 2
+        if job.topology == "private-lora":
+            for group in shared_inputs(job.target_modules):
+                slots += [job.batch_size * len(group) * job.r] * (2 * model.layers)
+    lengths = range(job.max_length // LENGTH_MULTIPLE, 0, -1)
+    every = (slot * (LENGTH_MULTIPLE * n + job.prompts) for n in lengths for slot in slots)
+    return F32 * links * sum(itertools.islice(every, RESIDUALS_MOST))
 
 
 def _private_bytes(job: Job, model: ModelDescription, parts: Sequence[Part], positions: float) -> float:
@@ -66,6 +103,19 @@ def _private_bytes(job: Job, model: ModelDescription, parts: Sequence[Part], pos
     is_server = any(part.last > part.first for part in parts)
     held = count * adapter_values(job, model) if is_server else 4 * count * width * job.r
     return F32 * (held + 2 * positions * count * width)
+
+
+def largest_frame(job: Job, model: ModelDescription) -> int:
+    """Bytes of the largest frame between two ranks: a tensor in F32, as an evaluation sends whole batches
+    and a codec may send anything. Adapters travel in pieces."""
+    length = job.max_length + job.prompts
+    if job.topology == "parallel-adapters":  # row by row
+        return F32 * length * model.hidden
+    rows = job.batch_size if job.eval_rows else divided(job.batch_size, job.micro_batches)[0]
+    width = model.hidden
+    if job.topology == "private-lora":
+        width = max(width, *(len(group) * job.r for group in shared_inputs(job.target_modules)))
+    return F32 * rows * length * width
 
 
 def block_values(model: ModelDescription) -> int:
@@ -195,7 +245,8 @@ def _eval_bytes(
     if job.topology in ("u-shape", "remote-blocks", "private-lora"):
         return sum(message_bytes({"k": kind, **words}, [hidden]) for kind in ("eval", "eval back"))
     links = len(_chain(places, client)) - 1
-    return links * message_bytes({"k": "eval", **words}, [hidden, LABEL_BYTES * rows * length])
+    done = message_bytes({"k": EVAL_DONE, "at": words["at"]})
+    return links * (done + message_bytes({"k": "eval", **words}, [hidden, LABEL_BYTES * rows * length]))
 
 
 def _inner_bytes(job: Job, places: Places, survey: Mapping[str, Any], rows: int, length: int) -> int:
@@ -297,10 +348,12 @@ def _averaging_bytes(job: Job, places: Places, surveys: Sequence[Mapping[str, An
     if len(places.clients) < 2:
         return 0
     times = job.steps // job.average_every + (1 if job.steps % job.average_every else 0)
-    return times * sum(
-        2 * message_bytes({"k": "mean", "at": [job.steps]}, [F32 * surveys[client]["adapter_values"]])
-        for client in places.clients
-    )
+    total, at = 0, [job.steps]
+    for client in places.clients:
+        count = surveys[client]["adapter_values"]
+        total += values_bytes({"k": "mine", "at": at, "of": count}, count)
+        total += values_bytes({"k": "mean", "at": at}, count)
+    return times * total
 
 
 def _end_bytes(job: Job, places: Places, surveys: Sequence[Mapping[str, Any]]) -> int:
@@ -309,8 +362,8 @@ def _end_bytes(job: Job, places: Places, surveys: Sequence[Mapping[str, Any]]) -
     for rank in places.givers():
         if rank != places.collector:
             survey = surveys[rank]
-            header = message_bytes({"k": "part", "at": [job.steps], "tensors": []})
-            total += header + survey.get("adapter_names", 0) + frame_bytes(F32 * survey["adapter_values"])
+            header = {"k": "part", "at": [job.steps], "tensors": []}
+            total += survey.get("adapter_names", 0) + values_bytes(header, survey["adapter_values"])
     return total
 
 
@@ -340,6 +393,20 @@ def tensor_bytes(
         frames = [payload - math.prod(shape), math.prod(shape)]
     at = [job.steps // 2, 1][:place]
     return message_bytes({"k": kind, "at": at, **(words or {}), "tensor": said}, [*frames, *more])
+
+
+def values_bytes(header: Mapping[str, Any], count: int) -> int:
+    """Of an adapter's values in messages of a piece each; the first has the header's words."""
+    first, *others = pieces(F32 * count)
+    total = message_bytes(header, [first])
+    for number, size in enumerate(others, 1):
+        total += message_bytes({"k": header["k"], "at": [*header["at"], number]}, [size])
+    return total
+
+
+def pieces(total: int) -> list[int]:
+    """Bytes of each message in which so many travel; one at least."""
+    return [min(PIECE_BYTES, total - first) for first in range(0, max(1, total), PIECE_BYTES)]
 
 
 def message_bytes(header: Mapping[str, Any], frames: Sequence[int] = ()) -> int:

@@ -54,6 +54,7 @@ def plan_split(
     if job.cut == "auto" and job.topology not in UNCUT:
         job = _with_cut(job, model, chosen, notes)
     _check_cut(job, model)
+    _check_frames(job, model)
     if job.codec == "adatopk" and not job.link_ratios:
         job = _with_ratios(job, model, chosen, notes)
     return _plan(job, model, nodes, chosen, notes)
@@ -92,11 +93,37 @@ def _roles(job: Job, model: ModelDescription, chosen: Sequence[NodeView]) -> tup
         if job.topology == "u-shape" and rank in places.clients and not places.is_local:
             layers = (0, parts[0].last)
         vocab = (0, model.vocab) if any(part.head for part in parts) else (0, 0)
-        memory = _cost.memory_bytes(job, model, parts)
+        memory = _cost.memory_bytes(job, model, places, rank)
         share = sum(part.last - part.first for part in parts) / model.layers
         whole = (0, model.heads), (0, model.ffn)
         found.append(Role(rank, node.node_id, rank, layers, *whole, vocab, share, memory))
     return tuple(found)
+
+
+def memory(settings: Mapping[str, Any], model: ModelDescription, roles: Sequence[Role], rank: int) -> int:
+    """Bytes of a rank's worker, from the settings of a plan and this node's own view of the model.
+    ConfigError where they are none that a plan has."""
+    job = read(settings)
+    places = Places(job, roles, model.layers)
+    if not places.is_local:
+        _check_cut(job, model)
+    if not 0 <= rank < len(roles) or len(roles) <= places.server:
+        raise ConfigError(
+            f"expected {places.server + 1} roles of this job or one more; {len(roles)} came",
+            remedy="submit it with the same version of edged",
+        )
+    return _cost.memory_bytes(job, model, places, rank)
+
+
+def _check_frames(job: Job, model: ModelDescription) -> None:
+    """ConfigError where a tensor that travels is larger than a link takes."""
+    largest, most = _cost.largest_frame(job, model), _cost.FRAME_BYTES_MAX - _cost.BOX_BYTES
+    if largest > most:
+        raise ConfigError(
+            f"expected tensors of at most {most >> 20} MiB between nodes; a batch of {job.batch_size} rows "
+            f"of {job.max_length + job.prompts} tokens makes {largest >> 20} MiB",
+            remedy=f"lower batch_size or max_length, {-(-largest // most)} times or more",
+        )
 
 
 def _shortage(roles: Sequence[Role], chosen: Sequence[NodeView]) -> str:

@@ -6,6 +6,7 @@ Waiting looks at `is_stopped` every half second, since a peer may take minutes f
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,9 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edged import Channel, ProtocolError
+from edged import Channel, EngineError, ProtocolError
 
 from .._tensors.codecs import Codec
+from ._cost import pieces
+from ._loss import IGNORED
 
 LOOK_S = 0.5
 
@@ -71,6 +74,54 @@ class Link:
         tensor = self.codec.decode(said, own, shape_of(said, most, is_exact))
         return tensor, header, frames[len(frames) - more :] if more else []
 
+    def send_values(
+        self, kind: str, place: Sequence[int], words: Mapping[str, Any], values: np.ndarray
+    ) -> None:
+        """F32 values in messages of at most a piece each, the first with `words`, the others numbered."""
+        joined = memoryview(np.ascontiguousarray(values, "<f4").reshape(-1)).cast("B")
+        ends = list(itertools.accumulate(pieces(joined.nbytes), initial=0))
+        for number, (first, last) in enumerate(itertools.pairwise(ends)):
+            at = [*place, number] if number else place
+            self.send(kind, at, {} if number else words, [joined[first:last]])
+
+    def receive_values(
+        self,
+        kind: str,
+        place: Sequence[int],
+        count_of: Callable[[Mapping[str, Any]], int],
+        name: str,
+    ) -> tuple[dict[str, Any], np.ndarray]:
+        """The words and values of `send_values`, `count_of` the words many, each of them finite.
+        ProtocolError otherwise, with the other's name."""
+        said, frames = self.receive(kind, place)
+        count = count_of(said)
+        joined = bytearray()
+        for number, size in enumerate(pieces(4 * count)):
+            if number:
+                _, frames = self.receive(kind, [*place, number])
+            if [frame.nbytes for frame in frames] != [size]:
+                raise ProtocolError(
+                    f"expected {kind} of {name} in frames of {size} bytes, for {count} values"
+                )
+            joined += frames[0]
+        values = np.frombuffer(joined, "<f4").astype(np.float32, copy=False)
+        if not np.isfinite(values).all():
+            raise ProtocolError(f"expected {kind} of {name} in finite values; some are not")
+        return said, values
+
+    def receive_gradient(self, kind: str, place: Sequence[int], shape: Sequence[int]) -> Tensor:
+        """A gradient of exactly that shape. EngineError where a value of it is not finite: an adapter that
+        took it could not be mended."""
+        gradient, _, _ = self.receive_tensor(kind, place, shape, is_exact=True)
+        if not bool(torch.isfinite(gradient).all()):
+            raise EngineError(
+                f"step {place[0]}: expected finite gradients of rank {self.other}, got others ({kind}); "
+                "nothing of this step is kept",
+                remedy="lower learning_rate, or look at what runs there",
+                code="nan-gradient",
+            )
+        return gradient
+
 
 def shape_of(said: Mapping[str, Any], most: Sequence[int], is_exact: bool = False) -> tuple[int, ...]:
     """The shape that a header says, if it is `most`, or is so wide and in no other dimension above it."""
@@ -89,12 +140,12 @@ def shape_of(said: Mapping[str, Any], most: Sequence[int], is_exact: bool = Fals
 
 
 def ints(frame: memoryview, shape: Sequence[int], high: int) -> Tensor:
-    """An int32 frame as int64 (shape), each from -100 to below `high`; ProtocolError otherwise."""
+    """An int32 frame as int64 (shape), each -100 or from 0 to below `high`; ProtocolError otherwise."""
     if frame.nbytes != 4 * int(np.prod(shape)):
         raise ProtocolError(f"expected {tuple(shape)} numbers of 4 bytes, got {frame.nbytes} bytes")
     values = np.frombuffer(frame, "<i4").astype(np.int64).reshape(tuple(shape))
-    if values.size and (values.min() < -100 or values.max() >= high):
-        raise ProtocolError(f"expected labels below {high}")
+    if not (((values >= 0) & (values < high)) | (values == IGNORED)).all():
+        raise ProtocolError(f"expected labels from 0 to below {high}, or {IGNORED}")
     return torch.from_numpy(values)
 
 

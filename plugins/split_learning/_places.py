@@ -94,6 +94,14 @@ class Places:
         near = self.chain[max(0, place - 1) : place + 2]
         return [other for other in near if other != rank]
 
+    def window(self, rank: int) -> int:
+        """How many micro-batches it has under way at most (1F1B): as many as there are stages from it to the
+        end. Where there is no chain of stages it is one batch."""
+        if self.is_local or self.job.topology not in ("label-sharing", "pipeline") or rank > self.server:
+            return 1
+        place = 0 if rank in self.clients else self.chain.index(rank)
+        return len(self.chain) - place
+
     def givers(self) -> list[int]:
         """Ranks that give a part of the adapter: of several clients, which have the same, the first."""
         if self.is_local:

@@ -115,8 +115,7 @@ class PrivateClient(PrivateLora):
         return inner, outer
 
     def _backward(self, link: Link, place: list[int], inner: Tensor, outer: Tensor) -> None:
-        gradient, _, _ = link.receive_tensor(BACKWARD, place, list(outer.shape), is_exact=True)
-        outer.backward(gradient)
+        outer.backward(link.receive_gradient(BACKWARD, place, list(outer.shape)))
         assert inner.grad is not None
         key = f"{BACKWARD} back"
         link.send_tensor(key, place, inner.grad, self.feedback_key(f"{key} {place[-1]}"))
@@ -169,6 +168,8 @@ class PrivateServer(PrivateLora):
             link.send(EVAL, place, {"shape": list(tensor.shape[:2])}, [frame_of(tensor)])
             return _take(link, f"{EVAL} back", place, list(tensor.shape))
         link.send_tensor(kind, place, tensor)
+        if kind == BACKWARD:
+            return link.receive_gradient(f"{kind} back", place, list(tensor.shape))
         return link.receive_tensor(f"{kind} back", place, list(tensor.shape), is_exact=True)[0]
 
     def step(self, step: int, report: Report) -> None:
@@ -177,8 +178,7 @@ class PrivateServer(PrivateLora):
         given, _, _ = link.receive_tensor("up", [step], most)
         hidden = self.span(given)
         link.send_tensor("back", [step], hidden)
-        gradient, _, _ = link.receive_tensor("back gradient", [step], list(hidden.shape), is_exact=True)
-        hidden.backward(gradient)
+        hidden.backward(link.receive_gradient("back gradient", [step], list(hidden.shape)))
 
     def evaluate(self, step: int, report: Report) -> None:
         link, job = self.link(self.client), self.job

@@ -27,6 +27,7 @@ from .._tensors import codecs
 from .._tensors.rows import LENGTH_MULTIPLE, Batches, Encoded, encode, read_rows
 from .._tensors.sparse import Scores, SparseMask
 from . import _adapter
+from ._averaging import VALUES_MAX
 from ._checkpoints import Checkpoints
 from ._cost import packed_bytes
 from ._job import Job, read
@@ -370,8 +371,8 @@ class Rank(abc.ABC):
                 part = self.adapter()
                 names = sorted(part)
                 words = {"tensors": [[name, list(part[name].shape)] for name in names]}
-                joined = b"".join(np.ascontiguousarray(part[name], "<f4").tobytes() for name in names)
-                self.link(collector).send("part", [self.job.steps], words, [joined])
+                joined = np.concatenate([np.asarray(part[name], "<f4").ravel() for name in names])
+                self.link(collector).send_values("part", [self.job.steps], words, joined)
             return
         parts = dict(self.adapter()) if self.rank in givers else {}
         for giver in givers:
@@ -392,20 +393,27 @@ class Rank(abc.ABC):
         return self.noise.spent(self.job.steps)
 
     def _take_part(self, giver: int) -> dict[str, np.ndarray]:
-        header, frames = self.link(giver).receive("part", [self.job.steps])
-        try:
-            named = [(str(name), tuple(int(size) for size in shape)) for name, shape in header["tensors"]]
-            sizes = [4 * math.prod(shape) for _, shape in named]
-            (joined,) = frames
-            if sum(sizes) != joined.nbytes or any(size < 0 for _, shape in named for size in shape):
-                raise ValueError
-        except (KeyError, TypeError, ValueError) as error:
-            raise ProtocolError(f"expected the adapter's part of {self.places.name(giver)}") from error
-        ends = np.cumsum(sizes)
-        return {
-            name: np.frombuffer(joined[end - size : end], "<f4").reshape(shape).astype(np.float32)
-            for (name, shape), size, end in zip(named, sizes, ends, strict=True)
-        }
+        name, steps = self.places.name(giver), self.job.steps
+        header, values = self.link(giver).receive_values(
+            "part", [steps], lambda said: sum(math.prod(shape) for _, shape in _shapes_of(said, name)), name
+        )
+        named = _shapes_of(header, name)
+        ends = np.cumsum([math.prod(shape) for _, shape in named])
+        parts = np.split(values, ends[:-1])
+        return {key: part.reshape(shape) for (key, shape), part in zip(named, parts, strict=True)}
+
+
+def _shapes_of(said: Mapping[str, Any], name: str) -> list[tuple[str, tuple[int, ...]]]:
+    """What a part of the adapter says of its tensors; their values are at most as many as can travel."""
+    try:
+        found = [(str(key), tuple(int(size) for size in shape)) for key, shape in said["tensors"]]
+        if not found or any(size < 1 for _, shape in found for size in shape):
+            raise ValueError
+        if sum(math.prod(shape) for _, shape in found) > VALUES_MAX:
+            raise OverflowError
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
+        raise ProtocolError(f"expected the adapter's part of {name}") from error
+    return found
 
 
 def _tensors(pair: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:

@@ -8,20 +8,19 @@ tensors a batch.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from edged import ProtocolError
 
-from ._averaging import average_clients
-from ._chain import Hierarchy, frame_of, report_eval, take_plain
+from ._chain import frame_of, report_eval, take_plain
 from ._loss import summed, targets_of
-from ._rank import Rank, Report
+from ._rank import Report
+from ._serving import Serving
 
 
-class UShape(Rank):
+class UShape(Serving):
     """A client, or the server."""
 
     def build(self) -> None:
@@ -41,7 +40,6 @@ class UShape(Rank):
         self.before = list(self.places.clients)
         self.noise = self.make_noise()
         self.longest = job.max_length + job.prompts  # positions of a row
-        self._hierarchy: Hierarchy | None = None
 
     def step(self, step: int, report: Report) -> None:
         if self.is_client:
@@ -71,7 +69,7 @@ class UShape(Rank):
         loss.backward()
         assert back.grad is not None
         link.send_tensor("back gradient", [step], back.grad, self.feedback_key("back gradient"))
-        gradient, _, _ = link.receive_tensor("up gradient", [step], list(sent.shape), is_exact=True)
+        gradient = link.receive_gradient("up gradient", [step], list(sent.shape))
         if sent.requires_grad:
             sent.backward(gradient)
         self.update(step)
@@ -87,7 +85,7 @@ class UShape(Rank):
 
     def _gradient(self, step: int, client: int, hidden: Tensor) -> Tensor:
         shape = list(hidden.shape)
-        return self.link(client).receive_tensor("back gradient", [step], shape, is_exact=True)[0]
+        return self.link(client).receive_gradient("back gradient", [step], shape)
 
     def _return(self, step: int, client: int, given: Tensor) -> None:
         assert given.grad is not None
@@ -95,9 +93,7 @@ class UShape(Rank):
 
     def _serve(self, step: int, client: int) -> None:
         (span,) = self.spans
-        if self.job.schedule == "server-hierarchical" and len(self.before) > 1:
-            self._hierarchy = self._hierarchy or Hierarchy(self)
-            self._hierarchy.enter(client)
+        self.enter(client)
         given = self._take(step, client)
         hidden = span(given)
         self._give(step, client, hidden)
@@ -157,27 +153,13 @@ class UShape(Rank):
 
     def _serve_evaluation(self, step: int, client: int) -> None:
         (span,), link = self.spans, self.link(client)
+        self.enter(client)
         header, _ = link.receive("evals", [step])
         for index in range(self.eval_count(header)):
             header, frames = link.receive("eval", [step, index])
             rows = self.job.batch_size
             given, _ = take_plain(header, frames, rows, self.longest, self.blocks.hidden, 0)
             link.send("eval back", [step, index], {"shape": list(given.shape[:2])}, [frame_of(span(given))])
-
-    # --- several clients ------------------------------------------------------------------------
-
-    def average(self, step: int) -> None:
-        average_clients(self.places, self.rank, self.link, self.parameters, step)
-        if self._hierarchy is not None:
-            self._hierarchy.average()
-
-    def own_state(self) -> dict[str, Tensor]:
-        return self._hierarchy.state() if self._hierarchy is not None else {}
-
-    def set_own_state(self, state: Mapping[str, Tensor]) -> None:
-        if state:
-            self._hierarchy = Hierarchy(self)
-            self._hierarchy.set_state(state)
 
 
 def _padded(given: Tensor, length: int) -> Tensor:

@@ -185,7 +185,12 @@ class Outcome:
 
     @property
     def evals(self) -> dict[int, float]:
-        return {step: values["loss"] for kind, step, values in self.reports if kind == "eval"}
+        """Of those that count something."""
+        return {
+            step: values["loss"]
+            for kind, step, values in self.reports
+            if kind == "eval" and values["targets"]
+        }
 
 
 class Recording:

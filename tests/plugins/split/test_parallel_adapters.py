@@ -509,7 +509,8 @@ def split_run(
     ("positions", "width", "expected"),
     [
         ([0, 8], HIDDEN, "below"),
-        ([-1], HIDDEN, "positions"),
+        ([-1], HIDDEN, "below"),
+        ([-100], HIDDEN, "positions"),
         ([], HIDDEN, "positions"),
         ([0], HIDDEN // 2, str(HIDDEN)),
     ],

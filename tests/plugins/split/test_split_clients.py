@@ -122,6 +122,21 @@ def test_with_an_adapter_for_each_client_each_trains_as_if_it_were_alone(
         assert value == pytest.approx(np.mean(ends, axis=0), abs=1e-7)
 
 
+@pytest.mark.parametrize("topology", ["label-sharing", "u-shape"])
+def test_a_client_without_rows_that_are_held_out_silences_no_other(
+    topology: str, tiny: Tiny, tmp_path: Path
+) -> None:
+    rows = [write_rows(tmp_path / f"rows{i}", 4, 2 * i, seed=i) for i in range(2)]
+    plan = planned(tiny("llama")[1], tmp_path, rows=rows, topology=topology, steps=2)
+    outcomes = finished(run_threads(plan))
+    told = [[v["targets"] for kind, _, v in o.reports if kind == "eval"] for o in outcomes]
+    tellers = [told[i] for i in range(3) if told[i]]
+    assert len(tellers) == plan.plan.reporters
+    assert {len(each) for each in tellers} == {2}  # at the start and the end, from all who are waited for
+    assert tellers[-1][0] > 0
+    assert topology == "label-sharing" or tellers[0] == [0.0, 0.0]
+
+
 # --- pipelines ------------------------------------------------------------------------------------
 
 

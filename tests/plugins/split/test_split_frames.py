@@ -4,17 +4,35 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from edged_plugins._tensors.rows import encode, read_rows
+from edged_plugins.split_learning import _cost
+from edged_plugins.split_learning._job import check_split, read
+from edged_plugins.split_learning._places import Places
 from edged_plugins.torch_blocks._engine import open_blocks
-from rig import Outcome, Planned, Processes, QueueChannel, finished, planned, run_threads, write_rows
+from rig import (
+    Outcome,
+    Planned,
+    Processes,
+    QueueChannel,
+    assert_same_bits,
+    client_batch,
+    finished,
+    kept_by,
+    lora_of,
+    planned,
+    run_threads,
+    write_rows,
+)
 
-from edged import ProtocolError
+from edged import ConfigError, EngineError, ProtocolError
 
 Tiny = Callable[[str], tuple[Any, Path]]
 PATIENCE_S = 20.0
@@ -99,6 +117,8 @@ def take(channel: QueueChannel, source: int, kind: str) -> dict[str, Any]:
         header, _ = channel.receive(source, PATIENCE_S)
         if header["k"] == kind:
             return header
+        if header["k"] == "eval":
+            channel.send(source, {"k": "eval done", "at": header["at"]})
     raise AssertionError(f"expected {kind} of rank {source}")
 
 
@@ -107,6 +127,8 @@ TENSOR = {"codec": "f32", "shape": SHAPE}
 FORWARD = {"k": "forward", "at": [0, 0], "of": 1, "targets": 3, "tensor": TENSOR}
 HIDDEN_STATES = bytes(4 * 2 * 8 * HIDDEN)
 LABELS = bytes(4 * 2 * 8)
+
+NAN = np.full(1, np.nan, "<f4").tobytes()
 
 HOSTILE_FORWARDS: dict[str, tuple[dict[str, Any], list[bytes]]] = {
     "another kind": ({"k": "backward"}, [HIDDEN_STATES, LABELS]),
@@ -127,6 +149,7 @@ HOSTILE_FORWARDS: dict[str, tuple[dict[str, Any], list[bytes]]] = {
     "half a label": ({}, [HIDDEN_STATES, LABELS[:-3]]),
     "a label above the vocabulary": ({}, [HIDDEN_STATES, np.full(16, VOCAB, "<i4").tobytes()]),
     "a label below all": ({}, [HIDDEN_STATES, np.full(16, -101, "<i4").tobytes()]),
+    "a label that is neither": ({}, [HIDDEN_STATES, np.full(16, -1, "<i4").tobytes()]),
     "no micro-batch": ({"of": 0}, [HIDDEN_STATES, LABELS]),
     "endless micro-batches": ({"of": 2**40}, [HIDDEN_STATES, LABELS]),
     "true micro-batches": ({"of": True}, [HIDDEN_STATES, LABELS]),
@@ -214,12 +237,18 @@ def test_a_stranger_in_a_ranks_place_costs_a_protocol_error(case: str, tiny: Tin
         ({"tensors": [["a", [2]]]}, [bytes(4), bytes(4)]),
         ({"tensors": [["a", "b"]]}, [bytes(4)]),
         ({"tensors": 5}, [bytes(4)]),
+        ({"tensors": []}, [b""]),
+        ({"tensors": [["a", [math.inf]]]}, [bytes(4)]),
+        ({"tensors": [["a", [math.nan]]]}, [bytes(4)]),
+        ({"tensors": [["a", [0, 2**62]]]}, [b""]),
+        ({"tensors": [["a", [2**40]]]}, [bytes(4)]),
+        ({"tensors": [["a", [2]]]}, [NAN + bytes(4)]),
     ],
 )
 def test_a_part_of_an_adapter_that_is_none_costs_a_protocol_error(
     words: dict[str, Any], frames: list[bytes], tiny: Tiny, tmp_path: Path
 ) -> None:
-    plan = planned(tiny("llama")[1], tmp_path, steps=1)
+    plan = planned(tiny("llama")[1], tmp_path, steps=1, eval_rows=0)
 
     def server(channel: QueueChannel) -> None:
         greet(channel, plan, 0)
@@ -228,10 +257,12 @@ def test_a_part_of_an_adapter_that_is_none_costs_a_protocol_error(
         channel.send(0, {"k": "backward", "at": [0, 0], "tensor": tensor}, [bytes(4 * int(np.prod(shape)))])
         channel.send(0, {"k": "part", "at": [1], **words}, frames)
 
-    assert isinstance(run_threads(plan, ranks={1: server})[0].error, ProtocolError)
+    error = run_threads(plan, ranks={1: server})[0].error
+    assert isinstance(error, ProtocolError)
+    assert "part of server" in str(error)
 
 
-@pytest.mark.parametrize("frames", [[], [bytes(7)], [bytes(8)], [bytes(8), bytes(8)]], ids=len)
+@pytest.mark.parametrize("frames", [[], [bytes(7)], [bytes(8)], [bytes(8), bytes(8)], [NAN * 896]], ids=len)
 def test_a_mean_that_is_none_costs_a_protocol_error(frames: list[bytes], tiny: Tiny, tmp_path: Path) -> None:
     rows = [write_rows(tmp_path / f"rows{i}", 4, 0) for i in range(2)]
     plan = planned(tiny("llama")[1], tmp_path, rows=rows, steps=1, eval_rows=0)
@@ -248,3 +279,136 @@ def test_a_mean_that_is_none_costs_a_protocol_error(frames: list[bytes], tiny: T
             channel.send(client, {"k": "mean", "at": [0]}, frames)
 
     assert isinstance(run_threads(plan, ranks={2: server})[0].error, ProtocolError)
+
+
+INF = np.full(16 * HIDDEN, np.inf, "<f4").tobytes()
+
+
+@pytest.mark.parametrize(
+    ("topology", "rank", "stranger"),
+    [
+        ("label-sharing", 1, lambda shape: a_server({}, [NAN * int(np.prod(shape))])),
+        ("u-shape", 0, lambda shape: a_client_of_a_u_shape({}, [INF])),
+    ],
+)
+def test_a_gradient_that_is_no_number_ends_the_job_and_names_its_rank(
+    topology: str, rank: int, stranger: Callable[..., Any], tiny: Tiny, tmp_path: Path
+) -> None:
+    plan = planned(tiny("llama")[1], tmp_path, topology=topology)
+    shape = [*client_batch(plan, 0)[0].shape, HIDDEN]
+    outcomes = run_threads(plan, ranks={rank: lambda channel: stranger(shape)(channel, plan)})
+    error = outcomes[1 - rank].error
+    assert isinstance(error, EngineError)
+    assert error.code == "nan-gradient"
+    assert f"of rank {rank}" in str(error)
+    assert not kept_by(plan)[1 - rank]
+
+
+def poisoned_average(trainer: Any) -> None:
+    """A client whose adapter has a NaN when it is sent."""
+    real = trainer.average
+
+    def average(step: int) -> None:
+        with torch.no_grad():
+            trainer.parameters[0].fill_(math.nan)
+        real(step)
+
+    trainer.average = average
+
+
+def one_value_less(trainer: Any) -> None:
+    trainer.average = lambda step: trainer.link(2).send_values(
+        "mine", [step], {"of": 895}, np.zeros(895, np.float32)
+    )
+
+
+@pytest.mark.parametrize("change", [poisoned_average, one_value_less])
+def test_an_adapter_that_no_mean_can_be_made_of_is_named(
+    change: Callable[[Any], None], tiny: Tiny, tmp_path: Path
+) -> None:
+    rows = [write_rows(tmp_path / f"rows{i}", 4, 0) for i in range(2)]
+    plan = planned(tiny("llama")[1], tmp_path, rows=rows, steps=1, eval_rows=0)
+    error = run_threads(plan, changes={1: change})[2].error
+    assert isinstance(error, ProtocolError)
+    assert "client1" in str(error)
+
+
+# --- how much is under way, and how large it is -------------------------------------------------
+
+
+@pytest.mark.parametrize(("clients", "stages"), [(3, 0), (1, 1)])
+def test_two_batches_of_an_evaluation_are_ahead_of_the_answers(
+    clients: int, stages: int, tiny: Tiny, tmp_path: Path
+) -> None:
+    rows = [write_rows(tmp_path / f"rows{i}", 4, 15, seed=i) for i in range(clients)]
+    more = {"topology": "pipeline", "stages": stages, "micro_batches": 1} if stages else {}
+    plan = planned(tiny("llama")[1], tmp_path, rows=rows, eval_rows=64, steps=1, **more)
+    *senders, _ = finished(run_threads(plan, keep="messages"))
+    for outcome in senders:
+        ahead, most = 0, 0
+        for event in outcome.log:
+            ahead += (event == ("sent", "eval")) - (event == ("received", "eval done"))
+            most = max(most, ahead)
+        assert (ahead, most) == (0, 2)
+
+
+def test_adapters_travel_in_pieces_that_are_counted(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same bits as in one piece, of messages whose bytes the prediction has."""
+    rows = [write_rows(tmp_path / f"rows{i}", 4, 0, seed=i) for i in range(2)]
+    settings = {"rows": rows, "steps": 2, "average_every": 1, "eval_rows": 0, "is_apart": True}
+    path, kinds = tiny("llama")[1], ("mine", "mean", "part")
+    plan = planned(path, tmp_path / "whole", **settings)
+    whole = finished(run_threads(plan))
+    monkeypatch.setattr(_cost, "PIECE_BYTES", 1000)
+    plan = planned(path, tmp_path / "pieces", **settings)
+    outcomes = finished(run_threads(plan, keep="messages"))
+    assert_same_bits(lora_of(outcomes), lora_of(whole))
+    files = [
+        next(Path(folder).rglob("adapter_model.safetensors")) for folder in (tmp_path / "whole", tmp_path)
+    ]
+    assert files[0].read_bytes() == files[1].read_bytes()
+    sent = [
+        (header, [len(frame) for frame in frames])
+        for outcome in outcomes
+        for _, header, frames in outcome.received
+        if header["k"] in kinds
+    ]
+    assert len(sent) > 2 * 2 * 2 + 2
+    assert max(size for _, sizes in sent for size in sizes) == 1000
+    job, surveys = read(plan.plan.settings), [outcome.survey for outcome in outcomes]
+    places = Places(job, plan.plan.roles, plan.model.layers, plan.plan.collector)
+    predicted = _cost._averaging_bytes(job, places, surveys) + _cost._end_bytes(job, places, surveys)
+    assert predicted == pytest.approx(sum(_cost.message_bytes(*each) for each in sent), abs=len(sent))
+
+
+@pytest.mark.parametrize(
+    "table",
+    [
+        {"batch_size": 4096, "max_length": 1 << 10},
+        {"batch_size": 4096, "max_length": 1 << 10, "topology": "u-shape"},
+        {"batch_size": 64, "max_length": 1 << 10, "topology": "private-lora", "r": 1024},
+        {"max_length": 1 << 22, "topology": "parallel-adapters", "width": 8},
+    ],
+)
+def test_tensors_that_no_link_takes_are_refused_with_figures(
+    table: dict[str, Any], tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tiny("llama")[1]
+    if table["max_length"] > 1 << 17:  # one row of this model's cannot be so long
+        monkeypatch.setattr(_cost, "FRAME_BYTES_MAX", 1 << 20)
+        table = table | {"max_length": 1 << 14}
+    with pytest.raises(
+        ConfigError, match=r"at most \d+ MiB between nodes; .* rows .* makes \d+ MiB"
+    ) as caught:
+        planned(path, tmp_path, **table)
+    assert "lower batch_size or max_length" in str(caught.value.remedy)
+
+
+@pytest.mark.parametrize(("key", "most"), [("r", 4096), ("width", 65536)])
+def test_an_adapter_has_a_greatest_width(key: str, most: int) -> None:
+    table = {"clients": [{"node": "a", "data": "rows"}], "server": {"node": "b"}}
+    assert check_split({**table, key: most})[key] == most
+    with pytest.raises(ConfigError, match=f"{key} of 1 to"):
+        check_split({**table, key: most + 1})
