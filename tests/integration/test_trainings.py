@@ -154,7 +154,7 @@ def test_a_job_is_followed_listed_and_removed_with_its_rows(trio: list[Node], fo
         ({"clients": [{"node": DESK, "data": "other"}]}, "desk.*other"),
         ({"clients": [{"node": DESK, "data": "../sums"}]}, "sums"),
         ({"clients": [{"node": DESK, "data": "job-0123456789abcdef-0"}]}, "job-"),
-        ({"memory": 1 << 50}, r"needs at least 1073741824 MiB, and the budget is \d+ MiB"),
+        ({"memory": 1 << 50}, r"1073741824 MiB by the plan's, and the budget is \d+ MiB"),
         ({"colour": "red"}, "colour"),
         ({"steps": 0}, "steps"),
         ({"fails_at": 2}, "cloud: step 2 fails"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -61,6 +62,8 @@ def processes() -> Iterator[Any]:
 @pytest.hookimpl(trylast=True)
 def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
     """After the last test of this folder, and not at the session's end: they hold half a gigabyte."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # it comes back to a folder that it left
+        return
     if nextitem is None or Path(__file__).parent not in nextitem.path.parents:
         _end_pools()
 
