@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+import secrets
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -45,6 +46,7 @@ class Link:
     """What is known of a member's connection now."""
 
     state: str = "offline"  # joining, online, offline
+    run: int = 0  # of its daemon, as its last hello said
     rtt_ms: float | None = None
     address: str = ""
     wake: asyncio.Event = field(default_factory=asyncio.Event)  # look at the connection now
@@ -66,6 +68,7 @@ class Peers:
         self._answers: dict[str, Answer] = {}
         self._takes: dict[str, Take] = {}
         self._gone: list[Callable[[str, str], None]] = []
+        self._run = 1 + secrets.randbits(52)
         self._late: dict[str, list[tuple[str, Any]]] = {}  # for members that were offline
         self._tasks: set[asyncio.Task[Any]] = set()
         self.is_closing = False
@@ -342,7 +345,9 @@ class Peers:
 
     def hello(self) -> wire.Hello:
         addresses = local_addresses(self._profile.network.interfaces)
-        return wire.Hello(PROTOCOL, VERSION, self.identity.name, self.transport.port, addresses)
+        return wire.Hello(
+            PROTOCOL, VERSION, self.identity.name, self.transport.port, addresses, run=self._run
+        )
 
     def _greeted(self, node_id: str, hello: wire.Hello) -> wire.Hello:
         """A member dialled us."""
@@ -362,6 +367,9 @@ class Peers:
         self._store()
         link.address = address or link.address
         was_online, link.state = link.state == "online", "online"
+        if was_online and link.run and hello.run and hello.run != link.run:
+            self._tell_gone(node_id, "its daemon started anew")  # faster than its end was noticed
+        link.run = hello.run
         link.came.set()
         self._health.clear(f"refused-by-{node_id[:8]}")
         if not was_online:
@@ -546,6 +554,9 @@ class Peers:
         self.transport.drop_inbound(node_id)
         log.info("peer offline", extra={"peer": node_id[:8], "reason": reason})
         self._host.observe("edged_peer_left", node_id=node_id, name=self.name_of(node_id), reason=reason)
+        self._tell_gone(node_id, reason)
+
+    def _tell_gone(self, node_id: str, reason: str) -> None:
         for callback in self._gone:
             callback(node_id, reason)
 

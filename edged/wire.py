@@ -113,12 +113,15 @@ class Empty:
 
 @dataclass(frozen=True, slots=True)
 class Hello:
+    """`run`: a number of this start of the daemon; another one says that what it coordinated has ended."""
+
     protocol: int
     version: str
     name: str
     port: int
     addresses: tuple[str, ...] = ()
     zone: Zone = "own"
+    run: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,8 @@ def after(silences: list[float]) -> tuple[Patience, float]:
     ("silences", "limit_s"),
     [
         ([], FIRST_S),
-        ([0.1], LEAST_S),
+        ([0.1, 0.1], FIRST_S),  # of the first evaluation nothing is known yet
+        ([0.1] * 3, LEAST_S),
         ([4.0] + [0.1] * 50, LEAST_S),
         ([30.0] * 9, 90.0),
         ([1.0, 5.0, 40.0, 5.0], 120.0),

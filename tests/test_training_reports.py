@@ -12,7 +12,7 @@ from edged.training import Trainings, _mean, _Run
 from edged.types import TrainingPlan
 
 LOSS = {"loss": 2.5, "targets": 7.0}
-TWO = TrainingPlan({}, reporters=2, steps=9)
+TWO = TrainingPlan({}, reporters=(0, 1), steps=9)
 
 
 class Told:
