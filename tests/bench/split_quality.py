@@ -28,10 +28,10 @@ from edged.cli.generating import REQUEST
 
 ROWS = Path(os.environ.get("EDGED_ROWS") or ROOT.parent / "shared" / "data" / "natural-instructions")
 CLIENTS = quick(("0342", "0008"), ("0342", "0008", "0131"))
-STEPS = quick(2, 60)
+STEPS = quick(2, 30)
 BATCH = quick(1, 4)
-ASKED = quick(1, 12)  # held-out rows of each client that are answered
-ANSWER_TOKENS = quick(4, 40)
+ASKED = quick(1, 8)  # held-out rows of each client that are answered
+ANSWER_TOKENS = quick(4, 32)
 COMMON = {
     "model": MODEL,
     "steps": STEPS,
