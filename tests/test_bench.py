@@ -16,7 +16,7 @@ from support import smol_or_skip
 
 BENCH = Path(__file__).parent / "bench"
 NAMES = sorted(file.stem for file in BENCH.glob("*.py") if not file.stem.startswith("_"))
-NEED_ROOT = ("codecs", "scaling")  # network namespaces
+NEED_ROOT = ("codecs", "scaling", "split")  # network namespaces
 RUN_S = 240.0
 
 
