@@ -28,15 +28,15 @@ from edged.cli.generating import REQUEST
 
 ROWS = Path(os.environ.get("EDGED_ROWS") or ROOT.parent / "shared" / "data" / "natural-instructions")
 CLIENTS = quick(("0342", "0008"), ("0342", "0008", "0131"))
-STEPS = quick(2, 30)
+STEPS = quick(2, 16)
 BATCH = quick(1, 4)
-ASKED = quick(1, 8)  # held-out rows of each client that are answered
+ASKED = quick(1, 6)  # held-out rows of each client that are answered
 ANSWER_TOKENS = quick(4, 32)
 COMMON = {
     "model": MODEL,
     "steps": STEPS,
     "max_length": 128,
-    "learning_rate": 1e-3,
+    "learning_rate": 2e-3,
     "target_modules": ["q_proj", "k_proj", "v_proj", "o_proj"],
     "eval_every": 0,
     "eval_rows": quick(2, 60),
@@ -105,7 +105,9 @@ def _central(server: Node) -> dict[str, Any]:
 
 
 def _rows(client: str) -> list[str]:
-    return (ROWS / f"client-{client}.jsonl").read_text().splitlines()
+    """Those with an answer: a few tasks have rows without one, which no training takes."""
+    lines = (ROWS / f"client-{client}.jsonl").read_text().splitlines()
+    return [line for line in lines if json.loads(line)["output"]]
 
 
 def _held_out(rows: Sequence[str]) -> list[dict[str, Any]]:
