@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from . import metering
-from .types import Predicted
+from .types import Metered, Predicted
 from .wire import Used
+
+_NOTHING = Metered(0.0, 0.0, 0.0)  # of a role that begins
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,15 @@ def estimated_training_joules(watts: Sequence[tuple[float, float] | None], secon
     """Of nodes with these watts, idle and at work, as if all worked all along; None where one is unknown."""
     known = [load - idle for each in watts if each is not None for idle, load in [each]]
     return seconds * sum(known) if known and len(known) == len(watts) else None
+
+
+def joules_with(before: float | None, used: Sequence[Used | None]) -> float | None:
+    """Joules of earlier epochs and of this one's roles; None where one of them did not measure all along."""
+    each = [metering.spent(_NOTHING, role.metered if role is not None else None) for role in used]
+    known = [joules for joules in each if joules is not None]
+    if before is None or not each or len(known) < len(each):
+        return None
+    return before + sum(known)
 
 
 def joules_of(epochs: Sequence[Spent], estimated: float | None) -> tuple[float | None, str | None]:

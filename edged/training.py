@@ -12,19 +12,17 @@ import contextlib
 import dataclasses
 import itertools
 import logging
-import math
 import secrets
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from . import metering, models, wire
-from .accounting import estimated_training_joules
+from . import figures, models, wire
+from .accounting import estimated_training_joules, joules_with
 from .adapters import META, Adapter, AdapterMeta, AdapterStore, Kind, check_adapter_name
 from .choosing import Chooser
 from .control import Emit
@@ -33,18 +31,16 @@ from .errors import ConfigError, EdgedError, EngineError, JobError, PeerError, P
 from .groups import Asked, Group, Groups, Load
 from .jobs import Job, JobStore, State
 from .models import ModelStore
-from .patience import Patience
 from .peers import Peers
 from .plugins import Host
 from .requests import FinetuneRequest
+from .training_run import TrainingRun
 from .types import (
     Candidate,
     EngineEntry,
-    Metered,
     NodeView,
     PlanRequest,
     Training,
-    TrainingCost,
     TrainingPlan,
 )
 from .viewing import Viewer
@@ -53,89 +49,15 @@ log = logging.getLogger(__name__)
 KIND = "finetune"
 RUNNING_MAX = 8  # trainings at once; each holds a worker on every node that it uses
 STEPS_MAX = 1_000_000
-VALUES_MAX = 16  # figures in one report
 REPORTS_MAX = 50_000  # of steps that not every reporter has told yet
-TOLD_MAX = 20_000  # events that a client can still be sent
-OWN_WORDS = ("event", "step", "steps", "bytes_sent", "joules")  # of an event, which no report may set
 RETRIES_MAX = 5  # losses without a step between them: a plan that always ends so is a plan that cannot run
 LOOK_S = 1.0  # between looks whether all nodes are there, and between offers to a node that refuses for now
 ASKED_MAX = 5  # at the end, for what was sent and spent, and for reports that are under way
 REST_S = 15.0  # the longest between two offers to a node that refuses for now
 POLL_S = 2.0  # between questions what was sent and spent
-NOTHING = Metered(0.0, 0.0, 0.0)  # of a role that begins
 GONE = ("worker-ended", "worker-silent")  # codes of errors that are losses, beside PeerError
 FINAL = ("no-right", "stayed-away", "privacy-budget", "privacy-changed")  # codes of what no waiting mends
 SENT = "bytes_sent"  # beside a step's figures in the store: what the job had sent until then
-
-
-@dataclass(slots=True)
-class _Run:
-    """A training that is not over."""
-
-    job_id: str
-    request: FinetuneRequest
-    training: Training
-    settings: Mapping[str, Any]
-    since: float  # monotonic
-    plan: TrainingPlan | None = None
-    model_sha256: str = ""  # of the first epoch: its name may be another model's by now
-    cost: TrainingCost = field(default_factory=TrainingCost)
-    epoch: int = 0
-    group: Group | None = None
-    told: list[dict[str, Any]] = field(default_factory=list)  # events, in order; watchers read on from theirs
-    told_before: int = 0  # events that are not kept any more
-    losses: dict[int, float] = field(default_factory=dict)
-    evals: dict[int, dict[str, float]] = field(default_factory=dict)
-    reports: dict[tuple[int, str], dict[int, Mapping[str, float]]] = field(default_factory=dict)
-    patience: Patience = field(default_factory=lambda: Patience(time.monotonic()))
-    step: int = 0
-    furthest: int = 0  # the most steps that were ever done
-    failures: int = 0  # losses since then
-    recoveries: list[dict[str, Any]] = field(default_factory=list)
-    bytes_before: int = 0  # that earlier epochs sent
-    joules_before: float | None = 0.0
-    used: tuple[wire.Used | None, ...] = ()
-    silent: tuple[str, ...] = ()  # nodes that did not answer the last time
-    news: asyncio.Event = field(default_factory=asyncio.Event)
-    finished: asyncio.Future[dict[str, float]] = field(default_factory=asyncio.Future)
-    is_cancelled: bool = False
-    has_begun: bool = False  # every node took its role once: what refuses now may not for long
-    waits_for: str = ""
-    task: asyncio.Task[dict[str, Any]] | None = None
-
-    @property
-    def bytes_sent(self) -> int:
-        return self.bytes_before + sum(used.bytes_sent for used in self.used if used is not None)
-
-    @property
-    def patience_s(self) -> float:
-        """How long a node that is lost, or that refuses for now, is waited for."""
-        return float(self.settings["patience_s"])
-
-    def tell(self, event: dict[str, Any]) -> None:
-        self.told.append(event)
-        if len(self.told) > TOLD_MAX:  # who follows from afar has the rest in the document
-            self.told_before += len(self.told) - TOLD_MAX // 2
-            del self.told[: -TOLD_MAX // 2]
-        news, self.news = self.news, asyncio.Event()  # each watcher holds the one it waits for
-        news.set()
-
-    def fail(self, error: EdgedError) -> None:
-        """End this epoch; the first error counts."""
-        if not self.finished.done():
-            self.finished.set_exception(error)
-            self.finished.exception()  # it may have failed while it loads, where nobody waits for this
-
-    def waits(self, because: str) -> None:
-        """Say what for, when that changes; "" for nothing any more."""
-        if because and because != self.waits_for:
-            self.tell({"event": "waiting", "until": None, "because": because})
-        self.waits_for = because
-
-    def forget_from(self, step: int) -> None:
-        """What was told of this step and later ones will be told again."""
-        self.losses = {known: loss for known, loss in self.losses.items() if known < step}
-        self.evals = {known: values for known, values in self.evals.items() if known < step}
 
 
 class Trainings:
@@ -158,7 +80,7 @@ class Trainings:
         self._models, self._viewer, self._chooser, self._groups = stored_models, viewer, chooser, groups
         self._data, self._adapters, self._folder = data, adapters, folder
         self._trainings, self._engines = trainings, engines
-        self._runs: dict[str, _Run] = {}
+        self._runs: dict[str, TrainingRun] = {}
         self._accepting: set[str] = set()  # jobs that have data sets, and are not in the store yet
         self.is_draining = False
         peers.takes("trained", self._trained)
@@ -198,7 +120,7 @@ class Trainings:
             return {"job_id": run.job_id}
         return await self._watch(run, emit, {"event": "accepted", "job_id": run.job_id})
 
-    async def _accept(self, request: FinetuneRequest, files: Sequence[int]) -> _Run:
+    async def _accept(self, request: FinetuneRequest, files: Sequence[int]) -> TrainingRun:
         if self.is_draining:
             raise PolicyViolation("this node is leaving and takes no new jobs")
         if len(self._runs) >= RUNNING_MAX:
@@ -221,7 +143,7 @@ class Trainings:
             self._accepting.discard(job_id)
         return self._begin(job_id, request, None)
 
-    def _accept_resumed(self, request: FinetuneRequest, settings: Mapping[str, Any]) -> _Run:
+    def _accept_resumed(self, request: FinetuneRequest, settings: Mapping[str, Any]) -> TrainingRun:
         """An ended job goes on; its file may ask for more steps, and for nothing else."""
         job = self._store.get(str(request.resume))
         if not self.owns(job):
@@ -292,9 +214,9 @@ class Trainings:
         except msgspec.ValidationError as error:
             raise JobError(f"expected a training that this version can read; {error}") from error
 
-    def _begin(self, job_id: str, request: FinetuneRequest, job: Job | None) -> _Run:
+    def _begin(self, job_id: str, request: FinetuneRequest, job: Job | None) -> TrainingRun:
         settings = self._check(request)
-        run = _Run(job_id, request, self._trainings[request.kind], settings, time.monotonic())
+        run = TrainingRun(job_id, request, self._trainings[request.kind], settings, time.monotonic())
         if job is not None:
             self._take_up(run, job)
         self._runs[job_id] = run
@@ -302,7 +224,7 @@ class Trainings:
         run.task.add_done_callback(lambda task: _settled(run, task))
         return run
 
-    def _take_up(self, run: _Run, job: Job) -> None:
+    def _take_up(self, run: TrainingRun, job: Job) -> None:
         """What the store knows of a job that goes on: its plan stays, but for the number of steps."""
         run.epoch = job.epoch
         for step, kind, values in self._store.steps(job.job_id):
@@ -329,7 +251,9 @@ class Trainings:
             reason = f"{self._peers.identity.name}'s daemon ended"
             run.recoveries.append({"at_step": run.step, "epoch": run.epoch, "reason": reason})
 
-    async def _watch(self, run: _Run, emit: Emit, first: dict[str, Any] | None = None) -> dict[str, Any]:
+    async def _watch(
+        self, run: TrainingRun, emit: Emit, first: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         """Stream a running training. A client that goes away changes nothing."""
         assert run.task is not None
         if first is not None:
@@ -355,7 +279,7 @@ class Trainings:
                 return run.task.result()
             await _either(news, run.task)
 
-    async def _run(self, run: _Run) -> dict[str, Any]:
+    async def _run(self, run: TrainingRun) -> dict[str, Any]:
         """The life of one training. Whatever happens but the daemon's end, the store says how it ended."""
         try:
             document = await self._run_epochs(run)
@@ -382,7 +306,7 @@ class Trainings:
 
     # --- epochs ---
 
-    async def _run_epochs(self, run: _Run) -> dict[str, Any]:
+    async def _run_epochs(self, run: TrainingRun) -> dict[str, Any]:
         refused_since: float | None = None
         refusals = 0
         while True:
@@ -409,7 +333,7 @@ class Trainings:
                         raise
             await asyncio.sleep(min(REST_S, LOOK_S * 2**refusals))
 
-    def _note_loss(self, run: _Run, error: EdgedError) -> None:
+    def _note_loss(self, run: TrainingRun, error: EdgedError) -> None:
         self._leave_group(run)
         run.failures += 1
         lost = {"at_step": run.step, "epoch": run.epoch, "reason": str(error)}
@@ -417,7 +341,7 @@ class Trainings:
         log.warning("training interrupted", extra={"job_id": run.job_id, "reason": str(error)})
         run.tell({"event": "interrupted"} | lost)
 
-    async def _until_all_there(self, run: _Run) -> None:
+    async def _until_all_there(self, run: TrainingRun) -> None:
         """Wait for every node of the plan; PeerError when one stays away for the job's patience."""
         until = time.monotonic() + run.patience_s
         roles = run.plan.roles if run.plan is not None else ()
@@ -441,7 +365,7 @@ class Trainings:
             await asyncio.sleep(LOOK_S)
         run.waits("")
 
-    async def _run_epoch(self, run: _Run) -> Mapping[str, float]:
+    async def _run_epoch(self, run: TrainingRun) -> Mapping[str, float]:
         """Plan, load, go on from the last step that every rank has kept, to the end."""
         model = self._models.find(run.model_sha256 or str(run.settings["model"]))
         run.model_sha256 = model.sha256
@@ -485,7 +409,7 @@ class Trainings:
         self._start(run, plan, run.group, manifest)
         return await self._until_finished(run)
 
-    def _plan(self, run: _Run, sha256: str, nodes: Sequence[NodeView]) -> TrainingPlan:
+    def _plan(self, run: TrainingRun, sha256: str, nodes: Sequence[NodeView]) -> TrainingPlan:
         """The plan of the first epoch stays the job's: another would go another way."""
         if run.plan is None:
             description = self._models.manifest(sha256).model
@@ -505,7 +429,7 @@ class Trainings:
                 raise PeerError(f"node {self._peers.name_of(role.node_id)} is offline")
         return run.plan
 
-    def _start(self, run: _Run, plan: TrainingPlan, group: Group, manifest: wire.Manifest) -> None:
+    def _start(self, run: TrainingRun, plan: TrainingPlan, group: Group, manifest: wire.Manifest) -> None:
         """Have every rank go on from the last step that all of them have kept."""
         surveys = [started.survey for started in group.started]
         run.cost = run.training.cost(plan, manifest.model, surveys)
@@ -531,7 +455,7 @@ class Trainings:
             body = wire.Train(group.group_id, run.job_id, run.epoch, run.step, told)
             self._peers.tell(role.node_id, "train", body)
 
-    async def _until_finished(self, run: _Run) -> Mapping[str, float]:
+    async def _until_finished(self, run: TrainingRun) -> Mapping[str, float]:
         """Wait for the collector's last report, as long as reports keep coming."""
         assert run.group is not None
         while not run.finished.done():
@@ -541,7 +465,7 @@ class Trainings:
                 raise self._stalled(run)
         return run.finished.result()
 
-    async def _ask_used(self, run: _Run, group: Group) -> None:
+    async def _ask_used(self, run: TrainingRun, group: Group) -> None:
         """What every role sent and spent; what one does not answer stays as it last was."""
         answers = await self._groups.used(group)
         before = run.used or (None,) * len(answers)
@@ -550,21 +474,20 @@ class Trainings:
         )
         run.used = tuple(now or last for now, last in zip(answers, before, strict=True))
 
-    def _stalled(self, run: _Run) -> PeerError:
+    def _stalled(self, run: TrainingRun) -> PeerError:
         """It names who does not even say what it uses; a frozen one does not."""
+        limit_s = run.patience.limit_s
         run.patience.heard(time.monotonic())  # the next time it is longer
         silent = [self._peers.name_of(node_id) for node_id in run.silent]
         whose = f"; {', '.join(silent)} does not answer" if silent else ""
-        return PeerError(
-            f"expected a step within {run.patience.limit_s:.0f} s; none came{whose}", code="stalled"
-        )
+        return PeerError(f"expected a step within {limit_s:.0f} s; none came{whose}", code="stalled")
 
-    def _leave_group(self, run: _Run) -> None:
+    def _leave_group(self, run: TrainingRun) -> None:
         """The workers of a training serve nothing else."""
         if run.group is None:
             return
         run.bytes_before = run.bytes_sent
-        run.joules_before = _added(run.joules_before, run.used) if run.used else run.joules_before
+        run.joules_before = joules_with(run.joules_before, run.used) if run.used else run.joules_before
         run.used = ()
         group, run.group = run.group, None
         group.jobs.discard(run.job_id)
@@ -584,7 +507,7 @@ class Trainings:
         elif body.kind == "done":
             if node_id == self._peers.identity.node_id and not run.finished.done():
                 run.finished.set_result(body.values)
-        elif run.plan is not None and _is_sound(body, run.plan):
+        elif run.plan is not None and figures.is_sound(body, run.plan):
             self._report(run, run.plan, body)
 
     def _error_of(self, node_id: str, body: wire.Trained) -> EdgedError:
@@ -593,7 +516,7 @@ class Trainings:
         message = f"{name}: {str(error.get('message', 'it failed'))[:1000]}"
         return JobError(message, remedy=str(error.get("remedy", ""))[:300], code=str(error.get("code"))[:40])
 
-    def _report(self, run: _Run, plan: TrainingPlan, body: wire.Trained) -> None:
+    def _report(self, run: TrainingRun, plan: TrainingPlan, body: wire.Trained) -> None:
         """A step is told when every rank that has a part of its loss has told it: their mean by tokens."""
         is_known = body.step in (run.losses if body.kind == "step" else run.evals)
         if is_known or len(run.reports) >= REPORTS_MAX:
@@ -603,7 +526,7 @@ class Trainings:
         if len(heard) < len(plan.reporters):
             return
         del run.reports[body.step, body.kind]
-        values = _mean(list(heard.values()))
+        values = figures.mean(list(heard.values()))
         if body.kind == "eval" and values.get("targets") == 0:
             return  # no rank has rows that are held out, or may still send them
         try:
@@ -621,8 +544,8 @@ class Trainings:
             run.evals[body.step] = values
         run.tell({"event": body.kind, "step": body.step, "steps": plan.steps} | values | self._pace(run))
 
-    def _pace(self, run: _Run) -> dict[str, Any]:
-        return {"bytes_sent": run.bytes_sent, "joules": _added(run.joules_before, run.used)}
+    def _pace(self, run: TrainingRun) -> dict[str, Any]:
+        return {"bytes_sent": run.bytes_sent, "joules": joules_with(run.joules_before, run.used)}
 
     def _group_lost(self, group: Group) -> None:
         for run in self._runs.values():
@@ -680,18 +603,18 @@ class Trainings:
 
     # --- documents ---
 
-    async def _document(self, run: _Run, done: Mapping[str, float]) -> dict[str, Any]:
+    async def _document(self, run: TrainingRun, done: Mapping[str, float]) -> dict[str, Any]:
         assert run.group is not None
         assert run.plan is not None
         await self._hear_out(run, run.plan, run.group)
         seconds = time.monotonic() - run.since
-        joules, source = _added(run.joules_before, run.used), "measured"
+        joules, source = joules_with(run.joules_before, run.used), "measured"
         if joules is None:
             nodes = await self._viewer.views(measure=False)
             watts = {node.node_id: node.watts for node in nodes}
             joules = estimated_training_joules([watts.get(r.node_id) for r in run.plan.roles], seconds)
             source = "estimated"
-        done = _with_spent(done, [started.survey for started in run.group.started])
+        done = figures.with_spent(done, [started.survey for started in run.group.started])
         adapter = await asyncio.to_thread(self._adopt, run, run.plan, done)
         return {
             "job_id": run.job_id,
@@ -717,14 +640,14 @@ class Trainings:
             | done,
         }
 
-    async def _hear_out(self, run: _Run, plan: TrainingPlan, group: Group) -> None:
+    async def _hear_out(self, run: TrainingRun, plan: TrainingPlan, group: Group) -> None:
         """The collector may overtake other ranks' last reports: what a node answers comes after these."""
         for _ in range(ASKED_MAX):
-            run.used = await self._groups.used(group)
-            if None not in run.used and len(run.losses) >= plan.steps:
+            await self._ask_used(run, group)
+            if not run.silent and len(run.losses) >= plan.steps:
                 return
 
-    def _adopt(self, run: _Run, plan: TrainingPlan, done: Mapping[str, float]) -> Adapter:
+    def _adopt(self, run: TrainingRun, plan: TrainingPlan, done: Mapping[str, float]) -> Adapter:
         """Keep what the collector wrote; a job that ended between that and its own end has it already."""
         for adapter in self._adapters.list():
             if (
@@ -732,13 +655,13 @@ class Trainings:
                 and adapter.provenance.get("steps") == plan.steps
             ):
                 return adapter
-        model = self._models.find(str(run.settings["model"]))
+        model = self._models.find(run.model_sha256)
         made = self._state_of(run.job_id) / f"rank-{plan.collector}" / "adapter"
         provenance = {"job_id": run.job_id, "kind": run.request.kind, "steps": plan.steps, **done}
         meta = AdapterMeta(model.sha256, model.name, kind=_kind_of(made), provenance=provenance)
         return self._adapters.adopt(made, str(run.settings["adapter"] or run.request.name), meta)
 
-    def _plan_row(self, run: _Run) -> dict[str, Any]:
+    def _plan_row(self, run: TrainingRun) -> dict[str, Any]:
         assert run.plan is not None
         return {
             "strategy": run.training.name,
@@ -776,62 +699,13 @@ class _Made(msgspec.Struct):
     kind: Kind
 
 
-def _may_pass(run: _Run, error: EdgedError) -> bool:
+def _may_pass(run: TrainingRun, error: EdgedError) -> bool:
     """May the same plan work when the lost node is back, or a node that refuses for now does not any more?"""
     if error.code in FINAL or (error.code == "not-online" and run.epoch == 0):
         return False
     if isinstance(error, PolicyViolation):
         return run.has_begun
     return isinstance(error, PeerError) or error.code in GONE
-
-
-def _is_sound(body: wire.Trained, plan: TrainingPlan) -> bool:
-    """Is it a report that this rank has to make, with figures that can be kept?"""
-    return (
-        body.rank in plan.reporters
-        and 0 <= body.step <= plan.steps
-        and "loss" in body.values
-        and len(body.values) <= VALUES_MAX
-        and all(key.isidentifier() and len(key) <= 32 and key not in OWN_WORDS for key in body.values)
-        and all(math.isfinite(value) for value in body.values.values())
-    )
-
-
-def _mean(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Of several ranks' figures: sums of `tokens` and `targets`, means by targets of all else.
-    A report without targets says nothing of the rest."""
-    if len(reports) == 1:
-        return dict(reports[0])
-    weights = [max(0.0, report.get("targets", 1.0)) for report in reports]
-    keys = [key for key in reports[0] if all(key in report for report in reports)]
-    found = {
-        key: sum(w * report[key] for w, report in zip(weights, reports, strict=True) if w)
-        / (sum(weights) or 1.0)
-        for key in keys
-    }
-    sums = {key: sum(report[key] for report in reports) for key in ("tokens", "targets") if key in keys}
-    return found | sums | {"seconds": max(report.get("seconds", 0.0) for report in reports)}
-
-
-def _with_spent(done: Mapping[str, float], surveys: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The last report, with the most that any rank's survey says is "spent" of something, such as an epsilon:
-    whoever collects the adapter may have nothing of it."""
-    found = dict(done)
-    for survey in surveys:
-        spent = survey.get("spent")
-        for key, value in list(spent.items())[:VALUES_MAX] if isinstance(spent, Mapping) else ():
-            if isinstance(key, str) and type(value) in (int, float) and value >= 0:  # not NaN
-                found[key[:40]] = max(found.get(key[:40], 0.0), float(value))
-    return found
-
-
-def _added(before: float | None, used: Sequence[wire.Used | None]) -> float | None:
-    """Joules of earlier epochs and of this one's roles; None where one of them did not measure all along."""
-    each = [metering.spent(NOTHING, role.metered if role is not None else None) for role in used]
-    known = [joules for joules in each if joules is not None]
-    if before is None or not each or len(known) < len(each):
-        return None
-    return before + sum(known)
 
 
 def _failure_of(error: BaseException, is_cancelled: bool) -> EdgedError:
@@ -842,7 +716,7 @@ def _failure_of(error: BaseException, is_cancelled: bool) -> EdgedError:
     return JobError(f"internal error: {type(error).__name__}: {error}", code="internal")
 
 
-def _settled(run: _Run, task: asyncio.Task[dict[str, Any]]) -> None:
+def _settled(run: TrainingRun, task: asyncio.Task[dict[str, Any]]) -> None:
     """Wake the watchers; look at the exception, since a detached job has none."""
     run.news.set()
     if not task.cancelled():

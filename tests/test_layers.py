@@ -22,11 +22,12 @@ LAYERS = {
     0: "types errors version",
     1: "hookspecs config wire sizes rows",
     2: "pricing rules correcting metering sustaining queueing scenario",
-    3: "accounting plugins node planning simulation advising jobs identity token requests framing",
+    3: "accounting figures plugins node planning simulation advising jobs identity token requests framing",
     4: "transport certificate stream meeting streams channel exchanging dataplane control client "
     "worker supervisor models partial ingest datasets ingest_rows adapters adapter_files lending transfer "
     "health sdnotify device bearing limits pressure saving patience reports",
-    5: "peers probing transfers watching viewing roles groups choosing coordinator training commands parts "
+    5: "peers probing transfers watching viewing roles groups choosing coordinator training_run training "
+    "commands parts "
     "daemon",
     6: "cli testing",
 }
@@ -57,8 +58,8 @@ DOORS = {
     "ctypes": ("worker cli", "one call, prctl, for a child that must not outlive us; the rest is engines"),
 }
 PURE = (
-    "types wire sizes rows pricing rules correcting accounting metering sustaining queueing scenario node "
-    "planning patience"
+    "types wire sizes rows pricing rules correcting accounting figures metering sustaining queueing "
+    "scenario node planning patience"
 )
 PURE_MAY_IMPORT = {
     "__future__": "no code",

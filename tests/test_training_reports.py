@@ -8,7 +8,9 @@ from typing import Any, cast
 import pytest
 
 from edged import wire
-from edged.training import Trainings, _mean, _Run
+from edged.figures import mean
+from edged.training import Trainings
+from edged.training_run import TrainingRun
 from edged.types import TrainingPlan
 
 LOSS = {"loss": 2.5, "targets": 7.0}
@@ -23,7 +25,7 @@ class Told:
         self.trainings = object.__new__(Trainings)
         self.trainings._store = cast("Any", SimpleNamespace(add_step=self._add))
         nothing = cast("Any", None)
-        self.run = _Run("j", nothing, nothing, {}, 0.0, finished=nothing)  # a future needs a loop
+        self.run = TrainingRun("j", nothing, nothing, {}, 0.0, finished=nothing)  # a future needs a loop
 
     def _add(self, job: str, step: int, kind: str, values: dict[str, float]) -> None:
         self.kept.append((step, kind, values))
@@ -57,6 +59,6 @@ def test_a_step_without_targets_is_told_all_the_same() -> None:
 
 
 def test_losses_are_weighed_by_their_targets() -> None:
-    found = _mean([LOSS, {"loss": 1.0, "targets": 3.0}, {"loss": float("nan"), "targets": 0.0}])
+    found = mean([LOSS, {"loss": 1.0, "targets": 3.0}, {"loss": float("nan"), "targets": 0.0}])
     assert found["loss"] == pytest.approx((2.5 * 7 + 1.0 * 3) / 10)
     assert found["targets"] == 10

@@ -30,7 +30,7 @@ WIDTH = 60
 
 
 def finetune(
-    kind: Annotated[str, typer.Argument(metavar="split|local|federated")],
+    kind: Annotated[str, typer.Argument(metavar="split|local")],
     settings: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The job's file.")],
     resume: Annotated[str | None, typer.Option(metavar="JOB", help="Go on with an ended job.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the loss, as .png or .svg.")] = None,

@@ -115,10 +115,6 @@ class Job:
     patience_s: float = _key(600.0, "how long a lost node is waited for")
 
     @property
-    def is_private(self) -> bool:
-        return self.clip > 0
-
-    @property
     def prompts(self) -> int:
         """How many vectors stand before each row."""
         return self.prompt_tokens if self.tune == "prompts" else 0

@@ -323,6 +323,27 @@ def test_a_model_file_travels_as_an_open_file(home: Any, daemon: Any, edged: Any
     assert fake.files == [b"GGUF and more"]
 
 
+def test_a_folder_with_a_model_travels_as_the_one_file_it_is_packed_into(
+    home: Any, daemon: Any, edged: Any, tmp_path: Path
+) -> None:
+    numpy = pytest.importorskip("numpy", reason="writes the model")
+    safetensors = pytest.importorskip("safetensors.numpy", reason="writes the model")
+    fake = daemon({"models.add": {"models": [MODEL]}})
+    folder = tmp_path / "Tiny-Llama"
+    folder.mkdir()
+    line = ("models", "add", folder, "--home", home.path, "--json")
+    assert "config.json" in edged(*line).err  # says what a folder must hold
+    assert fake.requests == []
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "tokenizer.json").write_text("{}")
+    name = "model.embed_tokens.weight"
+    safetensors.save_file({name: numpy.ones((2, 2), "float32")}, folder / "model.safetensors")
+    assert edged(*line).document == {"models": [MODEL]}
+    assert fake.requests == [("models.add", {"name": "tiny-llama"})]
+    assert name.encode() in fake.files[0]
+    assert b"tokenizer" in fake.files[0]
+
+
 def test_a_data_file_travels_as_an_open_file(home: Any, daemon: Any, edged: Any, tmp_path: Path) -> None:
     fake = daemon({"data.add": {"data": [DATA], "stored": "copied"}})
     file = tmp_path / "rows.jsonl"

@@ -1,0 +1,56 @@
+"""What ranks tell of a training's steps: checked, and made one figure. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .types import TrainingPlan
+from .wire import Trained
+
+VALUES_MAX = 16  # figures in one report
+KEY_CHARS_MAX = 40
+OWN_WORDS = ("event", "step", "steps", "bytes_sent", "joules")  # of an event, which no report may set
+
+
+def is_sound(body: Trained, plan: TrainingPlan) -> bool:
+    """Is it a report that this rank has to make, with figures that can be kept?"""
+    return (
+        body.rank in plan.reporters
+        and 0 <= body.step <= plan.steps
+        and "loss" in body.values
+        and len(body.values) <= VALUES_MAX
+        and all(
+            key.isidentifier() and len(key) <= KEY_CHARS_MAX and key not in OWN_WORDS for key in body.values
+        )
+        and all(math.isfinite(value) for value in body.values.values())
+    )
+
+
+def mean(reports: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of several ranks' figures: sums of `tokens` and `targets`, means by targets of all else.
+    A report without targets says nothing of the rest."""
+    if len(reports) == 1:
+        return dict(reports[0])
+    weights = [max(0.0, report.get("targets", 1.0)) for report in reports]
+    keys = [key for key in reports[0] if all(key in report for report in reports)]
+    found = {
+        key: sum(w * report[key] for w, report in zip(weights, reports, strict=True) if w)
+        / (sum(weights) or 1.0)
+        for key in keys
+    }
+    sums = {key: sum(report[key] for report in reports) for key in ("tokens", "targets") if key in keys}
+    return found | sums | {"seconds": max(report.get("seconds", 0.0) for report in reports)}
+
+
+def with_spent(done: Mapping[str, float], surveys: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The last report, with the most that any rank's survey says is "spent" of something, such as an epsilon:
+    whoever collects the adapter may have nothing of it."""
+    found = dict(done)
+    for survey in surveys:
+        spent = survey.get("spent")
+        for key, value in list(spent.items())[:VALUES_MAX] if isinstance(spent, Mapping) else ():
+            if isinstance(key, str) and type(value) in (int, float) and value >= 0:  # not NaN
+                found[key[:KEY_CHARS_MAX]] = max(found.get(key[:KEY_CHARS_MAX], 0.0), float(value))
+    return found
