@@ -28,9 +28,9 @@ from edged.cli.generating import REQUEST
 
 ROWS = Path(os.environ.get("EDGED_ROWS") or ROOT.parent / "shared" / "data" / "natural-instructions")
 CLIENTS = quick(("0342", "0008"), ("0342", "0008", "0131"))
-STEPS = quick(2, 16)
+STEPS = quick(2, 40)
 BATCH = quick(1, 4)
-ASKED = quick(1, 6)  # held-out rows of each client that are answered
+ASKED = quick(1, 20)  # held-out rows of each client that are answered
 ANSWER_TOKENS = quick(4, 32)
 COMMON = {
     "model": MODEL,
@@ -54,7 +54,7 @@ def main(out: Path | None = None) -> dict[str, Any]:
     own = {name: _rows(name) for name in CLIENTS}
     with (
         tempfile.TemporaryDirectory() as folder,
-        running([place(name) for name in ("server", *CLIENTS)]) as nodes,
+        running([place("server", threads=2), *map(place, CLIENTS)]) as nodes,
     ):
         server, *clients = nodes
         name = add_model(server, model_file())
