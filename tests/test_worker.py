@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections import deque
 from collections.abc import Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from edged import wire
-from edged.types import Computed, Sampling, Step
+from edged.types import Computed, EngineSpec, ModelDescription, Sampling, Step, TrainingSpec
 from edged.worker import PIECE_TOKENS, PIECE_TOKENS_SHARED, WAITING_MAX, Worker
 
 GREEDY = Sampling(temperature=0)
@@ -156,6 +159,41 @@ def test_a_flood_of_jobs_is_refused_and_harms_nobody(pipe: socket.socket) -> Non
     assert len(worker._waiting) == WAITING_MAX
     advance(worker, 2)
     assert engine.batches == [{1: 1}] * 3
+
+
+def remembers(*arguments: object) -> SimpleNamespace:
+    """What a plugin's function finds when it is called, as OpenMP would that it then imports."""
+    SPINS.append(os.environ.get("GOMP_SPINCOUNT"))
+    return SimpleNamespace(survey={}, steps_kept=())
+
+
+SPINS: list[str | None] = []
+MINE = f"{__name__}:remembers"
+TINY = ModelDescription("llama", 1, 1, 8, 1, 1, 8, 8, 8, 64, "F32", 1, 1, 1, (1,), 1, 1)
+SPEC = wire.to_map(EngineSpec("m.gguf", TINY, (), 0, 64))
+TRAINING = wire.to_map(TrainingSpec("j", {}, (), 0, "", "state", 0, "m", "0" * 64))
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "spins"),
+    [
+        ("task", {"function": MINE, "params": {}}, "3000"),
+        ("load", {"spec": SPEC, "load": MINE}, "3000"),
+        ("load", {"spec": SPEC, "load": MINE, "trainer": MINE, "training": TRAINING}, None),
+    ],
+    ids=["task", "engine", "trainer"],
+)
+def test_threads_wait_in_sleep_for_tokens_and_awake_for_training(
+    pipe: socket.socket, monkeypatch: pytest.MonkeyPatch, kind: str, body: dict[str, Any], spins: str | None
+) -> None:
+    """It is settled before anything of a plugin is called: OpenMP reads it when it is loaded."""
+    monkeypatch.setenv("GOMP_SPINCOUNT", "")  # so that it is as before afterwards
+    monkeypatch.delenv("GOMP_SPINCOUNT")
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setattr(Worker, "_connected", lambda worker, body: None)
+    SPINS.clear()
+    Worker(pipe)._handle(wire.Message(kind, body, 1, 0))
+    assert set(SPINS) == {spins}
 
 
 def test_an_engine_without_a_token_yet_is_asked_again_by_a_step_without_tokens(pipe: socket.socket) -> None:

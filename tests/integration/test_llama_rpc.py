@@ -93,12 +93,12 @@ def test_jobs_beyond_the_cache_wait_and_say_what_the_model_would(nodes: Nodes, s
     names = ["laptop", "jetson"][: 1 if plan == "local" else 2]
     jobs = {"context": 256, "sequences": 1}
     made = nodes.group(*names, plugins=PLUGINS, plugin=ALLOWED, jobs=jobs)
-    made[0].add(tiny_models.tiny("stablelm", smol), "tiny")
+    path = tiny_models.tiny("stablelm", smol)
+    made[0].add(path, "tiny")
     prompts = ("One", "Two birds", "Three ships at sea", "Four", "Five hills", "Six")
     asked = [ASKED | {"prompt": p, "n": 60, "strategy": plan, "nodes": names} for p in prompts]
     together = [made[0].job(one) for one in asked]
     said = [job.document()["tokens"] for job in together]
-    path = tiny_models.tiny("stablelm", smol)
     assert max(regret(path, prompt, tokens) for prompt, tokens in zip(prompts, said, strict=True)) < NEAR
     assert regret(path, prompts[0], said[1]) > 10 * NEAR
     assert [len(node.workers()) for node in made] == [1] * len(names)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import pytest
@@ -47,16 +48,21 @@ def test_what_cannot_run_is_refused_before_anything_starts(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("topology", ["label-sharing", "u-shape"])
-def test_a_lost_server_changes_no_byte_of_the_adapter(trio: list[Node], topology: str) -> None:
+def test_a_lost_client_and_a_lost_server_change_no_byte_of_the_adapter(
+    trio: list[Node], topology: str
+) -> None:
+    """Killed at seeded steps, in a seeded order."""
     phone, cloud, desk = trio
+    chance = random.Random(topology)
     settings = rig.table([(PHONE, "sums")], CLOUD, steps=60, topology=topology, eval_every=20)
     calm = rig.finetune(desk, rig.asked(settings))
     job = rig.begun(desk, rig.asked(settings))
-    rig.until_step(desk, job, 5)
-    for worker in cloud.workers():
-        worker.kill()
+    for first, struck in zip((2, 30), chance.sample([phone, cloud], 2), strict=True):
+        rig.until_step(desk, job, chance.randrange(first, first + 20))
+        for worker in struck.workers():
+            worker.kill()
     lossy = rig.followed(desk, job).end()
-    assert lossy["plan"]["epoch"] == 2
+    assert lossy["plan"]["epoch"] == 3
     for key in ("loss", "eval_loss", "steps"):
         assert lossy[key] == calm[key]
     assert rig.adapter_files(desk, lossy["adapter"]) == rig.adapter_files(desk, calm["adapter"])
