@@ -116,13 +116,14 @@ class Host:
 
     # --- calling ---
 
-    def registrations(self, hook: str) -> dict[str, Any]:
-        """All entries of a register hook by name; PluginError on a clash or an exception."""
+    def registrations(self, hook: str, **values: Any) -> dict[str, Any]:
+        """All entries of a register hook by name; PluginError on a clash or an exception. `values`: its
+        arguments beside the plugin's settings."""
         found: dict[str, Any] = {}
         owners: dict[str, str] = {}
         for plugin, implementation in self._implementations(hook, "register"):
             try:
-                answer = self._call(plugin, implementation, {"settings": plugin.settings})
+                answer = self._call(plugin, implementation, {"settings": plugin.settings, **values})
                 entries = [(entry.name, entry) for entry in answer or ()]
             except EdgedError:  # it says by itself what to mend: its settings, say
                 raise

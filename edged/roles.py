@@ -28,7 +28,15 @@ from .peers import Peers
 from .plugins import Host
 from .supervisor import Supervisor, WorkerHandle
 from .transfers import Transfers
-from .types import EngineEntry, EngineSpec, ModelDescription, PlanRequest, Training, TrainingSpec
+from .types import (
+    AggregatorEntry,
+    EngineEntry,
+    EngineSpec,
+    ModelDescription,
+    PlanRequest,
+    Training,
+    TrainingSpec,
+)
 from .watching import Watch, Watched
 
 log = logging.getLogger(__name__)
@@ -72,12 +80,14 @@ class Roles:
         transfers: Transfers,
         engines: Mapping[str, EngineEntry],
         trainings: Mapping[str, Training],
+        aggregators: Mapping[str, AggregatorEntry],
         data: DataStore,
         training_folder: Path,
     ) -> None:
         self._profile, self._peers, self._host = profile, peers, host
         self._device, self._supervisor, self._transfers = device, supervisor, transfers
-        self._engines, self._trainings, self._data = engines, trainings, data
+        self._engines, self._data = engines, data
+        self._trainings, self._aggregators = trainings, aggregators
         self._watch = Watch(device)
         self._training_folder = training_folder
         self._held: dict[str, _Held] = {}
@@ -375,6 +385,7 @@ class Roles:
             offer.model_name,
             offer.model_sha256,
             self._device.threads,
+            {name: entry.load for name, entry in self._aggregators.items()},
         )
         return {"trainer": self._trainings[offered.kind].load, "training": wire.to_map(spec)}
 

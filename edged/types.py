@@ -466,6 +466,7 @@ class TrainingSpec:
     model_name: str
     model_sha256: str
     threads: int = 1
+    aggregators: Mapping[str, str] = field(default_factory=dict)  # `load` by name, of this node's own plugins
 
 
 Report = Callable[[str, int, Mapping[str, float]], None]  # kind ("step", "eval", "done"), step, values
@@ -487,6 +488,102 @@ class Trainer(Protocol):
     def run(self, step: int, report: Report, is_stopped: Callable[[], bool]) -> None: ...
 
     def close(self) -> None: ...
+
+
+# --- rounds ---------------------------------------------------------------------------------------
+
+# By module ("model.layers.3.self_attn.q_proj"): A (r, in) and B (out, r), F32 arrays of numpy, read only. The
+# layer computes W x + scale B A x.
+Factors = Mapping[str, tuple[Any, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A client of a federated job, as its server knows it: its rank in the plan, and its adapter's r and
+    scale, alpha / r."""
+
+    rank: int
+    r: int
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a member ended a round's local steps with. `weight`: rows it trained on, above 0. `extras`: more
+    that the aggregator asked its members for, by name; arrays of numpy."""
+
+    member: Member
+    round: int
+    weight: float
+    factors: Factors
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """What a member loads before a round's local steps. `merged`, its scale in it, is added to the frozen
+    weights for good, first; then the member's adapter becomes `factors`. `extras`: more for its local steps."""
+
+    factors: Factors
+    merged: Factors = field(default_factory=dict)
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Aggregator(Protocol):
+    """Makes one next state of a round's client updates; in the server's worker, with numpy and without torch.
+
+    A round: `begin`, `add` for each update in the order of ranks, `finish`, then `download` for every member.
+    Before the first round `download` gives what the job starts from. `add` keeps no update where the state
+    does not need it, so that memory does not grow with members; `bytes_kept` says what it does keep. It
+    measures nothing: the round loop compares what it made with what it was given.
+    """
+
+    def frozen(self, round: int) -> str:
+        """ "A" or "B": the factor that no member trains or sends in this round; "" for none."""
+        ...
+
+    def begin(self, round: int, members: Sequence[Member]) -> None: ...
+
+    def add(self, update: Update) -> None:
+        """ConfigError where the update cannot be used: unlike ranks with a mean of factors, say."""
+        ...
+
+    def finish(self) -> None:
+        """PolicyViolation where there are too few updates; the state is then that before `begin`."""
+        ...
+
+    def download(self, member: Member) -> Download: ...
+
+    def adapter(self) -> Mapping[str, tuple[Any, Any, float]]:
+        """All that was learned since the base, for everybody: by module A, B and scale."""
+        ...
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Arrays of numpy, from which `load_state_dict` goes on bit for bit."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class AggregatorEntry:
+    """A way to aggregate client updates: a value of `method` in a federated job.
+
+    load: "package.module:attribute", in a worker: load(settings, start, members) -> Aggregator, where
+        `settings` are the job's and `start` the Factors, at the largest r of any member, that a job begins with
+    keys: of a job's file that only it reads
+    is_sum: is what it makes a weighted sum of the updates? Then members may mask them.
+    unlike_ranks: may members have adapters of unlike r?
+    bytes_kept(cohort, values): memory of the server for so many updates of so many values; None: that of
+        one state, whatever the cohort
+    """
+
+    name: str
+    load: str
+    keys: Sequence[TrainingKey] = ()
+    is_sum: bool = False
+    unlike_ranks: bool = False
+    bytes_kept: Callable[[int, int], int] | None = None
 
 
 # --- what plugins register ----------------------------------------------------------------------

@@ -95,7 +95,7 @@ PLUGIN_DOORS = {
     "jinja2": ("torch_blocks", "a template is a program of the model's author"),
     "numpy": (
         "shard torch_blocks energy _grouping _paths _placing _pool _ring _search _staging _sweep _tables "
-        "_sampling _llama_engine _tensors split_learning",
+        "_sampling _llama_engine _tensors split_learning personal_lora zeroth_order",
         "arrays live in an engine's worker",
     ),
     "torch": ("torch_blocks _tensors split_learning", "tensors with gradients live in a training's worker"),

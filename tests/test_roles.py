@@ -105,7 +105,7 @@ class Rig:
         self.trainings = {"sums": TRAINING, "abacus": counting}
         self.roles = Roles(
             profile, peers, Host(), self.device, self.supervisor, transfers, engines, self.trainings,
-            self.data, home.training,
+            {}, self.data, home.training,
         )  # fmt: skip
         [role] = planning.whole(NodeView("me", "phone"), self.manifest.model, "local").roles
         self.role = role
