@@ -522,7 +522,8 @@ class Update:
 @dataclass(frozen=True, slots=True)
 class Download:
     """What a member loads before a round's local steps. `merged`, its scale in it, is added to the frozen
-    weights for good, first; then the member's adapter becomes `factors`. `extras`: more for its local steps."""
+    weights for good, first; then the member's adapter becomes `factors`. `extras`: more that its local steps
+    need."""
 
     factors: Factors
     merged: Factors = field(default_factory=dict)
@@ -570,7 +571,7 @@ class AggregatorEntry:
     """A way to aggregate client updates: a value of `method` in a federated job.
 
     load: "package.module:attribute", in a worker: load(settings, start, members) -> Aggregator, where
-        `settings` are the job's and `start` the Factors, at the largest r of any member, that a job begins with
+        `settings` are the job's and `start` the Factors that it begins with, at the largest r of any member
     keys: of a job's file that only it reads
     is_sum: is what it makes a weighted sum of the updates? Then members may mask them.
     unlike_ranks: may members have adapters of unlike r?

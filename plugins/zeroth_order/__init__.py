@@ -1,4 +1,4 @@
-"""Aggregators that need no gradients: members send scalars for seeds, and everybody draws the same directions.
+"""Aggregators that need no gradients: members send scalars for seeds, and all draw the same directions.
 
 This module is light; numpy is loaded by the underscore modules, in a worker only.
 """
