@@ -88,17 +88,20 @@ PLUGIN_DOORS = {
     "transformers": ("torch_blocks", "one engine builds blocks"),
     "peft": ("torch_blocks", "one engine puts LoRA on them"),
     "safetensors": (
-        "torch_blocks _tensors split_learning",
+        "torch_blocks _tensors _training split_learning",
         "weights, adapters and checkpoints that run no code",
     ),
     "tokenizers": ("torch_blocks", "one engine reads vocabularies"),
     "jinja2": ("torch_blocks", "a template is a program of the model's author"),
     "numpy": (
         "shard torch_blocks energy _grouping _paths _placing _pool _ring _search _staging _sweep _tables "
-        "_sampling _llama_engine _tensors split_learning personal_lora zeroth_order",
+        "_sampling _llama_engine _tensors _training split_learning personal_lora zeroth_order",
         "arrays live in an engine's worker",
     ),
-    "torch": ("torch_blocks _tensors split_learning", "tensors with gradients live in a training's worker"),
+    "torch": (
+        "torch_blocks _tensors _training split_learning personal_lora",
+        "tensors with gradients live in a training's worker",
+    ),
     "opacus": ("_tensors", "one accountant decides what a privacy budget allows"),
     "llama_cpp": (
         "shard _tokenizer _libllama _llama_describe _llama_engine _llama_rpc_engine",

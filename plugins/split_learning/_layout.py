@@ -12,6 +12,7 @@ from edged import ConfigError, ModelDescription, NodeView, PeerError, PolicyViol
 
 from .._codec_sizes import ada_ratios, payload_bytes
 from .._cut_layer import Cut
+from .._training import sizes
 from . import _cost
 from ._job import Job, least_cut, read, to_table
 from ._places import Places
@@ -117,7 +118,7 @@ def memory(settings: Mapping[str, Any], model: ModelDescription, roles: Sequence
 
 def _check_frames(job: Job, model: ModelDescription) -> None:
     """ConfigError where a tensor that travels is larger than a link takes."""
-    largest, most = _cost.largest_frame(job, model), _cost.FRAME_BYTES_MAX - _cost.BOX_BYTES
+    largest, most = _cost.largest_frame(job, model), sizes.FRAME_BYTES_MAX - sizes.BOX_BYTES
     if largest > most:
         raise ConfigError(
             f"expected tensors of at most {most >> 20} MiB between nodes; a batch of {job.batch_size} rows "
@@ -177,7 +178,7 @@ def _step_s(job: Job, model: ModelDescription, places: Places, chosen: Sequence[
     positions = job.batch_size * (job.max_length + job.prompts)
     times = []
     for rank, node in enumerate(chosen[: places.server + 1]):
-        speed = _cost.flops_s(node)
+        speed = sizes.flops_s(node)
         if speed is None:
             return None
         times.append(_cost.flops_of(job, model, places.parts(rank), positions) / speed)
@@ -192,7 +193,7 @@ def _step_s(job: Job, model: ModelDescription, places: Places, chosen: Sequence[
             for count, width in _cost.crossings(job, model):
                 shape = (job.batch_size, job.max_length + job.prompts, width)
                 size = payload_bytes(job.codec, shape, places.ratio(a, b))
-                each = _cost.link_s(by_id, chosen[a].node_id, chosen[b].node_id, size)
+                each = sizes.link_s(by_id, chosen[a].node_id, chosen[b].node_id, size)
                 if each is None:
                     return None
                 took += count * each
@@ -303,7 +304,7 @@ def _price(
             battery = node.device.battery
             if battery is not None and battery.percent is not None and not battery.plugged:
                 flops = _cost.flops_of(cut, model, places.parts(rank), job.batch_size * job.max_length)
-                total += (BATTERY_WEIGHT - 1) * flops / (_cost.flops_s(node) or 1.0)
+                total += (BATTERY_WEIGHT - 1) * flops / (sizes.flops_s(node) or 1.0)
         return total + stability.cost(cuts[0])
 
     return price
@@ -317,7 +318,7 @@ def _with_ratios(job: Job, model: ModelDescription, chosen: Sequence[NodeView], 
     for client in places.clients:
         chain = places.chain if client == 0 else [client, places.server]
         for a, b in itertools.pairwise(chain):
-            took = _cost.link_s(by_id, chosen[a].node_id, chosen[b].node_id, size)
+            took = sizes.link_s(by_id, chosen[a].node_id, chosen[b].node_id, size)
             if took is None:
                 notes.append("adatopk: a link was never measured, so every link has the same ratio")
                 return job

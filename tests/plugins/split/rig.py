@@ -30,10 +30,10 @@ import numpy as np
 import peft
 import torch
 from edged_plugins._tensors.rows import Batches, encode, read_rows
+from edged_plugins._training.link import Stopped
 from edged_plugins.split_learning._cost import cost
 from edged_plugins.split_learning._job import check_local, check_split, read
 from edged_plugins.split_learning._layout import plan_local, plan_split
-from edged_plugins.split_learning._link import Stopped
 from edged_plugins.split_learning._trainer import load
 from edged_plugins.torch_blocks._describe import describe
 from edged_plugins.torch_blocks._engine import open_blocks

@@ -17,8 +17,8 @@ from torch import Tensor
 from edged import Channel, EngineError, ProtocolError
 
 from .._tensors.codecs import Codec
-from ._cost import pieces
-from ._loss import IGNORED
+from .loss import IGNORED
+from .sizes import pieces
 
 LOOK_S = 0.5
 
