@@ -56,6 +56,7 @@ from .types import (
     TrainingKey,
     TrainingPlan,
     TrainingSpec,
+    Travels,
     Update,
 )
 from .version import VERSION as __version__
@@ -108,6 +109,7 @@ __all__ = [
     "TrainingKey",
     "TrainingPlan",
     "TrainingSpec",
+    "Travels",
     "Update",
     "__version__",
     "codec_of",

@@ -626,7 +626,9 @@ class Trainings:
             "bytes_sent": run.bytes_sent,
             "joules": joules,
             "joules_source": source if joules is not None else None,
-            "rounds_log": [],
+            "rounds_log": figures.rounds_log(
+                self._store.steps(run.job_id), [role.node_id for role in run.plan.roles]
+            ),
             "plan": self._plan_row(run),
             "measured": {
                 "seconds": seconds,

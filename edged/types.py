@@ -567,6 +567,16 @@ class Aggregator(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Travels:
+    """What goes to and from a member in a round, but for extras. `down`, `up`: the factors, "AB", "A", "B" or
+    ""; `stack`: the rank of what is merged, 0 for nothing."""
+
+    down: str = "AB"
+    up: str = "AB"
+    stack: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class AggregatorEntry:
     """A way to aggregate client updates: a value of `method` in a federated job.
 
@@ -577,6 +587,8 @@ class AggregatorEntry:
     unlike_ranks: may members have adapters of unlike r?
     bytes_kept(cohort, values): memory of the server for so many updates of so many values; None: that of
         one state, whatever the cohort
+    travels(round, ranks) -> Travels, from the r of every member; for the prediction of bytes. None: all
+        factors, both ways; before the first round nothing goes down, since everybody draws the same start.
     """
 
     name: str
@@ -585,6 +597,7 @@ class AggregatorEntry:
     is_sum: bool = False
     unlike_ranks: bool = False
     bytes_kept: Callable[[int, int], int] | None = None
+    travels: Callable[[int, Sequence[int]], Travels] | None = None
 
 
 # --- what plugins register ----------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,9 +26,11 @@ def write_lora(
     is_transposed: bool,
     base: str,
     model: str,
+    extra: Mapping[str, Any] | None = None,
 ) -> None:
     """A new PEFT folder for the model named `model`; in it adapter.gguf where `base` is a GGUF for which
-    llama.cpp has such a file. `tensors` by PEFT's names; `is_transposed`: of GPT-2's kind of layers."""
+    llama.cpp has such a file. `tensors` by PEFT's names; `is_transposed`: of GPT-2's kind of layers;
+    `extra`: more of PEFT's configuration."""
     adapters.write_peft(
         folder,
         tensors,
@@ -36,6 +39,7 @@ def write_lora(
         targets=targets,
         base_name=model,
         fan_in_fan_out=is_transposed,
+        extra=extra,
     )
     with open(base, "rb") as file:
         if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:

@@ -21,6 +21,7 @@ from .loss import IGNORED
 from .sizes import pieces
 
 LOOK_S = 0.5
+_NONE = np.zeros(0, np.float32)
 
 
 class Stopped(Exception):
@@ -104,7 +105,7 @@ class Link:
                     f"expected {kind} of {name} in frames of {size} bytes, for {count} values"
                 )
             joined += frames[0]
-        values = np.frombuffer(joined, "<f4").astype(np.float32, copy=False)
+        values = np.frombuffer(joined, "<f4").astype(np.float32, copy=False) if joined else _NONE
         if not np.isfinite(values).all():
             raise ProtocolError(f"expected {kind} of {name} in finite values; some are not")
         return said, values

@@ -8,11 +8,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from edged import ConfigError, ModelDescription, NodeView, PeerError, PolicyViolation, Role, TrainingPlan
+from edged import ConfigError, ModelDescription, NodeView, PolicyViolation, Role, TrainingPlan
 
 from .._codec_sizes import ada_ratios, payload_bytes
 from .._cut_layer import Cut
 from .._training import sizes
+from .._training.nodes import find, shortage
 from . import _cost
 from ._job import Job, least_cut, read, to_table
 from ._places import Places
@@ -38,7 +39,7 @@ def plan_split(
     """ConfigError where the file names what is not there, PeerError where a node is away."""
     job = read(settings)
     names = [*(client.node for client in job.clients), *job.stages, job.server]
-    chosen = [_node(nodes, name) for name in names]
+    chosen = [find(nodes, name) for name in names]
     ids = [node.node_id for node in chosen]
     for one, other in itertools.combinations(range(len(ids)), 2):
         if ids[one] == ids[other]:
@@ -80,7 +81,7 @@ def _plan(
         tells_loss,
         collector,
         _step_s(job, model, places, chosen),
-        _shortage(roles, chosen),
+        shortage(roles, chosen),
         tuple(notes),
     )
 
@@ -125,30 +126,6 @@ def _check_frames(job: Job, model: ModelDescription) -> None:
             f"of {job.max_length + job.prompts} tokens makes {largest >> 20} MiB",
             remedy=f"lower batch_size or max_length, {-(-largest // most)} times or more",
         )
-
-
-def _shortage(roles: Sequence[Role], chosen: Sequence[NodeView]) -> str:
-    """The numbers, where a node's memory will not do."""
-    short = [
-        f"{node.name} needs {role.memory_bytes >> 20} MiB for blocks {role.layers[0]} to {role.layers[1]} "
-        f"and has {node.memory_budget >> 20} MiB"
-        for role, node in zip(roles, chosen, strict=True)
-        if node.memory_budget is not None and role.memory_bytes > node.memory_budget
-    ]
-    return "not enough memory: " + "; ".join(short) if short else ""
-
-
-def _node(nodes: Sequence[NodeView], name: str) -> NodeView:
-    """By name, id or a prefix of one; "" is the submitter."""
-    if not name:
-        return nodes[0]
-    found = [node for node in nodes if name in (node.name, node.node_id)]
-    found = found or [node for node in nodes if len(name) >= 8 and node.node_id.startswith(name)]
-    if len(found) == 1:
-        return found[0]
-    known = ", ".join(sorted(node.name for node in nodes))
-    what = f"{len(found)} nodes match {name!r}" if found else f"node {name!r} is not online"
-    raise PeerError(f"{what}; online: {known}", remedy="start it, or see `edged peers`", code="not-online")
 
 
 def _check_cut(job: Job, model: ModelDescription) -> None:
@@ -216,12 +193,12 @@ def _with_cut(job: Job, model: ModelDescription, chosen: Sequence[NodeView], not
     fitting = [
         cuts
         for cuts in _cuts(job, model, stages)
-        if not _shortage(_roles(_cut_at(job, cuts), model, chosen), chosen)
+        if not shortage(_roles(_cut_at(job, cuts), model, chosen), chosen)
     ]
     if not fitting:
         least = _cut_at(job, next(iter(_cuts(job, model, stages))))
         raise PolicyViolation(
-            f"no cut fits; at the first one, {_shortage(_roles(least, model, chosen), chosen)}",
+            f"no cut fits; at the first one, {shortage(_roles(least, model, chosen), chosen)}",
             remedy="lower batch_size or max_length, or set gradient_checkpointing",
         )
     price = _price(job, model, chosen)
@@ -271,7 +248,7 @@ def _refined(
             for other in near
             if all(a < b for a, b in itertools.pairwise(other))
             and all(cut in places for cut in other)
-            and not _shortage(_roles(_cut_at(job, other), model, chosen), chosen)
+            and not shortage(_roles(_cut_at(job, other), model, chosen), chosen)
         ]
         better = min(sound, key=price, default=cuts)
         if price(better) >= price(cuts):

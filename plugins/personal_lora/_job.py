@@ -1,0 +1,214 @@
+"""The file of a federated training job: its keys, their defaults and rules. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from edged import AggregatorEntry, TrainingKey
+
+from .._training import file
+from .._training.file import check, clients_of, key, server_of, texts_of, typed, unknown
+
+CLIENTS_MAX = 32
+LOSSES = ("answer", "all")
+WEIGHTS = ("f32", "bf16")
+CLIENT_KEYS = ("node", "data", "r", "alpha")
+
+
+@dataclass(frozen=True, slots=True)
+class Client:
+    """A member that brings data. `r`, `alpha`: of its adapter; 0: the job's."""
+
+    node: str = ""
+    data: str = ""
+    r: int = 0
+    alpha: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A federated job. The text after a default is what `edged config --explain` says of the key."""
+
+    model: str = key("smollm2-135m-instruct-q4_1", "a stored model's name or hash")
+    method: str = key("flora", "how the server makes one adapter of many: {methods}")
+    clients: tuple[Client, ...] = key(
+        (),
+        "[[clients]]: node and data of each member that brings rows; r and alpha where not the job's",
+    )
+    server: str = key("", "[server] node: who aggregates; it sees adapters, never rows")
+    rounds: int = key(4, "times that all clients train and the server aggregates")
+    local_steps: int = key(4, "optimiser steps of each client in a round")
+    batch_size: int = key(4, "rows of each client in a step")
+    max_length: int = key(128, "tokens of a row; the rest is cut off")
+    learning_rate: float = key(5e-4, "of a client's AdamW, whose moments begin anew in each round")
+    weight_decay: float = key(0.0, "of AdamW")
+    r: int = key(8, "rank of the adapter")
+    alpha: float = key(16.0, "the adapter counts alpha / r times")
+    target_modules: tuple[str, ...] = key(("q_proj", "v_proj"), "linear layers that get an adapter")
+    dropout: float = key(0.0, "before the adapter")
+    seed: int = key(0, "of the adapter's start, and the order of rows")
+    loss_on: str = key("answer", '"all": on the prompt\'s tokens, too')
+    gradient_checkpointing: bool = key(False, "less memory, a third more time")
+    weights: str = key("f32", "of the frozen model in memory: f32 or bf16")
+    eval_every: int = key(
+        1, 'rounds between evaluations on rows with split "test"; 0: at the start and the end'
+    )
+    eval_rows: int = key(64, "at most, of all clients")
+    weight_most: int = key(0, "rows that a client counts for at most; 0: as many as it says")
+    adapter: str = key("", 'its name; "": the file\'s')
+    patience_s: float = key(600.0, "how long a lost node is waited for")
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keys of the method alone
+
+    @property
+    def r_most(self) -> int:
+        """The largest r of any client: that of the start."""
+        return max((client.r or self.r for client in self.clients), default=self.r)
+
+    def r_of(self, rank: int) -> int:
+        return self.clients[rank].r or self.r
+
+    def alpha_of(self, rank: int) -> float:
+        """Where a client has an r of its own and no alpha, the job's scale is kept."""
+        client = self.clients[rank]
+        return client.alpha or (self.alpha * client.r / self.r if client.r else self.alpha)
+
+    def scale_of(self, rank: int) -> float:
+        return self.alpha_of(rank) / self.r_of(rank)
+
+
+DEFAULTS = Job()
+OWN = ("options",)  # of the dataclass, and no key of a file
+
+
+def check_federated(aggregators: Mapping[str, AggregatorEntry], table: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a federated job's table; ConfigError names the key that is wrong."""
+    job = read(table, aggregators)
+    entry = aggregators[job.method]
+    check(
+        [
+            (job.clients, "at least one [[clients]] with node and data"),
+            (job.server, "[server] with a node"),
+            (all(client.data for client in job.clients), "data for every client"),
+            (
+                len({client.node for client in job.clients}) == len(job.clients),
+                "each client once; a node takes one part",
+            ),
+            (
+                job.server not in [client.node for client in job.clients],
+                "a server that is no client: a node takes one part",
+            ),
+            (
+                entry.unlike_ranks or len({job.r_of(rank) for rank in range(len(job.clients))}) == 1,
+                f"one r for all clients: {job.method} averages factors; "
+                f"{' or '.join(sorted(name for name, each in aggregators.items() if each.unlike_ranks))} "
+                "take unlike ones",
+            ),
+            (
+                entry.unlike_ranks or len({job.scale_of(rank) for rank in range(len(job.clients))}) == 1,
+                f"one alpha for all clients with {job.method}",
+            ),
+        ]
+    )
+    return to_table(job)
+
+
+def read(table: Mapping[str, Any], aggregators: Mapping[str, AggregatorEntry] | None = None) -> Job:
+    """A table of TOML, or settings that were read before, as a Job. `aggregators`: the methods there are;
+    None: of a job that was checked before."""
+    table = dict(table)
+    table.pop("steps", None)  # as many as rounds: the daemon's word for them
+    fields = {item.name: item for item in dataclasses.fields(Job)}
+    options = dict(table.pop("options", {}))
+    method = table.get("method", DEFAULTS.method)
+    if aggregators is not None:
+        known = sorted(aggregators)
+        check([(method in known, f"method as one of {', '.join(known)}; {method!r} came")])
+        own = {item.key: item for item in aggregators[method].keys}
+        options = {name: item.default for name, item in own.items()} | options
+        options |= {name: table.pop(name) for name in list(table) if name in own and name not in fields}
+        options = {
+            name: typed(name, own[name].default, value) for name, value in options.items() if name in own
+        }
+        for name in table:
+            if name not in fields or name in OWN:
+                raise unknown(name, [*(name for name in fields if name not in OWN), *own])
+    if "server" in table:
+        table["server"] = server_of(table["server"])
+    if "clients" in table:
+        table["clients"] = tuple(_client(entry) for entry in clients_of(table["clients"], CLIENT_KEYS))
+    if "target_modules" in table:
+        table["target_modules"] = texts_of("target_modules", table["target_modules"])
+    special = ("clients", "server", "target_modules")
+    values = {
+        name: value if name in special else typed(name, fields[name].default, value)
+        for name, value in table.items()
+    }
+    job = Job(**values, options=options)
+    check(_rules(job))
+    return job
+
+
+def to_table(job: Job) -> dict[str, Any]:
+    """As it is stored and sent; `read` gives the same job again."""
+    table = dataclasses.asdict(job)
+    return table | {
+        "clients": [dict(client) for client in table["clients"]],
+        "target_modules": list(job.target_modules),
+        "options": dict(job.options),
+        "steps": job.rounds,
+    }
+
+
+def keys(aggregators: Mapping[str, AggregatorEntry]) -> list[TrainingKey]:
+    """What `edged config --explain` lists of a federated job."""
+    table, methods = to_table(DEFAULTS), ", ".join(sorted(aggregators))
+    found = [
+        TrainingKey(item.name, table[item.name], item.metadata["text"].format(methods=methods))
+        for item in dataclasses.fields(Job)
+        if item.name not in OWN
+    ]
+    own: dict[str, TrainingKey] = {}
+    for name, entry in sorted(aggregators.items()):
+        for item in entry.keys:
+            own.setdefault(item.key, TrainingKey(item.key, item.default, f"{name}: {item.text}"))
+    return found + list(own.values())
+
+
+def _client(entry: Mapping[str, Any]) -> Client:
+    values = {name: typed(f"clients.{name}", getattr(Client(), name), value) for name, value in entry.items()}
+    return Client(**values)
+
+
+def _rules(job: Job) -> list[file.Rule]:
+    one_of, least = partial(file.one_of, job), partial(file.least, job)
+    return [
+        one_of("loss_on", LOSSES),
+        one_of("weights", WEIGHTS),
+        (len(job.clients) <= CLIENTS_MAX, f"at most {CLIENTS_MAX} clients"),
+        (job.target_modules, "target_modules with a name"),
+        least("rounds", 1, 100_000),
+        least("local_steps", 1, 100_000),
+        least("r", 1, 4096),
+        least("batch_size", 1, 4096),
+        least("max_length", 8, 1 << 17),
+        *(
+            least(name, 0)
+            for name in ("weight_decay", "eval_every", "eval_rows", "weight_most", "patience_s")
+        ),
+        least("seed", 0, 2**31 - 1),
+        (0 < job.learning_rate < 10, f"learning_rate above 0 and below 10; {job.learning_rate!r} came"),
+        (0 < job.alpha < 1e6, f"alpha above 0; {job.alpha!r} came"),
+        (0 <= job.dropout < 1, f"dropout from 0 to below 1; {job.dropout!r} came"),
+        (
+            all(0 <= client.r <= 4096 and 0 <= client.alpha < 1e6 for client in job.clients),
+            "r from 1 to 4096 and alpha above 0 for every client that has its own",
+        ),
+    ]
+
+
+def client_names(job: Job) -> Sequence[str]:
+    return [client.node for client in job.clients]

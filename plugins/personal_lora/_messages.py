@@ -1,0 +1,95 @@
+"""What travels between the server and a member in a round, and how many bytes that is. Pure.
+
+    down   [round]   words `start`, `frozen`, `stack`, `of`; values: the stack to merge, then the factors
+    up     [round]   words `weight`, `of`; values: the factors that the member trained
+    told   [round]   one frame: a member's `FIGURES` of the round; the last one has no `up`
+
+Factors are the values of A, then B, of each adapted layer, in the order in which a model computes them
+(`Layers`): who has the model and the job's file knows all names and shapes. A factor that is still the one
+that the job began with is not sent: everybody draws the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edged import AggregatorEntry, Travels
+
+from .._training.sizes import HASH, message_bytes, values_bytes
+from ._job import Job
+
+FIGURES = ("loss", "targets", "tokens", "seconds", "eval_loss", "eval_targets", "sent")  # in F64
+Shapes = Sequence[tuple[int, int]]  # of each adapted layer: how many values it gives and takes
+
+
+def values_of(factors: str, r: int, shapes: Shapes) -> int:
+    """Values of the named factors, "AB", "A", "B" or "", at rank r."""
+    per_r = sum(
+        (columns if "A" in factors else 0) + (rows if "B" in factors else 0) for rows, columns in shapes
+    )
+    return r * per_r
+
+
+def hello(job_hash: str, model_hash: str) -> dict[str, Any]:
+    return {"k": "hello", "at": [], "model": model_hash, "job": job_hash}
+
+
+def down(round: int, start: str, frozen: str, stack: int, count: int) -> dict[str, Any]:
+    """`start`: the factors that are those of the start, and do not come; `frozen`: the one not to train."""
+    return {"k": "down", "at": [round], "start": start, "frozen": frozen, "stack": stack, "of": count}
+
+
+def up(round: int, weight: int, count: int) -> dict[str, Any]:
+    return {"k": "up", "at": [round], "weight": weight, "of": count}
+
+
+def down_bytes(round: int, travels: Travels, r: int, shapes: Shapes) -> int:
+    """Of a round's download of a member with rank r."""
+    start = "".join(side for side in "AB" if side not in travels.down)
+    frozen = "".join(side for side in "AB" if side not in travels.up)
+    count = values_of("AB", travels.stack, shapes) + values_of(travels.down, r, shapes)
+    return values_bytes(down(round, start, frozen, travels.stack, count), count)
+
+
+def up_bytes(round: int, travels: Travels, r: int, weight: int, shapes: Shapes) -> int:
+    """Of a round's update of a member with rank r."""
+    count = values_of(travels.up, r, shapes)
+    return values_bytes(up(round, weight, count), count)
+
+
+def told_bytes(round: int) -> int:
+    return message_bytes({"k": "told", "at": [round]}, [8 * len(FIGURES)])
+
+
+def travels_of(entry: AggregatorEntry, round: int, ranks: Sequence[int]) -> Travels:
+    if entry.travels is not None:
+        return entry.travels(round, ranks)
+    return Travels() if round else Travels(down="")
+
+
+def bytes_sent(entry: AggregatorEntry, job: Job, collector: int, surveys: Sequence[Mapping[str, Any]]) -> int:
+    """Over all links, from the greeting to the adapter's way to the collector."""
+    server = len(job.clients)
+    shapes: Shapes = [(rows, columns) for rows, columns in surveys[server]["shapes"]]
+    ranks = [job.r_of(rank) for rank in range(server)]
+    total = 2 * server * message_bytes(hello("0" * HASH, "0" * HASH))
+    stacked = 0
+    for round in range(job.rounds + 1):
+        travels = travels_of(entry, round, ranks)
+        stacked += travels.stack
+        for rank, r in enumerate(ranks):
+            total += down_bytes(round, travels, r, shapes) + told_bytes(round)
+            if round < job.rounds:
+                total += up_bytes(round, travels, r, surveys[rank]["weight"], shapes)
+    if collector != server:
+        total += _part_bytes(job, surveys[server]["names"], shapes, stacked)
+    return total
+
+
+def _part_bytes(job: Job, names: int, shapes: Shapes, stacked: int) -> int:
+    """The adapter on its way to the collector: as wide as all that was stacked, or as the widest member."""
+    ranks = [min(stacked, *shape) if stacked else job.r_most for shape in shapes]
+    count = sum(r * (rows + columns) for r, (rows, columns) in zip(ranks, shapes, strict=True))
+    said = {"k": "part", "at": [job.rounds], "r": ranks, "of": count}
+    return names + values_bytes(said, count)

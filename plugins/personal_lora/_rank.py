@@ -1,0 +1,184 @@
+"""What both ends of a round have: the job, the adapter's shapes and start, links, checkpoints."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+
+from edged import Channel, Computed, EngineError, TrainingSpec
+
+from .._tensors import codecs
+from .._training.checkpoints import Checkpoints
+from .._training.link import Link, Stopped
+from . import _messages
+from ._job import Job, read
+
+Report = Callable[[str, int, Mapping[str, float]], None]
+Arrays = dict[str, tuple[np.ndarray, np.ndarray]]  # by layer: A (r, in), B (out, r)
+
+
+class Rank(abc.ABC):
+    """`Trainer` of one rank; a step is a round."""
+
+    def __init__(self, spec: TrainingSpec, blocks: Any, channel: Channel) -> None:
+        torch.set_num_threads(max(1, spec.threads))
+        self.spec, self.blocks, self.channel = spec, blocks, channel
+        self.job: Job = read(spec.settings)
+        self.rank, self.server = spec.rank, len(self.job.clients)
+        self.checkpoints = Checkpoints(spec.state_folder)
+        self.computed = Computed()
+        self.layers: dict[str, tuple[int, int]] = blocks.linears(self.job.target_modules)
+        self._links: dict[int, Link] = {}
+        self._is_stopped: Callable[[], bool] = lambda: False
+        self.build()
+        self.survey: Mapping[str, Any] = self.count()
+        self.steps_kept = tuple(step for step in self.checkpoints.steps if step <= self.job.rounds)
+
+    @abc.abstractmethod
+    def build(self) -> None: ...
+
+    @abc.abstractmethod
+    def count(self) -> dict[str, Any]:
+        """What the prediction of bytes needs to know of this rank."""
+
+    @abc.abstractmethod
+    def round(self, number: int, report: Report) -> None:
+        """All of a round that is this rank's."""
+
+    @abc.abstractmethod
+    def finish(self, report: Report) -> None:
+        """After the last round."""
+
+    @abc.abstractmethod
+    def state(self) -> dict[str, torch.Tensor]:
+        """What the next round goes on from."""
+
+    @abc.abstractmethod
+    def set_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        """What `state` gave, back from a checkpoint; KeyError, ValueError, RuntimeError where it is none."""
+
+    @property
+    def neighbours(self) -> Sequence[int]:
+        return [self.server] if self.rank < self.server else range(self.server)
+
+    # --- Trainer ------------------------------------------------------------------------------------
+
+    def run(self, step: int, report: Report, is_stopped: Callable[[], bool]) -> None:
+        self._is_stopped = is_stopped
+        try:
+            self._shake_hands()
+            if step:
+                self._restore(step)
+            self.checkpoints.forget_after(step)
+            for number in range(step, self.job.rounds):
+                if is_stopped():
+                    return
+                self.round(number, report)
+                self.checkpoints.save(number + 1, self.state(), {"step": number + 1})
+            self.finish(report)
+        except Stopped:
+            return
+
+    def close(self) -> None:
+        self._links.clear()
+
+    @contextmanager
+    def computing(self) -> Iterator[None]:
+        """Time of this thread within counts as computed, not as waited."""
+        began = time.thread_time()
+        yield
+        spent = self.computed.compute_s + time.thread_time() - began
+        self.computed = dataclasses.replace(self.computed, compute_s=spent)
+
+    def look(self) -> None:
+        """Between two pieces of work: is there somebody who wants this to end?"""
+        if self._is_stopped():
+            raise Stopped
+
+    def _restore(self, step: int) -> None:
+        state, words = self.checkpoints.load(step)
+        try:
+            if words.get("step") != step:
+                raise ValueError(f"it is of round {words.get('step')}")
+            self.set_state(state)
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise EngineError(
+                f"expected a checkpoint of this job's round {step}; {error}",
+                remedy="remove it, to go on from an earlier one",
+                code="disk",
+            ) from error
+
+    # --- links --------------------------------------------------------------------------------------
+
+    def link(self, other: int) -> Link:
+        if other not in self._links:
+            codec = codecs.make("f32", 1.0, 1)
+            self._links[other] = Link(self.channel, other, codec, lambda: self._is_stopped())
+        return self._links[other]
+
+    def name(self, rank: int) -> str:
+        """Of a rank, as the job's file calls it."""
+        if rank < self.server:
+            return self.job.clients[rank].node or "the submitting node"
+        return self.job.server if rank == self.server else self.spec.roles[rank].node_id[:8]
+
+    def _shake_hands(self) -> None:
+        """Server and member must train the same model by the same words."""
+        settings = json.dumps(dict(self.spec.settings), sort_keys=True)
+        mine = _messages.hello(hashlib.sha256(settings.encode()).hexdigest(), self.spec.model_sha256)
+        words = {key: value for key, value in mine.items() if key not in ("k", "at")}
+        for other in self.neighbours:
+            self.link(other).send("hello", [], words, [])
+        for other in self.neighbours:
+            header, _ = self.link(other).receive("hello", [])
+            for word in ("model", "job"):
+                if header.get(word) != mine[word]:
+                    raise EngineError(
+                        f"expected the same {word} at every node; {self.name(other)} has "
+                        f"{str(header.get(word))[:12]}, and here it is {mine[word][:12]}",
+                        remedy="give both nodes the same file",
+                        code="model-differs" if word == "model" else "job-differs",
+                    )
+
+    # --- factors ------------------------------------------------------------------------------------
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        return list(self.layers.values())
+
+    def start(self, r: int) -> Arrays:
+        """What a job begins with, at rank `r`: the first of the widest member's."""
+        found = self.blocks.lora_start(r=self.job.r_most, targets=self.job.target_modules, seed=self.job.seed)
+        return {name: (a[:r].numpy(), b[:, :r].numpy()) for name, (a, b) in found.items()}
+
+    def flat(self, factors: Mapping[str, tuple[np.ndarray, np.ndarray]], sides: str) -> np.ndarray:
+        """The values of the named sides, layer by layer, A before B."""
+        parts = [
+            np.asarray(factors[name][side], "<f4").ravel()
+            for name in self.layers
+            for side, letter in enumerate("AB")
+            if letter in sides
+        ]
+        return np.concatenate(parts) if parts else np.zeros(0, "<f4")
+
+    def unflat(self, values: np.ndarray, sides: str, r: int) -> dict[str, dict[str, np.ndarray]]:
+        """Of each layer the named sides, out of what `flat` gave."""
+        found: dict[str, dict[str, np.ndarray]] = {}
+        at = 0
+        for name, (rows, columns) in self.layers.items():
+            found[name] = {}
+            for letter, shape in (("A", (r, columns)), ("B", (rows, r))):
+                if letter in sides:
+                    size = shape[0] * shape[1]
+                    found[name][letter] = values[at : at + size].reshape(shape)
+                    at += size
+        return found

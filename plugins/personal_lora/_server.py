@@ -1,0 +1,246 @@
+"""The server of a federated job: it sends each member what to start from, takes updates, and aggregates.
+
+It measures what the aggregator made against what it was given (`_residual`), and never loads the model.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from edged import Download, EngineError, Member, ProtocolError, Update
+
+from .._training.adapter_folder import write_lora
+from . import _messages
+from ._member import PREFIX, _own
+from ._rank import Arrays, Rank, Report
+from ._residual import Residual
+
+KEPT = "aggregator."  # before the names of its state in a checkpoint
+
+
+class Server(Rank):
+    def build(self) -> None:
+        job = self.job
+        self.members = [Member(rank, job.r_of(rank), job.scale_of(rank)) for rank in range(self.server)]
+        self._start = self.start(job.r_most)
+        self.aggregator = self._aggregator()
+        self._round = 0
+
+    def _aggregator(self) -> Any:
+        """Of this node's own plugins, by the job's word."""
+        dotted = self.spec.aggregators.get(self.job.method)
+        if dotted is None:
+            raise EngineError(
+                f"no method {self.job.method!r} here; loaded: {', '.join(sorted(self.spec.aggregators))}",
+                remedy="load the plugin that brings it",
+            )
+        module, _, attribute = dotted.partition(":")
+        settings = dict(self.spec.settings) | dict(self.job.options)
+        return getattr(importlib.import_module(module), attribute)(settings, self._start, self.members)
+
+    def count(self) -> dict[str, Any]:
+        return {"shapes": [list(shape) for shape in self.shapes]}
+
+    # --- a round ------------------------------------------------------------------------------------
+
+    def round(self, number: int, report: Report) -> None:
+        began = time.monotonic()
+        self.aggregator.begin(number, self.members)
+        frozen = self.aggregator.frozen(number)
+        values: dict[str, float] = {
+            f"down_{m.rank}": float(self._send(number, m, frozen)) for m in self.members
+        }
+        meter, told = Residual(), []
+        for member in self.members:
+            update = self._receive(number, member, frozen)
+            told.append(self._told(number, member.rank))
+            with self.computing():
+                meter.add(update)
+                self.aggregator.add(update)
+        with self.computing():
+            self.aggregator.finish()
+            values["residual"] = meter.of([(m, self.aggregator.download(m)) for m in self.members])
+        for rank, figures in enumerate(told):
+            values[f"up_{rank}"] = figures["sent"]
+        self._tell_eval(number, told, report)
+        targets = sum(figures["targets"] for figures in told)
+        values |= {
+            "loss": sum(figures["loss"] for figures in told) / max(1.0, targets),
+            "targets": targets,
+            "tokens": sum(figures["tokens"] for figures in told),
+            "seconds": time.monotonic() - began,
+        }
+        if not math.isfinite(values["loss"]):
+            raise EngineError(f"round {number}: expected finite losses of its members", code="nan-loss")
+        self._round = number + 1
+        report("step", number, values)
+
+    def _send(self, number: int, member: Member, frozen: str) -> int:
+        """A member's download; bytes that it took."""
+        download: Download = self.aggregator.download(member)
+        same = {
+            letter
+            for side, letter in enumerate("AB")
+            if all(
+                np.array_equal(pair[side], _first(self._start[name], member.r)[side])
+                for name, pair in download.factors.items()
+            )
+        }
+        start = "".join(sorted(same))
+        come = "".join(side for side in "AB" if side not in same)
+        stack = max((a.shape[0] for a, _ in download.merged.values()), default=0)
+        values = np.concatenate(
+            [
+                self.flat(download.merged, "AB") if stack else np.zeros(0, "<f4"),
+                self.flat(download.factors, come),
+            ]
+        )
+        words = _messages.down(number, start, frozen, stack, values.size)
+        before = self._bytes()
+        self.link(member.rank).send_values("down", [number], _own(words), values)
+        return self._bytes() - before
+
+    def _bytes(self) -> int:
+        return int(getattr(self.channel, "bytes_sent", 0))
+
+    def _receive(self, number: int, member: Member, frozen: str) -> Update:
+        name = self.name(member.rank)
+        sides = "".join(side for side in "AB" if side != frozen)
+        count = _messages.values_of(sides, member.r, self.shapes)
+
+        def count_of(header: Mapping[str, Any]) -> int:
+            if header.get("of") != count:
+                raise ProtocolError(
+                    f"expected {count} values of {name}'s adapter; {str(header.get('of'))[:20]} came"
+                )
+            return count
+
+        header, values = self.link(member.rank).receive_values("up", [number], count_of, name)
+        weight = header.get("weight")
+        if type(weight) is not int or weight < 1:
+            raise ProtocolError(f"expected a number of rows above 0 of {name}; {str(weight)[:20]} came")
+        if self.job.weight_most:
+            weight = min(weight, self.job.weight_most)
+        given, loaded = self.unflat(values, sides, member.r), self.aggregator.download(member).factors
+        factors: Arrays = {
+            layer: (given[layer].get("A", loaded[layer][0]), given[layer].get("B", loaded[layer][1]))
+            for layer in self.layers
+        }
+        return Update(member, number, float(weight), factors)
+
+    def _told(self, number: int, rank: int) -> dict[str, float]:
+        _, frames = self.link(rank).receive("told", [number])
+        size = 8 * len(_messages.FIGURES)
+        if [frame.nbytes for frame in frames] != [size]:
+            raise ProtocolError(f"expected figures of {self.name(rank)} in {size} bytes")
+        found = np.frombuffer(frames[0], "<f8")
+        if not (np.isfinite(found).all() and (found >= 0).all()):
+            raise ProtocolError(f"expected finite figures of {self.name(rank)}, of 0 or more")
+        return dict(zip(_messages.FIGURES, map(float, found), strict=True))
+
+    def _tell_eval(self, number: int, told: list[dict[str, float]], report: Report) -> None:
+        targets = sum(figures["eval_targets"] for figures in told)
+        if targets:
+            loss = sum(figures["eval_loss"] for figures in told) / targets
+            report("eval", number, {"loss": loss, "targets": targets})
+
+    # --- checkpoints --------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, torch.Tensor]:
+        found = {
+            key: torch.from_numpy(np.asarray(value)) for key, value in self.aggregator.state_dict().items()
+        }
+        return {f"aggregator.{key}": value for key, value in found.items()} | {"round": torch.zeros(1)}
+
+    def set_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        prefix = "aggregator."
+        self.aggregator.load_state_dict(
+            {
+                key.removeprefix(prefix): value.numpy()
+                for key, value in state.items()
+                if key.startswith(prefix)
+            }
+        )
+
+    # --- the end ------------------------------------------------------------------------------------
+
+    def finish(self, report: Report) -> None:
+        """Have every member load and evaluate what the last round made; give the adapter away."""
+        number = self.job.rounds
+        for member in self.members:
+            self._send(number, member, "")
+        self._tell_eval(number, [self._told(number, member.rank) for member in self.members], report)
+        made = {
+            name: (np.asarray(a, "<f4"), np.asarray(b * scale, "<f4"))
+            for name, (a, b, scale) in self.aggregator.adapter().items()
+        }
+        if self.spec.collector == self.rank:
+            write(self, made, report)
+            return
+        values = self.flat(made, "AB")
+        words = {"r": [made[name][0].shape[0] for name in self.layers], "of": values.size}
+        self.link(self.spec.collector).send_values("part", [number], words, values)
+
+
+def collect(rank: Rank, report: Report) -> None:
+    """Take the adapter from the server and write it; of the rank whose node the job was submitted to."""
+    name, said = rank.name(rank.server), {}
+
+    def count_of(header: Mapping[str, Any]) -> int:
+        ranks, shapes = header.get("r"), rank.shapes
+        if (
+            not isinstance(ranks, list)
+            or len(ranks) != len(shapes)
+            or not all(
+                type(r) is int and 1 <= r <= min(shape) for r, shape in zip(ranks, shapes, strict=True)
+            )
+        ):
+            raise ProtocolError(f"expected the ranks of {len(shapes)} layers from {name}")
+        said["r"] = ranks
+        return sum(r * (rows + columns) for r, (rows, columns) in zip(ranks, shapes, strict=True))
+
+    _, values = rank.link(rank.server).receive_values("part", [rank.job.rounds], count_of, name)
+    made, at = {}, 0
+    for r, (layer, (rows, columns)) in zip(said["r"], rank.layers.items(), strict=True):
+        middle, end = at + r * columns, at + r * (rows + columns)
+        made[layer] = (values[at:middle].reshape(r, columns), values[middle:end].reshape(rows, r))
+        at = end
+    write(rank, made, report)
+
+
+def write(rank: Rank, made: Arrays, report: Report) -> None:
+    """A PEFT folder whose factors count once: alpha is r."""
+    ranks = {name: a.shape[0] for name, (a, _) in made.items()}
+    widest = max(ranks.values())
+    unlike = {name: r for name, r in ranks.items() if r != widest}
+    folder = Path(rank.spec.state_folder) / "adapter"
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that ended between two files
+    write_lora(
+        folder,
+        {
+            f"{PREFIX}{name}.lora_{letter}.weight": pair[side]
+            for name, pair in made.items()
+            for side, letter in enumerate("AB")
+        },
+        r=widest,
+        alpha=widest,
+        targets=rank.job.target_modules,
+        is_transposed=rank.blocks.family == "gpt2",
+        base=rank.blocks.source.path,
+        model=rank.spec.model_name,
+        extra={"rank_pattern": unlike, "alpha_pattern": unlike} if unlike else {},
+    )
+    report("done", rank.job.rounds, {})
+
+
+def _first(pair: tuple[np.ndarray, np.ndarray], r: int) -> tuple[np.ndarray, np.ndarray]:
+    return pair[0][:r], pair[1][:, :r]
