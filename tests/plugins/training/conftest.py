@@ -23,7 +23,7 @@ collect_ignore_glob = ["test_*.py"] if MISSING else []
 if MISSING:
 
     def pytest_report_header() -> str:
-        return f"tests of split learning are skipped: {', '.join(MISSING)} not installed (edged[train])"
+        return f"tests of trainings are skipped: {', '.join(MISSING)} not installed (edged[train])"
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,173 @@
+"""The round loop of federated training, over tiny models: what it makes, what it sends, how it goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from edged_plugins._tensors.adapters import pairs_of, read_peft
+from edged_plugins.personal_lora._member import Member
+from rig import Outcome, finished, raised, run_threads
+from rounds_rig import AGGREGATORS, federated
+
+from edged import EngineError
+
+METHODS = sorted(AGGREGATORS)
+EXACT = ("ffa", "flora")
+UNLIKE = ({"r": 2}, {"r": 4}, {"r": 3, "alpha": 9.0})
+
+
+def adapter_of(folder: Path) -> dict[str, np.ndarray]:
+    """scale B A by module."""
+    config, tensors = read_peft(folder / "adapter")
+    return {name: pair.scale * pair.b @ pair.a for name, pair in pairs_of(config, tensors).items()}
+
+
+def steps_of(outcome: Outcome) -> list[dict[str, float]]:
+    return [values for kind, _, values in outcome.reports if kind == "step"]
+
+
+def sent_up(outcomes: list[Outcome], round: int) -> list[tuple[int, dict[str, Any], bytes]]:
+    """What the server received of each member in a round."""
+    server = outcomes[-1]
+    return [
+        (source, header, b"".join(frames))
+        for source, header, frames in server.received
+        if header["k"] == "up" and header["at"] == [round]
+    ]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_makes_an_adapter_that_has_learned(method: str, tiny: Any, tmp_path: Path) -> None:
+    plan = federated(tiny("llama")[1], tmp_path, method=method, rounds=3, local_steps=4)
+    outcomes = finished(run_threads(plan))
+    server = outcomes[-1]
+    assert [values["loss"] for values in steps_of(server)] == sorted(server.losses, reverse=True)
+    assert set(server.evals) == {0, 1, 2, 3}
+    made = adapter_of(plan.folders[-1])
+    assert len(made) == 8
+    assert all(np.abs(product).max() > 0 for product in made.values())
+
+
+def test_a_sum_of_one_round_is_that_of_the_updates(tiny: Any, tmp_path: Path) -> None:
+    """FLoRA, of unlike ranks and scales: the adapter is sum p_k s_k B_k A_k of what members sent."""
+    plan = federated(tiny("llama")[1], tmp_path, method="flora", clients=UNLIKE, rounds=1)
+    outcomes = finished(run_threads(plan, keep="messages"))
+    job, sums, total = plan.plan.settings, {}, 0
+    layers = {"self_attn.q_proj": None, "self_attn.v_proj": None}
+    assert layers
+    made = adapter_of(plan.folders[-1])
+    for source, header, frame in sent_up(outcomes, 0):
+        values, at = np.frombuffer(frame, "<f4").astype(np.float64), 0
+        r = job["clients"][source]["r"]
+        alpha = job["clients"][source]["alpha"] or job["alpha"] * r / job["r"]
+        total += header["weight"]
+        for name, product in made.items():
+            rows, columns = product.shape
+            a = values[at : at + r * columns].reshape(r, columns)
+            b = values[at + r * columns : at + r * (rows + columns)].reshape(rows, r)
+            at += r * (rows + columns)
+            sums[name] = sums.get(name, 0) + header["weight"] * alpha / r * b @ a
+        assert at == values.size
+    for name, product in made.items():
+        np.testing.assert_allclose(product, sums[name] / total, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_residual_is_told_and_is_zero_of_exact_methods(method: str, tiny: Any, tmp_path: Path) -> None:
+    plan = federated(tiny("llama")[1], tmp_path, method=method, local_steps=3)
+    residuals = [values["residual"] for values in steps_of(finished(run_threads(plan))[-1])]
+    assert len(residuals) == 2
+    if method in EXACT:
+        assert max(residuals) < 1e-6
+    if method == "fedavg":
+        assert min(residuals) > 1e-3
+
+
+def test_a_member_alone_trains_as_if_there_were_no_server(tiny: Any, tmp_path: Path) -> None:
+    """FedAvg over one member gives its own factors back, whatever the number of rounds."""
+    apart = [
+        federated(tiny("llama")[1], tmp_path / str(rounds), clients=({},), rounds=rounds, local_steps=steps)
+        for rounds, steps in ((1, 2), (2, 2))
+    ]
+    first, second = ([*finished(run_threads(plan, keep="messages"))] for plan in apart)
+    assert sent_up(first, 0)[0][2] == sent_up(second, 0)[0][2]
+
+
+@pytest.mark.parametrize("method", ["fedavg", "flora"])
+def test_rounds_go_on_from_checkpoints_bit_for_bit(method: str, tiny: Any, tmp_path: Path) -> None:
+    path = tiny("llama")[1]
+    whole = federated(path, tmp_path / "whole", method=method, rounds=3)
+    finished(run_threads(whole))
+    broken = federated(path, tmp_path / "broken", method=method, rounds=3)
+
+    def stops(trainer: Any) -> None:
+        real = trainer.round
+
+        def until(number: int, report: Any) -> None:
+            if number == 2:
+                raise EngineError("it breaks here")
+            real(number, report)
+
+        trainer.round = until
+
+    outcomes = run_threads(broken, changes={0: stops})
+    assert str(raised(outcomes)) == "it breaks here"
+    finished(run_threads(broken, 2))
+    one, other = (adapter_of(plan.folders[-1]) for plan in (whole, broken))
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name])
+
+
+@pytest.mark.parametrize("submitter", ["server", "client1", "laptop"])
+def test_the_adapter_is_written_where_the_job_was_submitted(
+    submitter: str, tiny: Any, tmp_path: Path
+) -> None:
+    plan = federated(tiny("llama")[1], tmp_path, method="flora", submitter=submitter)
+    finished(run_threads(plan))
+    assert [(folder / "adapter").is_dir() for folder in plan.folders] == [
+        rank == plan.plan.collector for rank in range(len(plan.specs))
+    ]
+
+
+@pytest.mark.parametrize("submitter", ["server", "laptop"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_bytes_of_a_job_are_predicted(
+    method: str, submitter: str, tiny: Any, processes: Any, tmp_path: Path
+) -> None:
+    plan = federated(tiny("llama")[1], tmp_path, method=method, submitter=submitter)
+    ran = processes.run(plan)
+    finished(ran.outcomes)
+    assert plan.predicted_bytes(ran.outcomes) == pytest.approx(ran.bytes, rel=0.01)
+
+
+def test_what_a_member_sends_has_no_row_of_its_own(tiny: Any, tmp_path: Path) -> None:
+    """Every message of a member: a greeting, factors and figures, in sizes that do not depend on its rows."""
+    plan = federated(tiny("llama")[1], tmp_path, rounds=2)
+    server = finished(run_threads(plan, keep="messages"))[-1]
+    kinds = {header["k"] for _, header, _ in server.received}
+    assert kinds == {"hello", "up", "told"}
+    for _, header, frames in server.received:
+        assert set(header) <= {"k", "at", "model", "job", "weight", "of"}
+        expected = {"hello": [], "up": [4 * header.get("of", 0)], "told": [56]}
+        assert [len(frame) for frame in frames] == expected[header["k"]]
+
+
+def test_gpt2s_transposed_layers_take_a_stack_too(tiny: Any, tmp_path: Path) -> None:
+    plan = federated(tiny("gpt2")[1], tmp_path, method="flora", rounds=3, local_steps=4)
+    server = finished(run_threads(plan))[-1]
+    assert server.losses == sorted(server.losses, reverse=True)
+
+
+def test_a_loss_that_is_no_number_ends_the_job_by_name(tiny: Any, tmp_path: Path) -> None:
+    plan = federated(tiny("llama")[1], tmp_path, learning_rate=9.0, local_steps=40)
+
+    def breaks(trainer: Member) -> None:
+        real = trainer.rows.batch
+        del real
+        trainer.span.vectors = lambda ids: __import__("torch").full((*ids.shape, 64), float("nan"))
+
+    assert "round 0, step 0: the loss is nan" in str(raised(run_threads(plan, changes={1: breaks})))
