@@ -73,7 +73,7 @@ def rounds_log(
             }
             for way in ("up", "down")
         }
-        row = {"round": step, "loss": values["loss"], "residual": values.get("residual")}
+        row: dict[str, Any] = {"round": step, "loss": values["loss"], "residual": values.get("residual")}
         row |= {"bytes_up": sent["up"], "bytes_down": sent["down"], "members": list(sent["up"])}
         found.append(row)
     return found

@@ -124,7 +124,7 @@ def compose(home: Home) -> Parts:
     peers = Peers(identity, home, profile, host, health)
     aggregators, data = host.registrations("edged_aggregators"), DataStore(home, supervisor)
     kinds = host.registrations("edged_trainings", aggregators=aggregators)
-    adapters, lending = AdapterStore(home), Lending()
+    lending = Lending()
     transfers = Transfers(home, profile, models, lending, peers, supervisor, engines)
     roles = Roles(
         profile,
@@ -137,6 +137,7 @@ def compose(home: Home) -> Parts:
         kinds,
         aggregators,
         data,
+        adapters,
         home.training,
     )
     probing = Probing(profile, peers, supervisor, device)

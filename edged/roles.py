@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from . import sizes, wire
+from .adapters import AdapterMeta, AdapterStore
 from .config import Profile
 from .datasets import DataStore
 from .device import Device
@@ -82,11 +83,12 @@ class Roles:
         trainings: Mapping[str, Training],
         aggregators: Mapping[str, AggregatorEntry],
         data: DataStore,
+        adapters: AdapterStore,
         training_folder: Path,
     ) -> None:
         self._profile, self._peers, self._host = profile, peers, host
         self._device, self._supervisor, self._transfers = device, supervisor, transfers
-        self._engines, self._data = engines, data
+        self._engines, self._data, self._adapters = engines, data, adapters
         self._trainings, self._aggregators = trainings, aggregators
         self._watch = Watch(device)
         self._training_folder = training_folder
@@ -373,7 +375,7 @@ class Roles:
     ) -> dict[str, Any]:
         """What a worker is told to load a trainer. Checkpoints are a coordinator's own."""
         collector = next((role.rank for role in offer.roles if role.node_id == coordinator), 0)
-        folder = self._training_folder / f"{coordinator[:16]}-{offered.job}" / f"rank-{offer.rank}"
+        folder = self._state_of(coordinator, offer, offered)
         spec = TrainingSpec(
             offered.job,
             offered.settings,
@@ -388,6 +390,10 @@ class Roles:
             {name: entry.load for name, entry in self._aggregators.items()},
         )
         return {"trainer": self._trainings[offered.kind].load, "training": wire.to_map(spec)}
+
+    def _state_of(self, coordinator: str, offer: wire.Offer, offered: wire.TrainingOffer) -> Path:
+        """Of a rank of a job: its checkpoints, and what it makes."""
+        return self._training_folder / f"{coordinator[:16]}-{offered.job}" / f"rank-{offer.rank}"
 
     def tidy(self, before: float) -> None:
         """Delete what trainings that did not go on since `before` (Unix time) left for going on."""
@@ -458,7 +464,37 @@ class Roles:
                 self._give_back(group, reason)
         elif message.kind in ("tokens", "finished", "trained"):
             body = wire.read_body(wire.BODIES[message.kind], message.body)
+            if isinstance(body, wire.Trained) and body.kind == "kept":
+                self._keep(held, body)
+                return
             self._peers.tell_if_online(held.coordinator, message.kind, body)
+
+    def _keep(self, held: _Held, body: wire.Trained) -> None:
+        """Store the adapter that a trainer made for this node alone. Nobody else is told of it."""
+        offered = held.offer.training
+        if offered is None:
+            return
+        made = self._state_of(held.coordinator, held.offer, offered) / "kept"
+        name = f"{offered.settings.get('adapter') or offered.job}-personal"
+        provenance = {"job_id": offered.job, "kind": offered.kind, "steps": body.step, **body.values}
+        offer = held.offer
+        meta = AdapterMeta(offer.model_sha256, offer.model_name, scope="personal", provenance=provenance)
+
+        def adopt() -> None:
+            try:
+                if made.is_dir() and not self._is_kept(offered.job, body.step):
+                    self._adapters.adopt(made, name, meta)
+            except EdgedError as error:
+                log.error("personal adapter not kept", extra={"job_id": offered.job, "reason": str(error)})
+
+        task = asyncio.get_running_loop().create_task(asyncio.to_thread(adopt))
+        self._stopping.add(task)
+        task.add_done_callback(self._stopping.discard)
+
+    def _is_kept(self, job: str, steps: int) -> bool:
+        """A job that went on after its end was near tells the same again."""
+        kept = [adapter.provenance for adapter in self._adapters.list() if adapter.scope == "personal"]
+        return any(each.get("job_id") == job and each.get("steps") == steps for each in kept)
 
     def _pop(self, group: str) -> _Held | None:
         held = self._held.pop(group, None)

@@ -16,6 +16,7 @@ from .._training.file import check, clients_of, key, server_of, texts_of, typed,
 CLIENTS_MAX = 32
 LOSSES = ("answer", "all")
 WEIGHTS = ("f32", "bf16")
+PERSONAL = ("none", "dual", "ditto")
 CLIENT_KEYS = ("node", "data", "r", "alpha")
 
 
@@ -58,10 +59,22 @@ class Job:
         1, 'rounds between evaluations on rows with split "test"; 0: at the start and the end'
     )
     eval_rows: int = key(64, "at most, of all clients")
+    personal: str = key(
+        "", "an adapter that stays at each client: none, dual or ditto; fdlora has dual without being asked"
+    )
+    personal_steps: int = key(8, "dual: before the first round; ditto: in each round")
+    personal_pull: float = key(0.1, "ditto: how strongly the personal adapter is drawn to the common one")
+    fusion_rows: int = key(8, "dual: rows of its own on which a client weighs both adapters at the end")
+    fusion_tries: int = key(16, "dual: pairs of weights that are tried")
     weight_most: int = key(0, "rows that a client counts for at most; 0: as many as it says")
     adapter: str = key("", 'its name; "": the file\'s')
     patience_s: float = key(600.0, "how long a lost node is waited for")
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keys of the method alone
+
+    @property
+    def keeps(self) -> str:
+        """What personal part there is: none, dual or ditto."""
+        return self.personal or ("dual" if self.method == "fdlora" else "none")
 
     @property
     def r_most(self) -> int:
@@ -188,6 +201,12 @@ def _rules(job: Job) -> list[file.Rule]:
     return [
         one_of("loss_on", LOSSES),
         one_of("weights", WEIGHTS),
+        one_of("personal", ("", *PERSONAL)),
+        (job.personal in ("", "dual") or job.method != "fdlora", "personal = dual with fdlora"),
+        least("personal_steps", 1, 100_000),
+        least("personal_pull", 0, 1e3),
+        least("fusion_rows", 1, 4096),
+        least("fusion_tries", 3, 1000),
         (len(job.clients) <= CLIENTS_MAX, f"at most {CLIENTS_MAX} clients"),
         (job.target_modules, "target_modules with a name"),
         least("rounds", 1, 100_000),

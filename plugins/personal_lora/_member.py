@@ -1,13 +1,15 @@
 """A client of a federated job: it loads what the server made, trains on its own rows, and sends factors.
 
-No row, label, logit or gradient leaves it; what leaves is in `_messages`.
+No row, label, logit or gradient leaves it; what leaves is in `_messages`. A personal adapter (`keeps`: dual is
+FDLoRA's, ditto that of arXiv:2012.04221) is held by this class alone: nothing that sends can reach it but the
+figure of its held-out loss.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,11 +20,11 @@ from edged import EngineError, ProtocolError
 from .._training.loss import summed, targets_of
 from .._training.rows import Rows, seed_of
 from . import _messages
-from ._rank import Rank, Report
+from ._fusion import fuse, joined
+from ._rank import PREFIX, Arrays, Rank, Report, own_words, write_adapter
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's own
 STACK_MOST = 1 << 16  # rank of what a server may have merged in one round
-PREFIX = "base_model.model."
 
 
 class Member(Rank):
@@ -31,18 +33,24 @@ class Member(Rank):
         share = max(1, job.eval_rows // len(job.clients)) if job.eval_rows else 0
         self.rows = Rows.read(self.spec.data_path, self.blocks.tokenizer, job, share)
         self.r = job.r_of(self.rank)
-        self.span = self.blocks.span(0, self.blocks.layers, embed=True, head=True, dtype=job.weights)
-        self.span.add_lora(
-            r=self.r,
-            alpha=job.alpha_of(self.rank),
+        self.span = self._span(1)
+        self._start = self.start(self.r)
+        self._merged: list[tuple[int, np.ndarray]] = []  # rank and values of every stack, in order
+        self._personal: Arrays | None = None  # an adapter that never leaves this node
+
+    def _span(self, times: int) -> Any:
+        """The whole model, with an adapter of so many times this member's rank."""
+        job = self.job
+        span = self.blocks.span(0, self.blocks.layers, embed=True, head=True, dtype=job.weights)
+        span.add_lora(
+            r=times * self.r,
+            alpha=times * job.alpha_of(self.rank),
             targets=job.target_modules,
             seed=job.seed,
             dropout=job.dropout,
         )
-        self.span.checkpointing = job.gradient_checkpointing
-        self._start = self.start(self.r)
-        self._merged: list[tuple[int, np.ndarray]] = []  # rank and values of every stack, in order
-        self._sent = 0  # bytes of the last update
+        span.checkpointing = job.gradient_checkpointing
+        return span
 
     def count(self) -> dict[str, Any]:
         return {"weight": self.rows.count, "dropped": self.rows.dropped}
@@ -50,6 +58,8 @@ class Member(Rank):
     # --- a round ------------------------------------------------------------------------------------
 
     def round(self, number: int, report: Report) -> None:
+        if self.job.keeps == "dual" and self._personal is None:
+            self._personal = self._alone(0)
         frozen = self._load(number)
         with self.computing():
             evaluated = self._evaluate() if self._is_due(number) else (0.0, 0.0)
@@ -58,16 +68,28 @@ class Member(Rank):
         values = self.flat(self._factors(), sides)
         words = _messages.up(number, self.rows.count, values.size)
         link, before = self.link(self.server), self._bytes()
-        link.send_values("up", [number], _own(words), values)
-        self._tell(number, [*trained, *evaluated, float(self._bytes() - before)])
+        link.send_values("up", [number], own_words(words), values)
+        self._tell(number, [*trained, *evaluated, 0.0, float(self._bytes() - before)])
+        if self.job.keeps == "ditto":
+            self._personal = self._alone(number)
 
     def finish(self, report: Report) -> None:
-        """What the last round made: loaded and evaluated."""
-        number = self.job.rounds
+        """What the last round made: loaded, evaluated, and weighed against what is this member's own."""
+        number, said = self.job.rounds, {}
         self._load(number)
         with self.computing():
             evaluated = self._evaluate()
-        self._tell(number, [0.0, 0.0, 0.0, 0.0, *evaluated, 0.0])
+        own = 0.0
+        if self._personal is not None:
+            with self.computing():
+                if self.job.keeps == "dual":
+                    said = self._fuse(self._factors(), self._personal)
+                else:
+                    self._set(self._personal)
+                own, _ = self._evaluate()
+            self._keep()
+            report("kept", number, {"own_loss": own / max(1.0, evaluated[1]), **said})
+        self._tell(number, [0.0, 0.0, 0.0, 0.0, *evaluated, own, 0.0])
 
     def _bytes(self) -> int:
         return int(getattr(self.channel, "bytes_sent", 0))
@@ -106,10 +128,14 @@ class Member(Rank):
             self._merge(said["stack"], values[:stacked])
         come = "".join(side for side in "AB" if side not in said["start"])
         given = self.unflat(values[stacked:], come, self.r)
-        factors = {
-            name: tuple(given[name].get(letter, self._start[name][side]) for side, letter in enumerate("AB"))
-            for name in self.layers
+        self._loaded = {
+            name: (given[name].get("A", start[0]), given[name].get("B", start[1]))
+            for name, start in self._start.items()
         }
+        self._set(self._loaded)
+        return str(said["frozen"])
+
+    def _set(self, factors: Arrays) -> None:
         self.span.set_lora(
             {
                 f"{PREFIX}{name}.lora_{letter}.weight": torch.from_numpy(np.ascontiguousarray(pair[side]))
@@ -117,7 +143,6 @@ class Member(Rank):
                 for side, letter in enumerate("AB")
             }
         )
-        return str(said["frozen"])
 
     def _merge(self, stack: int, values: np.ndarray) -> None:
         self._merged.append((stack, values.copy()))
@@ -129,7 +154,7 @@ class Member(Rank):
             }
         )
 
-    def _factors(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    def _factors(self) -> Arrays:
         found = self.span.lora()
         return {
             name: (
@@ -141,17 +166,30 @@ class Member(Rank):
 
     def _train(self, number: int, frozen: str) -> tuple[float, float, float, float]:
         """The round's local steps: loss by targets summed, targets, tokens, and seconds."""
+        job, first = self.job, number * self.job.local_steps
+        return self._steps(f"round {number}", range(first, first + job.local_steps), frozen)
+
+    def _steps(
+        self, where: str, steps: range, frozen: str = "", pull: float = 0.0, to: Arrays | None = None
+    ) -> tuple[float, float, float, float]:
+        """Optimiser steps from the adapter as it is; `pull` adds `pull` (P - `to`) to its gradient."""
         job, began = self.job, time.monotonic()
-        tuned = []
+        tuned, anchors = [], []
         for name, parameter in self.span.named_parameters():
-            if ".lora_A." in name or ".lora_B." in name:
-                parameter.requires_grad_(not frozen or f".lora_{frozen}." not in name)
-                tuned += [parameter] if parameter.requires_grad else []
+            side = 0 if ".lora_A." in name else 1 if ".lora_B." in name else None
+            if side is None:
+                continue
+            parameter.requires_grad_(not frozen or f".lora_{frozen}." not in name)
+            if parameter.requires_grad:
+                tuned.append(parameter)
+                if to is not None:
+                    layer = name.partition(".lora_")[0]
+                    anchors.append(torch.from_numpy(np.array(to[layer][side])).to(parameter.device))
         optimiser = torch.optim.AdamW(
             tuned, lr=job.learning_rate, betas=BETAS, eps=EPSILON, weight_decay=job.weight_decay
         )
         losses, targets, tokens = 0.0, 0, 0
-        for step in range(number * job.local_steps, (number + 1) * job.local_steps):
+        for step in steps:
             self.look()
             torch.manual_seed(seed_of(job.seed, step, self.rank))
             ids, labels = self.rows.batch(step)
@@ -159,11 +197,13 @@ class Member(Rank):
             loss = summed(self.span, self.span(ids), labels) / max(1, count)
             if not math.isfinite(loss.item()):
                 raise EngineError(
-                    f"round {number}, step {step}: the loss is {loss.item()}; nothing of this round is kept",
+                    f"{where}, step {step}: the loss is {loss.item()}; nothing of this round is kept",
                     remedy="lower learning_rate, or look at the rows of this step",
                     code="nan-loss",
                 )
             loss.backward()
+            for parameter, anchor in zip(tuned, anchors, strict=False):
+                parameter.grad += pull * (parameter.detach() - anchor)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             losses, targets, tokens = losses + loss.item() * count, targets + count, tokens + ids.numel()
@@ -171,27 +211,82 @@ class Member(Rank):
 
     def _evaluate(self) -> tuple[float, float]:
         """The loss of what is held out, summed, and its targets."""
+        return self._loss_of(self.rows.eval_batches())
+
+    def _loss_of(self, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
         losses, targets = 0.0, 0
         with torch.no_grad():
-            for ids, labels in self.rows.eval_batches():
+            for ids, labels in batches:
                 self.look()
                 losses += summed(self.span, self.span(ids), labels).item()
                 targets += targets_of(labels)
         return losses, float(targets)
+
+    # --- what is this member's own ------------------------------------------------------------------
+
+    def _alone(self, number: int) -> Arrays:
+        """The personal adapter after its steps of a round, on rows of this member and for it alone; the
+        common adapter is put back afterwards."""
+        job, common = self.job, self._factors()
+        self._set(self._personal or self._start)
+        steps = range(number * job.personal_steps, (number + 1) * job.personal_steps)
+        with self.computing():
+            if job.keeps == "ditto":
+                self._steps("personal adapter", steps, pull=job.personal_pull, to=self._loaded)
+            else:
+                self._steps("personal adapter", steps)
+        found = {name: (a.copy(), b.copy()) for name, (a, b) in self._factors().items()}
+        self._set(common)
+        return found
+
+    def _fuse(self, common: Arrays, personal: Arrays) -> dict[str, float]:
+        """Weigh both adapters on a few of the rows that this member trains on; the span then has the best
+        of what was tried, at twice the rank."""
+        job = self.job
+        self._widen(2)
+        ids = [self.rows.batch(step) for step in range(-(-job.fusion_rows // job.batch_size))]
+
+        def loss(weights: tuple[float, float]) -> float:
+            self._set({name: joined(common[name], personal[name], weights) for name in self.layers})
+            losses, targets = self._loss_of(ids)
+            return losses / max(1.0, targets)
+
+        weights, found = fuse(loss, job.fusion_tries)
+        loss(weights)
+        return {"common_weight": weights[0], "personal_weight": weights[1], "fusion_loss": found}
+
+    def _widen(self, times: int) -> None:
+        """The model anew, with an adapter of so many times the rank and the same scale."""
+        merged, self._merged = self._merged, []
+        del self.span
+        self.span = self._span(times)
+        for stack, values in merged:
+            self._merge(stack, values)
+
+    def _keep(self) -> None:
+        """Write the adapter that stands, with all that was merged, where this node's daemon finds it."""
+        scale, made = self.job.scale_of(self.rank), {}
+        stacks = [self.unflat(values, "AB", stack) for stack, values in self._merged]
+        for name, (a, b) in self._factors().items():
+            made[name] = (
+                np.concatenate([a, *(stack[name]["A"] for stack in stacks)]),
+                np.concatenate([scale * b, *(stack[name]["B"] for stack in stacks)], 1),
+            )
+        write_adapter(self, "kept", made)
 
     # --- checkpoints --------------------------------------------------------------------------------
 
     def state(self) -> dict[str, torch.Tensor]:
         """What was merged into the frozen weights; the adapter itself comes down again."""
         found = {f"merged.{i}.{r}": torch.from_numpy(values) for i, (r, values) in enumerate(self._merged)}
+        if self._personal is not None:
+            found["personal"] = torch.from_numpy(self.flat(self._personal, "AB"))
         return found | {"round": torch.zeros(1)}
 
     def set_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        if "personal" in state:
+            parts = self.unflat(state["personal"].numpy().copy(), "AB", self.r)
+            self._personal = {name: (pair["A"], pair["B"]) for name, pair in parts.items()}
         stacks = [key.split(".") for key in state if key.startswith("merged.")]
         for _, number, r in sorted(stacks, key=lambda parts: int(parts[1])):
             self._merge(int(r), state[f"merged.{number}.{r}"].numpy())
-
-
-def _own(words: Mapping[str, Any]) -> dict[str, Any]:
-    """Without what a link says itself."""
-    return {key: value for key, value in words.items() if key not in ("k", "at")}

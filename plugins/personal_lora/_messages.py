@@ -4,6 +4,8 @@
     up     [round]   words `weight`, `of`; values: the factors that the member trained
     told   [round]   one frame: a member's `FIGURES` of the round; the last one has no `up`
 
+`own_loss` is of what a member held out, with its personal adapter; a figure, and no more of that adapter.
+
 Factors are the values of A, then B, of each adapted layer, in the order in which a model computes them
 (`Layers`): who has the model and the job's file knows all names and shapes. A factor that is still the one
 that the job began with is not sent: everybody draws the same.
@@ -19,7 +21,7 @@ from edged import AggregatorEntry, Travels
 from .._training.sizes import HASH, message_bytes, values_bytes
 from ._job import Job
 
-FIGURES = ("loss", "targets", "tokens", "seconds", "eval_loss", "eval_targets", "sent")  # in F64
+FIGURES = ("loss", "targets", "tokens", "seconds", "eval_loss", "eval_targets", "own_loss", "sent")  # F64
 Shapes = Sequence[tuple[int, int]]  # of each adapted layer: how many values it gives and takes
 
 

@@ -6,9 +6,11 @@ import abc
 import dataclasses
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,11 +19,13 @@ import torch
 from edged import Channel, Computed, EngineError, TrainingSpec
 
 from .._tensors import codecs
+from .._training.adapter_folder import write_lora
 from .._training.checkpoints import Checkpoints
 from .._training.link import Link, Stopped
 from . import _messages
 from ._job import Job, read
 
+PREFIX = "base_model.model."  # of PEFT's names
 Report = Callable[[str, int, Mapping[str, float]], None]
 Arrays = dict[str, tuple[np.ndarray, np.ndarray]]  # by layer: A (r, in), B (out, r)
 
@@ -182,3 +186,32 @@ class Rank(abc.ABC):
                     found[name][letter] = values[at : at + size].reshape(shape)
                     at += size
         return found
+
+
+def own_words(words: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what a link says itself."""
+    return {key: value for key, value in words.items() if key not in ("k", "at")}
+
+
+def write_adapter(rank: Rank, folder: str, made: Arrays) -> None:
+    """A PEFT folder in the rank's own, whose factors count once: alpha is r."""
+    ranks = {name: a.shape[0] for name, (a, _) in made.items()}
+    widest = max(ranks.values())
+    unlike = {name: r for name, r in ranks.items() if r != widest}
+    path = Path(rank.spec.state_folder) / folder
+    shutil.rmtree(path, ignore_errors=True)  # of a run that ended between two files
+    write_lora(
+        path,
+        {
+            f"{PREFIX}{name}.lora_{letter}.weight": pair[side]
+            for name, pair in made.items()
+            for side, letter in enumerate("AB")
+        },
+        r=widest,
+        alpha=widest,
+        targets=rank.job.target_modules,
+        is_transposed=rank.blocks.family == "gpt2",
+        base=rank.blocks.source.path,
+        model=rank.spec.model_name,
+        extra={"rank_pattern": unlike, "alpha_pattern": unlike} if unlike else {},
+    )

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import importlib
 import math
-import shutil
 import time
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +16,8 @@ import torch
 
 from edged import Download, EngineError, Member, ProtocolError, Update
 
-from .._training.adapter_folder import write_lora
 from . import _messages
-from ._member import PREFIX, _own
-from ._rank import Arrays, Rank, Report
+from ._rank import Arrays, Rank, Report, own_words, write_adapter
 from ._residual import Residual
 
 KEPT = "aggregator."  # before the names of its state in a checkpoint
@@ -106,7 +102,7 @@ class Server(Rank):
         )
         words = _messages.down(number, start, frozen, stack, values.size)
         before = self._bytes()
-        self.link(member.rank).send_values("down", [number], _own(words), values)
+        self.link(member.rank).send_values("down", [number], own_words(words), values)
         return self._bytes() - before
 
     def _bytes(self) -> int:
@@ -151,7 +147,15 @@ class Server(Rank):
         targets = sum(figures["eval_targets"] for figures in told)
         if targets:
             loss = sum(figures["eval_loss"] for figures in told) / targets
-            report("eval", number, {"loss": loss, "targets": targets})
+            values = {"loss": loss, "targets": targets}
+            if number == self.job.rounds and self.job.keeps != "none":
+                values["own_loss"] = sum(figures["own_loss"] for figures in told) / targets
+            for rank, figures in enumerate(told):
+                if figures["eval_targets"]:
+                    values[f"loss_{rank}"] = figures["eval_loss"] / figures["eval_targets"]
+                    if "own_loss" in values:
+                        values[f"own_loss_{rank}"] = figures["own_loss"] / figures["eval_targets"]
+            report("eval", number, values)
 
     # --- checkpoints --------------------------------------------------------------------------------
 
@@ -184,7 +188,8 @@ class Server(Rank):
             for name, (a, b, scale) in self.aggregator.adapter().items()
         }
         if self.spec.collector == self.rank:
-            write(self, made, report)
+            write_adapter(self, "adapter", made)
+            report("done", number, {})
             return
         values = self.flat(made, "AB")
         words = {"r": [made[name][0].shape[0] for name in self.layers], "of": values.size}
@@ -214,31 +219,7 @@ def collect(rank: Rank, report: Report) -> None:
         middle, end = at + r * columns, at + r * (rows + columns)
         made[layer] = (values[at:middle].reshape(r, columns), values[middle:end].reshape(rows, r))
         at = end
-    write(rank, made, report)
-
-
-def write(rank: Rank, made: Arrays, report: Report) -> None:
-    """A PEFT folder whose factors count once: alpha is r."""
-    ranks = {name: a.shape[0] for name, (a, _) in made.items()}
-    widest = max(ranks.values())
-    unlike = {name: r for name, r in ranks.items() if r != widest}
-    folder = Path(rank.spec.state_folder) / "adapter"
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that ended between two files
-    write_lora(
-        folder,
-        {
-            f"{PREFIX}{name}.lora_{letter}.weight": pair[side]
-            for name, pair in made.items()
-            for side, letter in enumerate("AB")
-        },
-        r=widest,
-        alpha=widest,
-        targets=rank.job.target_modules,
-        is_transposed=rank.blocks.family == "gpt2",
-        base=rank.blocks.source.path,
-        model=rank.spec.model_name,
-        extra={"rank_pattern": unlike, "alpha_pattern": unlike} if unlike else {},
-    )
+    write_adapter(rank, "adapter", made)
     report("done", rank.job.rounds, {})
 
 
