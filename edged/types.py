@@ -568,12 +568,15 @@ class Aggregator(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Travels:
-    """What goes to and from a member in a round, but for extras. `down`, `up`: the factors, "AB", "A", "B" or
-    ""; `stack`: the rank of what is merged, 0 for nothing."""
+    """What goes to and from a member in a round. `down`, `up`: the factors, "AB", "A", "B" or ""; `stack`: the
+    rank of what is merged, 0 for nothing; extras: name, dtype (numpy's, "f4") and shape of each array, -1 for
+    as many as an adapter has values."""
 
     down: str = "AB"
     up: str = "AB"
     stack: int = 0
+    down_extras: Sequence[tuple[str, str, Sequence[int]]] = ()
+    up_extras: Sequence[tuple[str, str, Sequence[int]]] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,19 +8,98 @@ This module is light; torch and numpy are loaded by the underscore modules, in a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from edged import AggregatorEntry, ConfigError, Training, hookimpl
+from edged import AggregatorEntry, ConfigError, Training, TrainingKey, Travels, hookimpl
 
+from . import _settings as key
 from ._job import check_federated, keys
 from ._layout import cost, memory, plan
 
 LOAD = "edged_plugins.personal_lora._trainer:load"
 ENGINE = "torch_blocks"
+HERE = "edged_plugins.personal_lora"
+MOMENTUM_KEYS = (key.server_learning_rate(key.PLAIN_RATE), key.MOMENTUM)
+OUTER_KEYS = (key.server_learning_rate(key.OUTER_RATE), key.MOMENTUM)
+ADAPTIVE_KEYS = (key.server_learning_rate(key.ADAPTIVE_RATE), key.BETA1, key.BETA2, key.TAU)
+ADAGRAD_KEYS = (key.server_learning_rate(key.ADAPTIVE_RATE), key.BETA1, key.TAU)
 
-AGGREGATORS: tuple[AggregatorEntry, ...] = ()
+
+def products_kept(cohort: int, values: int) -> int:
+    """Bytes of a round's factors, in F32, and of their stack in F64."""
+    return 12 * cohort * values
+
+
+def rows_kept(cohort: int, values: int) -> int:
+    """Bytes of a round's updates, in F32."""
+    return 4 * cohort * values
+
+
+def adapters_kept(cohort: int, values: int) -> int:
+    """Bytes of what each member has and of what it sent in this round, in F32."""
+    return 8 * cohort * values
+
+
+def frozen_travels(round: int, ranks: Sequence[int]) -> Travels:
+    """A stays the start's, which everybody draws."""
+    return Travels(down="B" if round else "", up="B")
+
+
+def stack_travels(round: int, ranks: Sequence[int]) -> Travels:
+    """A stack of all members' factors comes, and the adapter begins again."""
+    return Travels(down="", stack=sum(ranks) if round else 0)
+
+
+def prox_travels(round: int, ranks: Sequence[int]) -> Travels:
+    return Travels(down="AB" if round else "", down_extras=(("mu", "f8", ()),))
+
+
+def scaffold_travels(round: int, ranks: Sequence[int]) -> Travels:
+    """Control variates both ways, each as large as an adapter."""
+    control = (("control", "f4", (-1,)),)
+    return Travels(down="AB" if round else "", down_extras=control, up_extras=control)
+
+
+def _sum(
+    name: str,
+    load: str,
+    *keys: TrainingKey,
+    travels: Callable[[int, Sequence[int]], Travels] | None = None,
+) -> AggregatorEntry:
+    """It needs nothing of the updates but their weighted sum."""
+    return AggregatorEntry(name, f"{HERE}.{load}", keys, is_sum=True, travels=travels)
+
+
+AGGREGATORS: tuple[AggregatorEntry, ...] = (
+    _sum("fedavg", "_mean:load_fedavg"),
+    _sum("ffa", "_mean:load_ffa", travels=frozen_travels),
+    AggregatorEntry(
+        "flora",
+        f"{HERE}._exact:load_flora",
+        unlike_ranks=True,
+        bytes_kept=products_kept,
+        travels=stack_travels,
+    ),
+    AggregatorEntry("flexlora", f"{HERE}._exact:load_flexlora", unlike_ranks=True, bytes_kept=products_kept),
+    _sum("fedprox", "_mean:load_fedprox", key.MU, travels=prox_travels),
+    _sum("fedavgm", "_optimisers:load_fedavgm", *MOMENTUM_KEYS),
+    _sum("fedadagrad", "_optimisers:load_fedadagrad", *ADAGRAD_KEYS),
+    _sum("fedadam", "_optimisers:load_fedadam", *ADAPTIVE_KEYS),
+    _sum("fedyogi", "_optimisers:load_fedyogi", *ADAPTIVE_KEYS),
+    _sum("fdlora", "_optimisers:load_fdlora", *OUTER_KEYS),
+    AggregatorEntry("median", f"{HERE}._robust:load_median", bytes_kept=rows_kept),
+    AggregatorEntry("trimmed-mean", f"{HERE}._robust:load_trimmed", (key.TRIM,), bytes_kept=rows_kept),
+    AggregatorEntry("krum", f"{HERE}._robust:load_krum", (key.LIARS,), bytes_kept=rows_kept),
+    AggregatorEntry(
+        "scaffold",
+        f"{HERE}._members:load_scaffold",
+        (key.server_learning_rate(key.PLAIN_RATE),),
+        travels=scaffold_travels,
+    ),
+    AggregatorEntry("mira", f"{HERE}._members:load_mira", (key.PULL, key.GRAPH), bytes_kept=adapters_kept),
+)
 
 
 @hookimpl

@@ -1,26 +1,27 @@
 """A client of a federated job: it loads what the server made, trains on its own rows, and sends factors.
 
-No row, label, logit or gradient leaves it; what leaves is in `_messages`. A personal adapter (`keeps`: dual is
-FDLoRA's, ditto that of arXiv:2012.04221) is held by this class alone: nothing that sends can reach it but the
-figure of its held-out loss.
+No row, label, logit or gradient leaves it; what leaves is in `_messages`. A personal adapter (`keeps`: dual
+is FDLoRA's, ditto that of arXiv:2012.04221) is held by this class alone: nothing that sends can reach it but
+the figure of its held-out loss.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from edged import EngineError, ProtocolError
+from edged import Download, EngineError, ProtocolError
 
 from .._training.loss import summed, targets_of
 from .._training.rows import Rows, seed_of
 from . import _messages
 from ._fusion import fuse, joined
+from ._local import Local
 from ._rank import PREFIX, Arrays, Rank, Report, own_words, write_adapter
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's own
@@ -36,6 +37,7 @@ class Member(Rank):
         self.span = self._span(1)
         self._start = self.start(self.r)
         self._merged: list[tuple[int, np.ndarray]] = []  # rank and values of every stack, in order
+        self._own: Mapping[str, np.ndarray] = {}  # of the method, from round to round
         self._personal: Arrays | None = None  # an adapter that never leaves this node
 
     def _span(self, times: int) -> Any:
@@ -64,11 +66,15 @@ class Member(Rank):
         with self.computing():
             evaluated = self._evaluate() if self._is_due(number) else (0.0, 0.0)
             trained = self._train(number, frozen)
+        factors, extras, self._own = self._part.finish(
+            self._factors(), self.job.local_steps, self.job.learning_rate
+        )
         sides = "".join(side for side in "AB" if side != frozen)
-        values = self.flat(self._factors(), sides)
-        words = _messages.up(number, self.rows.count, values.size)
+        values = self.flat(factors, sides)
+        words = _messages.up(number, self.rows.count, values.size, len(extras))
         link, before = self.link(self.server), self._bytes()
         link.send_values("up", [number], own_words(words), values)
+        self.send_extras(self.server, number, extras)
         self._tell(number, [*trained, *evaluated, 0.0, float(self._bytes() - before)])
         if self.job.keeps == "ditto":
             self._personal = self._alone(number)
@@ -122,7 +128,8 @@ class Member(Rank):
             return count
 
         link = self.link(self.server)
-        _, values = link.receive_values("down", [number], count_of, self.name(self.server))
+        header, values = link.receive_values("down", [number], count_of, self.name(self.server))
+        extras = self.receive_extras(self.server, number, header.get("extras"))
         stacked = _messages.values_of("AB", said["stack"], self.shapes)
         if stacked:
             self._merge(said["stack"], values[:stacked])
@@ -133,6 +140,7 @@ class Member(Rank):
             for name, start in self._start.items()
         }
         self._set(self._loaded)
+        self._part = Local(Download(self._loaded, extras=extras), self._own, str(said["frozen"]))
         return str(said["frozen"])
 
     def _set(self, factors: Arrays) -> None:
@@ -167,27 +175,29 @@ class Member(Rank):
     def _train(self, number: int, frozen: str) -> tuple[float, float, float, float]:
         """The round's local steps: loss by targets summed, targets, tokens, and seconds."""
         job, first = self.job, number * self.job.local_steps
-        return self._steps(f"round {number}", range(first, first + job.local_steps), frozen)
+        correct = self._part.correction if self._part.corrects else None
+        steps = range(first, first + job.local_steps)
+        return self._steps(f"round {number}", steps, frozen, correct, self._part.is_plain)
 
     def _steps(
-        self, where: str, steps: range, frozen: str = "", pull: float = 0.0, to: Arrays | None = None
+        self,
+        where: str,
+        steps: range,
+        frozen: str = "",
+        correct: Callable[[Arrays], Arrays] | None = None,
+        is_plain: bool = False,
     ) -> tuple[float, float, float, float]:
-        """Optimiser steps from the adapter as it is; `pull` adds `pull` (P - `to`) to its gradient."""
+        """Optimiser steps from the adapter as it is. `correct` gives what is added to the gradient at some
+        factors; `is_plain`: by SGD, without momentum."""
         job, began = self.job, time.monotonic()
-        tuned, anchors = [], []
+        tuned: dict[tuple[str, int], torch.nn.Parameter] = {}
         for name, parameter in self.span.named_parameters():
-            side = 0 if ".lora_A." in name else 1 if ".lora_B." in name else None
-            if side is None:
-                continue
-            parameter.requires_grad_(not frozen or f".lora_{frozen}." not in name)
-            if parameter.requires_grad:
-                tuned.append(parameter)
-                if to is not None:
-                    layer = name.partition(".lora_")[0]
-                    anchors.append(torch.from_numpy(np.array(to[layer][side])).to(parameter.device))
-        optimiser = torch.optim.AdamW(
-            tuned, lr=job.learning_rate, betas=BETAS, eps=EPSILON, weight_decay=job.weight_decay
-        )
+            layer, found, rest = name.partition(".lora_")
+            if found:
+                parameter.requires_grad_(not frozen or not rest.startswith(frozen))
+                if parameter.requires_grad:
+                    tuned[layer, "AB".index(rest[0])] = parameter
+        optimiser = self._optimiser(list(tuned.values()), is_plain)
         losses, targets, tokens = 0.0, 0, 0
         for step in steps:
             self.look()
@@ -202,12 +212,23 @@ class Member(Rank):
                     code="nan-loss",
                 )
             loss.backward()
-            for parameter, anchor in zip(tuned, anchors, strict=False):
-                parameter.grad += pull * (parameter.detach() - anchor)
+            if correct is not None:
+                more = correct(self._factors())
+                for (layer, side), parameter in tuned.items():
+                    added = torch.from_numpy(np.asarray(more[layer][side], np.float32))
+                    parameter.grad += added.to(parameter.device)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             losses, targets, tokens = losses + loss.item() * count, targets + count, tokens + ids.numel()
         return losses, float(targets), float(tokens), time.monotonic() - began
+
+    def _optimiser(self, tuned: list[torch.nn.Parameter], is_plain: bool) -> torch.optim.Optimizer:
+        job = self.job
+        if is_plain:
+            return torch.optim.SGD(tuned, lr=job.learning_rate, weight_decay=job.weight_decay)
+        return torch.optim.AdamW(
+            tuned, lr=job.learning_rate, betas=BETAS, eps=EPSILON, weight_decay=job.weight_decay
+        )
 
     def _evaluate(self) -> tuple[float, float]:
         """The loss of what is held out, summed, and its targets."""
@@ -232,12 +253,20 @@ class Member(Rank):
         steps = range(number * job.personal_steps, (number + 1) * job.personal_steps)
         with self.computing():
             if job.keeps == "ditto":
-                self._steps("personal adapter", steps, pull=job.personal_pull, to=self._loaded)
+                self._steps("personal adapter", steps, correct=self._pull)
             else:
                 self._steps("personal adapter", steps)
         found = {name: (a.copy(), b.copy()) for name, (a, b) in self._factors().items()}
         self._set(common)
         return found
+
+    def _pull(self, factors: Arrays) -> Arrays:
+        """Ditto's: lambda (P - P_common)."""
+        pull = self.job.personal_pull
+        return {
+            name: (pull * (a - self._loaded[name][0]), pull * (b - self._loaded[name][1]))
+            for name, (a, b) in factors.items()
+        }
 
     def _fuse(self, common: Arrays, personal: Arrays) -> dict[str, float]:
         """Weigh both adapters on a few of the rows that this member trains on; the span then has the best
@@ -281,9 +310,15 @@ class Member(Rank):
         found = {f"merged.{i}.{r}": torch.from_numpy(values) for i, (r, values) in enumerate(self._merged)}
         if self._personal is not None:
             found["personal"] = torch.from_numpy(self.flat(self._personal, "AB"))
+        found |= {f"own.{name}": torch.from_numpy(np.array(value)) for name, value in self._own.items()}
         return found | {"round": torch.zeros(1)}
 
     def set_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        self._own = {
+            name.removeprefix("own."): value.numpy()
+            for name, value in state.items()
+            if name.startswith("own.")
+        }
         if "personal" in state:
             parts = self.unflat(state["personal"].numpy().copy(), "AB", self.r)
             self._personal = {name: (pair["A"], pair["B"]) for name, pair in parts.items()}

@@ -3,6 +3,8 @@
     down   [round]   words `start`, `frozen`, `stack`, `of`; values: the stack to merge, then the factors
     up     [round]   words `weight`, `of`; values: the factors that the member trained
     told   [round]   one frame: a member's `FIGURES` of the round; the last one has no `up`
+    extras [round]   words `arrays`, [name, dtype, shape] each, and their frames: after a download or an update
+                     that says `extras`, what the method needs beside factors
 
 `own_loss` is of what a member held out, with its personal adapter; a figure, and no more of that adapter.
 
@@ -13,6 +15,7 @@ that the job began with is not sent: everybody draws the same.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -22,6 +25,7 @@ from .._training.sizes import HASH, message_bytes, values_bytes
 from ._job import Job
 
 FIGURES = ("loss", "targets", "tokens", "seconds", "eval_loss", "eval_targets", "own_loss", "sent")  # F64
+SIZES = {"f4": 4, "f8": 8, "i4": 4, "i8": 8, "u1": 1, "b1": 1}  # bytes of a value, by numpy's name
 Shapes = Sequence[tuple[int, int]]  # of each adapted layer: how many values it gives and takes
 
 
@@ -37,13 +41,23 @@ def hello(job_hash: str, model_hash: str) -> dict[str, Any]:
     return {"k": "hello", "at": [], "model": model_hash, "job": job_hash}
 
 
-def down(round: int, start: str, frozen: str, stack: int, count: int) -> dict[str, Any]:
+def down(round: int, start: str, frozen: str, stack: int, count: int, extras: int) -> dict[str, Any]:
     """`start`: the factors that are those of the start, and do not come; `frozen`: the one not to train."""
-    return {"k": "down", "at": [round], "start": start, "frozen": frozen, "stack": stack, "of": count}
+    words = {"start": start, "frozen": frozen, "stack": stack, "of": count, "extras": extras}
+    return {"k": "down", "at": [round], **words}
 
 
-def up(round: int, weight: int, count: int) -> dict[str, Any]:
-    return {"k": "up", "at": [round], "weight": weight, "of": count}
+def up(round: int, weight: int, count: int, extras: int) -> dict[str, Any]:
+    return {"k": "up", "at": [round], "weight": weight, "of": count, "extras": extras}
+
+
+def extras_bytes(round: int, arrays: Sequence[tuple[str, str, Sequence[int]]]) -> int:
+    """Of a method's extras; 0 where it has none."""
+    if not arrays:
+        return 0
+    sizes = [SIZES[dtype] * math.prod(shape) for _, dtype, shape in arrays]
+    named = [[name, dtype, list(shape)] for name, dtype, shape in arrays]
+    return message_bytes({"k": "extras", "at": [round], "arrays": named}, sizes)
 
 
 def down_bytes(round: int, travels: Travels, r: int, shapes: Shapes) -> int:
@@ -51,13 +65,23 @@ def down_bytes(round: int, travels: Travels, r: int, shapes: Shapes) -> int:
     start = "".join(side for side in "AB" if side not in travels.down)
     frozen = "".join(side for side in "AB" if side not in travels.up)
     count = values_of("AB", travels.stack, shapes) + values_of(travels.down, r, shapes)
-    return values_bytes(down(round, start, frozen, travels.stack, count), count)
+    extras = arrays_of(travels.down_extras, values_of("AB", r, shapes))
+    header = down(round, start, frozen, travels.stack, count, len(extras))
+    return values_bytes(header, count) + extras_bytes(round, extras)
 
 
 def up_bytes(round: int, travels: Travels, r: int, weight: int, shapes: Shapes) -> int:
     """Of a round's update of a member with rank r."""
     count = values_of(travels.up, r, shapes)
-    return values_bytes(up(round, weight, count), count)
+    extras = arrays_of(travels.up_extras, values_of("AB", r, shapes))
+    return values_bytes(up(round, weight, count, len(extras)), count) + extras_bytes(round, extras)
+
+
+def arrays_of(
+    extras: Sequence[tuple[str, str, Sequence[int]]], size: int
+) -> list[tuple[str, str, Sequence[int]]]:
+    """With an adapter's number of values in place of -1."""
+    return [(name, dtype, [size if n < 0 else n for n in shape]) for name, dtype, shape in extras]
 
 
 def told_bytes(round: int) -> int:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edged import Channel, Computed, EngineError, TrainingSpec
+from edged import Channel, Computed, EngineError, ProtocolError, TrainingSpec
 
 from .._tensors import codecs
 from .._training.adapter_folder import write_lora
@@ -153,6 +153,31 @@ class Rank(abc.ABC):
                         code="model-differs" if word == "model" else "job-differs",
                     )
 
+    def send_extras(self, other: int, round: int, extras: Mapping[str, np.ndarray]) -> None:
+        if not extras:
+            return
+        arrays = {name: np.ascontiguousarray(value) for name, value in sorted(extras.items())}
+        named = [[name, each.dtype.str[1:], list(each.shape)] for name, each in arrays.items()]
+        self.link(other).send(
+            "extras", [round], {"arrays": named}, [each.tobytes() for each in arrays.values()]
+        )
+
+    def receive_extras(self, other: int, round: int, count: Any) -> dict[str, np.ndarray]:
+        """As many arrays as were announced. ProtocolError where they are none, or not finite."""
+        if not count:
+            return {}
+        header, frames = self.link(other).receive("extras", [round])
+        try:
+            found = {
+                str(name): np.frombuffer(frame, f"<{_dtype(dtype)}").reshape([int(n) for n in shape])
+                for (name, dtype, shape), frame in zip(header["arrays"], frames, strict=True)
+            }
+            if len(found) != count or not all(np.isfinite(each).all() for each in found.values()):
+                raise ValueError(f"{len(found)} arrays, or values that are not finite")
+        except (KeyError, TypeError, ValueError) as error:
+            raise ProtocolError(f"expected extras of {self.name(other)}'s round {round}; {error}") from error
+        return found
+
     # --- factors ------------------------------------------------------------------------------------
 
     @property
@@ -186,6 +211,12 @@ class Rank(abc.ABC):
                     found[name][letter] = values[at : at + size].reshape(shape)
                     at += size
         return found
+
+
+def _dtype(name: Any) -> str:
+    if name not in _messages.SIZES:
+        raise ValueError(f"no array of {str(name)[:10]!r}")
+    return str(name)
 
 
 def own_words(words: Mapping[str, Any]) -> dict[str, Any]:

@@ -94,15 +94,17 @@ class Server(Rank):
         start = "".join(sorted(same))
         come = "".join(side for side in "AB" if side not in same)
         stack = max((a.shape[0] for a, _ in download.merged.values()), default=0)
+        merged = {name: _padded(pair, stack) for name, pair in download.merged.items()}
         values = np.concatenate(
             [
-                self.flat(download.merged, "AB") if stack else np.zeros(0, "<f4"),
+                self.flat(merged, "AB") if stack else np.zeros(0, "<f4"),
                 self.flat(download.factors, come),
             ]
         )
-        words = _messages.down(number, start, frozen, stack, values.size)
+        words = _messages.down(number, start, frozen, stack, values.size, len(download.extras))
         before = self._bytes()
         self.link(member.rank).send_values("down", [number], own_words(words), values)
+        self.send_extras(member.rank, number, download.extras)
         return self._bytes() - before
 
     def _bytes(self) -> int:
@@ -131,7 +133,8 @@ class Server(Rank):
             layer: (given[layer].get("A", loaded[layer][0]), given[layer].get("B", loaded[layer][1]))
             for layer in self.layers
         }
-        return Update(member, number, float(weight), factors)
+        extras = self.receive_extras(member.rank, number, header.get("extras"))
+        return Update(member, number, float(weight), factors, extras)
 
     def _told(self, number: int, rank: int) -> dict[str, float]:
         _, frames = self.link(rank).receive("told", [number])
@@ -221,6 +224,12 @@ def collect(rank: Rank, report: Report) -> None:
         at = end
     write_adapter(rank, "adapter", made)
     report("done", rank.job.rounds, {})
+
+
+def _padded(pair: tuple[np.ndarray, np.ndarray], r: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same product at a larger rank: all layers of a stack travel at one."""
+    more = r - pair[0].shape[0]
+    return np.pad(pair[0], ((0, more), (0, 0))), np.pad(pair[1], ((0, 0), (0, more)))
 
 
 def _first(pair: tuple[np.ndarray, np.ndarray], r: int) -> tuple[np.ndarray, np.ndarray]:
