@@ -1,4 +1,7 @@
-"""Aggregators that need no gradients: members send scalars for seeds, and everybody draws the same directions.
+"""Aggregators for members that train without gradients, by directions that everybody draws alike.
+
+Provides `fedkseed` (scalars per seed) and `mezo` (a mean of factors that were tuned by MeZO). It does not
+know how a loss is evaluated, how rounds are run, or what travels between nodes.
 
 This module is light; numpy is loaded by the underscore modules, in a worker only.
 """
@@ -8,9 +11,24 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edged import AggregatorEntry, ConfigError, hookimpl
+from edged import AggregatorEntry, ConfigError, TrainingKey, hookimpl
 
-AGGREGATORS: tuple[AggregatorEntry, ...] = ()
+EPSILON = TrainingKey("epsilon", 2.0**-11, "how far the weights are moved to measure a slope: a power of two")
+AGGREGATORS: tuple[AggregatorEntry, ...] = (
+    AggregatorEntry(
+        "fedkseed",
+        "edged_plugins.zeroth_order._aggregators:FedKSeed",
+        keys=(
+            TrainingKey("seeds", 4096, "directions that members draw from; 4 bytes each travel down a round"),
+            TrainingKey(
+                "seed_sampling", "uniform", "uniform, or amplitude: seeds of steep slopes more often"
+            ),
+            EPSILON,
+        ),
+        is_sum=True,
+    ),
+    AggregatorEntry("mezo", "edged_plugins.zeroth_order._aggregators:Mezo", keys=(EPSILON,), is_sum=True),
+)
 
 
 @hookimpl
