@@ -138,7 +138,8 @@ def estimate(loss: Callable[[], float], move: Callable[[float], None], epsilon: 
     """The slope of the loss along a direction, by central difference: off by O(epsilon^2).
 
     `move(scale)` adds scale z to the weights that `loss` sees. They are moved by +1, -2 and +1 epsilon, and
-    nothing of them is kept: back within rounding (1e-6 |w|), to the bit after `snap`; where `loss` raises, too.
+    nothing of them is kept: they come back within rounding (1e-6 |w|), and to the bit after `snap`; also where
+    `loss` raises.
 
     EngineError where the losses are not finite.
     """
