@@ -388,6 +388,7 @@ class Roles:
             offer.model_sha256,
             self._device.threads,
             {name: entry.load for name, entry in self._aggregators.items()},
+            {name: entry.local for name, entry in self._aggregators.items() if entry.local},
         )
         return {"trainer": self._trainings[offered.kind].load, "training": wire.to_map(spec)}
 

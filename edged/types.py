@@ -467,6 +467,7 @@ class TrainingSpec:
     model_sha256: str
     threads: int = 1
     aggregators: Mapping[str, str] = field(default_factory=dict)  # `load` by name, of this node's own plugins
+    locals: Mapping[str, str] = field(default_factory=dict)  # likewise `local`, of those that have one
 
 
 Report = Callable[[str, int, Mapping[str, float]], None]  # kind ("step", "eval", "done"), step, values
@@ -523,7 +524,7 @@ class Update:
 class Download:
     """What a member loads before a round's local steps. `merged`, its scale in it, is added to the frozen
     weights for good, first; then the member's adapter becomes `factors`. `extras`: more that its local steps
-    need."""
+    need. Without factors its `LocalPart` makes them, and its update has none either."""
 
     factors: Factors
     merged: Factors = field(default_factory=dict)
@@ -566,17 +567,33 @@ class Aggregator(Protocol):
     def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
 
 
+class LocalPart(Protocol):
+    """A member's part of a method whose local steps take no gradient; in the member's worker, with numpy."""
+
+    def begin(self, download: Download) -> Factors:
+        """What the member's adapter becomes: the download's factors, or what its extras say of the start."""
+        ...
+
+    def train(
+        self, steps: range, parameters: Mapping[str, tuple[Any, Any]], loss: Callable[[int], float]
+    ) -> Mapping[str, Any]:
+        """The local steps of these numbers, on Factors that it changes in place; `loss(step)` is that of the
+        step's rows with them as they are. The extras of the update."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Travels:
-    """What goes to and from a member in a round. `down`, `up`: the factors, "AB", "A", "B" or ""; `stack`: the
-    rank of what is merged, 0 for nothing; extras: name, dtype (numpy's, "f4") and shape of each array, -1 for
-    as many as an adapter has values."""
+    """What goes to and from a member in a round. `down`, `up`: the factors, "AB", "A", "B" or ""; `stack`:
+    the rank of what is merged, 0 for nothing; extras: name, dtype (numpy's, "f4") and shape of each array,
+    where the name of a key of the job's file stands for its value, and "values" for as many as an adapter
+    has."""
 
     down: str = "AB"
     up: str = "AB"
     stack: int = 0
-    down_extras: Sequence[tuple[str, str, Sequence[int]]] = ()
-    up_extras: Sequence[tuple[str, str, Sequence[int]]] = ()
+    down_extras: Sequence[tuple[str, str, Sequence[str]]] = ()
+    up_extras: Sequence[tuple[str, str, Sequence[str]]] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -590,6 +607,8 @@ class AggregatorEntry:
     unlike_ranks: may members have adapters of unlike r?
     bytes_kept(cohort, values): memory of the server for so many updates of so many values; None: that of
         one state, whatever the cohort
+    local: "package.module:attribute", in a member's worker: local(settings, start, rank) -> LocalPart, where
+        no gradient is taken; empty: local steps by gradients, which the member's trainer does
     travels(round, ranks) -> Travels, from the r of every member; for the prediction of bytes. None: all
         factors, both ways; before the first round nothing goes down, since everybody draws the same start.
     """
@@ -599,6 +618,7 @@ class AggregatorEntry:
     keys: Sequence[TrainingKey] = ()
     is_sum: bool = False
     unlike_ranks: bool = False
+    local: str = ""
     bytes_kept: Callable[[int, int], int] | None = None
     travels: Callable[[int, Sequence[int]], Travels] | None = None
 

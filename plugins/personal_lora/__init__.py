@@ -58,7 +58,7 @@ def prox_travels(round: int, ranks: Sequence[int]) -> Travels:
 
 def scaffold_travels(round: int, ranks: Sequence[int]) -> Travels:
     """Control variates both ways, each as large as an adapter."""
-    control = (("control", "f4", (-1,)),)
+    control = (("control", "f4", ("values",)),)
     return Travels(down="AB" if round else "", down_extras=control, up_extras=control)
 
 

@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from edged import Download, EngineError, ProtocolError
+from edged import Download, EngineError, LocalPart, ProtocolError
 
 from .._training.loss import summed, targets_of
 from .._training.rows import Rows, seed_of
 from . import _messages
 from ._fusion import fuse, joined
 from ._local import Local
-from ._rank import PREFIX, Arrays, Rank, Report, own_words, write_adapter
+from ._rank import PREFIX, Arrays, Rank, Report, own_words, resolve, write_adapter
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's own
 STACK_MOST = 1 << 16  # rank of what a server may have merged in one round
@@ -37,8 +37,14 @@ class Member(Rank):
         self.span = self._span(1)
         self._start = self.start(self.r)
         self._merged: list[tuple[int, np.ndarray]] = []  # rank and values of every stack, in order
+        self._local = self._local_part()
         self._own: Mapping[str, np.ndarray] = {}  # of the method, from round to round
         self._personal: Arrays | None = None  # an adapter that never leaves this node
+
+    def _local_part(self) -> LocalPart | None:
+        """Of this node's own plugins, where the method takes no gradients."""
+        dotted = self.spec.locals.get(self.job.method)
+        return resolve(dotted)(self.settings, self._start, self.rank) if dotted else None
 
     def _span(self, times: int) -> Any:
         """The whole model, with an adapter of so many times this member's rank."""
@@ -66,10 +72,13 @@ class Member(Rank):
         with self.computing():
             evaluated = self._evaluate() if self._is_due(number) else (0.0, 0.0)
             trained = self._train(number, frozen)
-        factors, extras, self._own = self._part.finish(
-            self._factors(), self.job.local_steps, self.job.learning_rate
-        )
-        sides = "".join(side for side in "AB" if side != frozen)
+        factors, sides = self._factors(), "".join(side for side in "AB" if side != frozen)
+        if self._local is None:
+            factors, extras, self._own = self._part.finish(
+                factors, self.job.local_steps, self.job.learning_rate
+            )
+        else:
+            extras, sides = self._found, sides if self._has_factors else ""
         values = self.flat(factors, sides)
         words = _messages.up(number, self.rows.count, values.size, len(extras))
         link, before = self.link(self.server), self._bytes()
@@ -113,12 +122,12 @@ class Member(Rank):
 
         def count_of(header: Mapping[str, Any]) -> int:
             start, frozen, stack = (header.get(word) for word in ("start", "frozen", "stack"))
-            if start not in ("", "A", "B", "AB") or frozen not in ("", "A", "B"):
+            if start not in ("", "A", "B", "AB", "none") or frozen not in ("", "A", "B"):
                 raise ProtocolError(f"expected sides of an adapter from {self.name(self.server)}")
             if type(stack) is not int or not 0 <= stack <= STACK_MOST:
                 raise ProtocolError(f"expected a rank to merge up to {STACK_MOST}; {str(stack)[:20]} came")
-            said.update(start=start, frozen=frozen, stack=stack)
-            come = "".join(side for side in "AB" if side not in start)
+            said.update(start=start, frozen=frozen, stack=stack, has=start != "none")
+            come = _come(start)
             count = _messages.values_of("AB", stack, self.shapes)
             count += _messages.values_of(come, self.r, self.shapes)
             if header.get("of") != count:
@@ -133,12 +142,16 @@ class Member(Rank):
         stacked = _messages.values_of("AB", said["stack"], self.shapes)
         if stacked:
             self._merge(said["stack"], values[:stacked])
-        come = "".join(side for side in "AB" if side not in said["start"])
+        come = _come(said["start"])
         given = self.unflat(values[stacked:], come, self.r)
         self._loaded = {
             name: (given[name].get("A", start[0]), given[name].get("B", start[1]))
             for name, start in self._start.items()
         }
+        self._has_factors = bool(said["has"])
+        if self._local is not None:
+            given = self._loaded if self._has_factors else {}
+            self._loaded = dict(self._local.begin(Download(given, extras=extras)))
         self._set(self._loaded)
         self._part = Local(Download(self._loaded, extras=extras), self._own, str(said["frozen"]))
         return str(said["frozen"])
@@ -175,9 +188,39 @@ class Member(Rank):
     def _train(self, number: int, frozen: str) -> tuple[float, float, float, float]:
         """The round's local steps: loss by targets summed, targets, tokens, and seconds."""
         job, first = self.job, number * self.job.local_steps
+        if self._local is not None:
+            return self._without_gradients(range(first, first + job.local_steps))
         correct = self._part.correction if self._part.corrects else None
         steps = range(first, first + job.local_steps)
         return self._steps(f"round {number}", steps, frozen, correct, self._part.is_plain)
+
+    def _without_gradients(self, steps: range) -> tuple[float, float, float, float]:
+        """The method's own local steps, on views of the adapter's values; its loss is the mean of all that
+        it looked at."""
+        assert self._local is not None
+        began, sums = time.monotonic(), [0.0, 0, 0]
+        views = {name: (parameters["A"], parameters["B"]) for name, parameters in self._views().items()}
+
+        def loss(step: int) -> float:
+            self.look()
+            ids, labels = self.rows.batch(step)
+            with torch.no_grad():
+                found = summed(self.span, self.span(ids), labels).item()
+            count = targets_of(labels)
+            sums[0], sums[1], sums[2] = sums[0] + found, sums[1] + count, sums[2] + ids.numel()
+            return found / max(1, count)
+
+        self._found = dict(self._local.train(steps, views, loss))
+        return sums[0], float(sums[1]), float(sums[2]), time.monotonic() - began
+
+    def _views(self) -> dict[str, dict[str, np.ndarray]]:
+        """The adapter's own memory, as arrays."""
+        found: dict[str, dict[str, np.ndarray]] = {name: {} for name in self.layers}
+        for name, parameter in self.span.named_parameters():
+            layer, is_lora, rest = name.partition(".lora_")
+            if is_lora:
+                found[layer][rest[0]] = parameter.detach().numpy()
+        return found
 
     def _steps(
         self,
@@ -325,3 +368,8 @@ class Member(Rank):
         stacks = [key.split(".") for key in state if key.startswith("merged.")]
         for _, number, r in sorted(stacks, key=lambda parts: int(parts[1])):
             self._merge(int(r), state[f"merged.{number}.{r}"].numpy())
+
+
+def _come(start: str) -> str:
+    """The factors that a download brings, by what it says of the start; "none": there are none at all."""
+    return "" if start == "none" else "".join(side for side in "AB" if side not in start)

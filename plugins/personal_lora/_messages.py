@@ -3,8 +3,8 @@
     down   [round]   words `start`, `frozen`, `stack`, `of`; values: the stack to merge, then the factors
     up     [round]   words `weight`, `of`; values: the factors that the member trained
     told   [round]   one frame: a member's `FIGURES` of the round; the last one has no `up`
-    extras [round]   words `arrays`, [name, dtype, shape] each, and their frames: after a download or an update
-                     that says `extras`, what the method needs beside factors
+    extras [round]   words `arrays`, [name, dtype, shape] each, and their frames: what a method needs beside
+                     factors, after a download or an update that says `extras`
 
 `own_loss` is of what a member held out, with its personal adapter; a figure, and no more of that adapter.
 
@@ -60,28 +60,29 @@ def extras_bytes(round: int, arrays: Sequence[tuple[str, str, Sequence[int]]]) -
     return message_bytes({"k": "extras", "at": [round], "arrays": named}, sizes)
 
 
-def down_bytes(round: int, travels: Travels, r: int, shapes: Shapes) -> int:
+def down_bytes(job: Job, round: int, travels: Travels, r: int, shapes: Shapes) -> int:
     """Of a round's download of a member with rank r."""
     start = "".join(side for side in "AB" if side not in travels.down)
     frozen = "".join(side for side in "AB" if side not in travels.up)
     count = values_of("AB", travels.stack, shapes) + values_of(travels.down, r, shapes)
-    extras = arrays_of(travels.down_extras, values_of("AB", r, shapes))
+    extras = arrays_of(job, travels.down_extras, values_of("AB", r, shapes))
     header = down(round, start, frozen, travels.stack, count, len(extras))
     return values_bytes(header, count) + extras_bytes(round, extras)
 
 
-def up_bytes(round: int, travels: Travels, r: int, weight: int, shapes: Shapes) -> int:
+def up_bytes(job: Job, round: int, travels: Travels, r: int, weight: int, shapes: Shapes) -> int:
     """Of a round's update of a member with rank r."""
     count = values_of(travels.up, r, shapes)
-    extras = arrays_of(travels.up_extras, values_of("AB", r, shapes))
+    extras = arrays_of(job, travels.up_extras, values_of("AB", r, shapes))
     return values_bytes(up(round, weight, count, len(extras)), count) + extras_bytes(round, extras)
 
 
 def arrays_of(
-    extras: Sequence[tuple[str, str, Sequence[int]]], size: int
-) -> list[tuple[str, str, Sequence[int]]]:
-    """With an adapter's number of values in place of -1."""
-    return [(name, dtype, [size if n < 0 else n for n in shape]) for name, dtype, shape in extras]
+    job: Job, extras: Sequence[tuple[str, str, Sequence[str]]], values: int
+) -> list[tuple[str, str, list[int]]]:
+    """With numbers in place of names."""
+    known = {"values": values, "local_steps": job.local_steps, **job.options}
+    return [(name, dtype, [int(known[n]) for n in shape]) for name, dtype, shape in extras]
 
 
 def told_bytes(round: int) -> int:
@@ -105,17 +106,17 @@ def bytes_sent(entry: AggregatorEntry, job: Job, collector: int, surveys: Sequen
         travels = travels_of(entry, round, ranks)
         stacked += travels.stack
         for rank, r in enumerate(ranks):
-            total += down_bytes(round, travels, r, shapes) + told_bytes(round)
+            total += down_bytes(job, round, travels, r, shapes) + told_bytes(round)
             if round < job.rounds:
-                total += up_bytes(round, travels, r, surveys[rank]["weight"], shapes)
+                total += up_bytes(job, round, travels, r, surveys[rank]["weight"], shapes)
     if collector != server:
-        total += _part_bytes(job, surveys[server]["names"], shapes, stacked)
+        total += _part_bytes(job, shapes, stacked)
     return total
 
 
-def _part_bytes(job: Job, names: int, shapes: Shapes, stacked: int) -> int:
+def _part_bytes(job: Job, shapes: Shapes, stacked: int) -> int:
     """The adapter on its way to the collector: as wide as all that was stacked, or as the widest member."""
     ranks = [min(stacked, *shape) if stacked else job.r_most for shape in shapes]
     count = sum(r * (rows + columns) for r, (rows, columns) in zip(ranks, shapes, strict=True))
     said = {"k": "part", "at": [job.rounds], "r": ranks, "of": count}
-    return names + values_bytes(said, count)
+    return values_bytes(said, count)

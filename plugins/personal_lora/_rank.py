@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import hashlib
+import importlib
 import json
 import shutil
 import time
@@ -69,6 +70,11 @@ class Rank(abc.ABC):
     @abc.abstractmethod
     def set_state(self, state: Mapping[str, torch.Tensor]) -> None:
         """What `state` gave, back from a checkpoint; KeyError, ValueError, RuntimeError where it is none."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The job's, with its method's own keys."""
+        return dict(self.spec.settings) | dict(self.job.options)
 
     @property
     def neighbours(self) -> Sequence[int]:
@@ -217,6 +223,12 @@ def _dtype(name: Any) -> str:
     if name not in _messages.SIZES:
         raise ValueError(f"no array of {str(name)[:10]!r}")
     return str(name)
+
+
+def resolve(dotted: str) -> Any:
+    """ "package.module:attribute", of this node's own plugins."""
+    module, _, attribute = dotted.partition(":")
+    return getattr(importlib.import_module(module), attribute)
 
 
 def own_words(words: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ It measures what the aggregator made against what it was given (`_residual`), an
 
 from __future__ import annotations
 
-import importlib
 import math
 import time
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ import torch
 from edged import Download, EngineError, Member, ProtocolError, Update
 
 from . import _messages
-from ._rank import Arrays, Rank, Report, own_words, write_adapter
+from ._rank import Arrays, Rank, Report, own_words, resolve, write_adapter
 from ._residual import Residual
 
 KEPT = "aggregator."  # before the names of its state in a checkpoint
@@ -39,9 +38,7 @@ class Server(Rank):
                 f"no method {self.job.method!r} here; loaded: {', '.join(sorted(self.spec.aggregators))}",
                 remedy="load the plugin that brings it",
             )
-        module, _, attribute = dotted.partition(":")
-        settings = dict(self.spec.settings) | dict(self.job.options)
-        return getattr(importlib.import_module(module), attribute)(settings, self._start, self.members)
+        return resolve(dotted)(self.settings, self._start, self.members)
 
     def count(self) -> dict[str, Any]:
         return {"shapes": [list(shape) for shape in self.shapes]}
@@ -60,11 +57,14 @@ class Server(Rank):
             update = self._receive(number, member, frozen)
             told.append(self._told(number, member.rank))
             with self.computing():
-                meter.add(update)
+                if update.factors:
+                    meter.add(update)
                 self.aggregator.add(update)
         with self.computing():
             self.aggregator.finish()
-            values["residual"] = meter.of([(m, self.aggregator.download(m)) for m in self.members])
+            residual = meter.of([(m, self.aggregator.download(m)) for m in self.members])
+        if math.isfinite(residual):  # there is none of sums of scalars
+            values["residual"] = residual
         for rank, figures in enumerate(told):
             values[f"up_{rank}"] = figures["sent"]
         self._tell_eval(number, told, report)
@@ -91,7 +91,7 @@ class Server(Rank):
                 for name, pair in download.factors.items()
             )
         }
-        start = "".join(sorted(same))
+        start = "".join(sorted(same)) if download.factors else "none"
         come = "".join(side for side in "AB" if side not in same)
         stack = max((a.shape[0] for a, _ in download.merged.values()), default=0)
         merged = {name: _padded(pair, stack) for name, pair in download.merged.items()}
@@ -112,7 +112,8 @@ class Server(Rank):
 
     def _receive(self, number: int, member: Member, frozen: str) -> Update:
         name = self.name(member.rank)
-        sides = "".join(side for side in "AB" if side != frozen)
+        loaded = self.aggregator.download(member).factors
+        sides = "".join(side for side in "AB" if side != frozen) if loaded else ""
         count = _messages.values_of(sides, member.r, self.shapes)
 
         def count_of(header: Mapping[str, Any]) -> int:
@@ -128,10 +129,10 @@ class Server(Rank):
             raise ProtocolError(f"expected a number of rows above 0 of {name}; {str(weight)[:20]} came")
         if self.job.weight_most:
             weight = min(weight, self.job.weight_most)
-        given, loaded = self.unflat(values, sides, member.r), self.aggregator.download(member).factors
+        given = self.unflat(values, sides, member.r)
         factors: Arrays = {
-            layer: (given[layer].get("A", loaded[layer][0]), given[layer].get("B", loaded[layer][1]))
-            for layer in self.layers
+            layer: (given[layer].get("A", pair[0]), given[layer].get("B", pair[1]))
+            for layer, pair in loaded.items()
         }
         extras = self.receive_extras(member.rank, number, header.get("extras"))
         return Update(member, number, float(weight), factors, extras)

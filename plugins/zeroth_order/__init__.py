@@ -1,4 +1,7 @@
-"""Aggregators that need no gradients: members send scalars for seeds, and all draw the same directions.
+"""Aggregators for members that train without gradients, by directions that everybody draws alike.
+
+Provides `fedkseed` (scalars per seed) and `mezo` (a mean of factors that were tuned by MeZO). It does not
+know how a loss is evaluated, how rounds are run, or what travels between nodes.
 
 This module is light; numpy is loaded by the underscore modules, in a worker only.
 """
@@ -8,9 +11,44 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edged import AggregatorEntry, ConfigError, hookimpl
+from edged import AggregatorEntry, ConfigError, TrainingKey, Travels, hookimpl
 
-AGGREGATORS: tuple[AggregatorEntry, ...] = ()
+EPSILON = TrainingKey("epsilon", 2.0**-11, "how far the weights are moved to measure a slope: a power of two")
+
+
+def seeds_travel(round: int, ranks: Sequence[int]) -> Travels:
+    """A sum for each seed comes, and a seed and a slope for each step goes; no factor does."""
+    return Travels(
+        "",
+        "",
+        down_extras=(("table", "f4", ("seeds",)),),
+        up_extras=(("scalars", "f4", ("local_steps",)), ("seeds", "i4", ("local_steps",))),
+    )
+
+
+AGGREGATORS: tuple[AggregatorEntry, ...] = (
+    AggregatorEntry(
+        "fedkseed",
+        "edged_plugins.zeroth_order._aggregators:FedKSeed",
+        keys=(
+            TrainingKey("seeds", 4096, "directions that members draw from; 4 bytes each travel down a round"),
+            TrainingKey(
+                "seed_sampling", "uniform", "uniform, or amplitude: seeds of steep slopes more often"
+            ),
+            EPSILON,
+        ),
+        is_sum=True,
+        local="edged_plugins.zeroth_order._local:KSeed",
+        travels=seeds_travel,
+    ),
+    AggregatorEntry(
+        "mezo",
+        "edged_plugins.zeroth_order._aggregators:Mezo",
+        keys=(EPSILON,),
+        is_sum=True,
+        local="edged_plugins.zeroth_order._local:Mezo",
+    ),
+)
 
 
 @hookimpl
