@@ -30,6 +30,7 @@ from edged.cli.demo import add_model, model_file
 from edged.cli.demo_nodes import Node
 
 ROUNDS = quick(1, 3)
+PLAIN_ROUNDS = quick(1, 7)  # of short runs
 STEPS = quick(2, 3)  # of a round; the first warms up and does not count
 MBIT = 10
 CODECS = quick(("f32", "int8"), ("f32", "int8", "adatopk"))
@@ -94,7 +95,7 @@ def _plain(record: Record, node: Node, folder: Path, threads: int) -> None:
         return
     settings = {"model": MODEL, "steps": STEPS, "clients": [{"data": "rows"}]} | SHORT
     ours, plain = [], []
-    for number in range(ROUNDS):
+    for number in range(PLAIN_ROUNDS):
         for kind in ("ours", "plain")[:: 1 if number % 2 else -1]:
             if kind == "ours":
                 ours.append(_step_s(train(node, "local", settings)[1]))
@@ -102,7 +103,7 @@ def _plain(record: Record, node: Node, folder: Path, threads: int) -> None:
                 plain.append(_step_s(_run_plain(folder, threads)[0]))
         record.put(
             row,
-            is_partial=number + 1 < ROUNDS,
+            is_partial=number + 1 < PLAIN_ROUNDS,
             rounds=number + 1,
             step_s=spread(ours),
             plain_step_s=spread(plain),
