@@ -13,6 +13,7 @@ import pytest
 from edged_plugins import echo
 
 from edged import (
+    AggregatorEntry,
     Announcement,
     Candidate,
     DeviceState,
@@ -363,10 +364,10 @@ def test_plain_pluggy_still_needs_this_host() -> None:
 # --- each hook, through its first-party plugin where there is one ---------------------------------
 
 
-def first_party(hook: str, *names: str) -> dict[str, Any]:
+def first_party(hook: str, *names: str, **values: Any) -> dict[str, Any]:
     made = Host()
     made.load(names, {})
-    return made.registrations(hook)
+    return made.registrations(hook, **values)
 
 
 def test_edged_engines() -> None:
@@ -381,9 +382,16 @@ def test_edged_strategies() -> None:
     assert all(isinstance(entry, Strategy) for entry in found.values())
 
 
+def test_edged_aggregators() -> None:
+    found = first_party("edged_aggregators", "personal_lora", "zeroth_order")
+    assert {"fedavg", "ffa", "flora", "flexlora", "fdlora", "fedkseed"} <= set(found)
+    assert all(isinstance(entry, AggregatorEntry) for entry in found.values())
+
+
 def test_edged_trainings() -> None:
-    found = first_party("edged_trainings", "split_learning")
-    assert set(found) == {"split", "local"}
+    aggregators = first_party("edged_aggregators", "personal_lora")
+    found = first_party("edged_trainings", "split_learning", "personal_lora", aggregators=aggregators)
+    assert set(found) == {"split", "local", "federated"}
     assert all(isinstance(training, Training) for training in found.values())
 
 
