@@ -258,7 +258,7 @@ class Member(Rank):
             if correct is not None:
                 more = correct(self._factors())
                 for (layer, side), parameter in tuned.items():
-                    added = torch.from_numpy(np.asarray(more[layer][side], np.float32))
+                    added = torch.from_numpy(np.array(more[layer][side], np.float32))
                     parameter.grad += added.to(parameter.device)
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)

@@ -162,7 +162,7 @@ class Rank(abc.ABC):
     def send_extras(self, other: int, round: int, extras: Mapping[str, np.ndarray]) -> None:
         if not extras:
             return
-        arrays = {name: np.ascontiguousarray(value) for name, value in sorted(extras.items())}
+        arrays = {name: np.asarray(value, order="C") for name, value in sorted(extras.items())}
         named = [[name, each.dtype.str[1:], list(each.shape)] for name, each in arrays.items()]
         self.link(other).send(
             "extras", [round], {"arrays": named}, [each.tobytes() for each in arrays.values()]

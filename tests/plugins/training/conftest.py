@@ -50,10 +50,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any,
 
 @pytest.fixture(scope="session")
 def processes() -> Iterator[Any]:
-    """Four that ranks run in, started once; `pytest_runtest_teardown` ends them."""
+    """Those that ranks run in, started once; `pytest_runtest_teardown` ends them."""
     from rig import Processes
 
-    pool = Processes(4)
+    pool = Processes(7)
     POOLS.append(pool)
     yield pool
     _end_pools()
