@@ -138,8 +138,8 @@ def estimate(loss: Callable[[], float], move: Callable[[float], None], epsilon: 
     """The slope of the loss along a direction, by central difference: off by O(epsilon^2).
 
     `move(scale)` adds scale z to the weights that `loss` sees. They are moved by +1, -2 and +1 epsilon, and
-    nothing of them is kept: they come back within rounding (1e-6 |w|), and to the bit after `snap`; also where
-    `loss` raises.
+    nothing of them is kept: they come back within rounding (1e-6 |w|), and to the bit after `snap`. So do
+    they where `loss` raises.
 
     EngineError where the losses are not finite.
     """
@@ -161,6 +161,24 @@ def estimate(loss: Callable[[], float], move: Callable[[float], None], epsilon: 
     return slope
 
 
+def step(
+    loss: Callable[[], float],
+    parameters: Parameters,
+    stream: Key,
+    learning_rate: float,
+    epsilon: float,
+    *,
+    at: Mapping[str, int] | None = None,
+) -> float:
+    """One step of MeZO or FedKSeed, in place; gives the slope, which with the stream is all that it was.
+
+    It draws the direction four times, and keeps nothing of it or of the weights: memory is that of `loss`.
+    """
+    slope = estimate(loss, lambda scale: perturb(parameters, stream, scale, at=at), epsilon)
+    perturb(parameters, stream, -learning_rate * slope, at=at)
+    return slope
+
+
 def snap(parameters: Parameters, epsilon: float) -> None:
     """Rounds each F32 array, in place, so that moving it by epsilon z and back gives every bit again.
 
@@ -174,7 +192,7 @@ def snap(parameters: Parameters, epsilon: float) -> None:
     if math.frexp(epsilon)[0] != 0.5:
         raise ConfigError(f"expected an epsilon that is a power of two, got {epsilon}", remedy="2^-11, say")
     for name, array in parameters.items():
-        largest = float(np.abs(array).max(initial=0.0))
+        largest = float(max(array.max(initial=0.0), -array.min(initial=0.0)))
         grid = 2.0 ** (math.frexp(largest + LARGEST * epsilon)[1] - 24)
         if grid > epsilon / 4:
             raise ConfigError(

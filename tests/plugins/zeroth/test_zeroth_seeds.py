@@ -236,9 +236,7 @@ def test_loss_falls_on_a_quadratic_and_the_table_has_the_weights() -> None:
     table, losses, rate = SeedTable(128), [loss()], 5e-3
     chances = np.ones(128)
     for step, index in enumerate(draw(key(7, "steps"), 500, chances).tolist()):
-        stream = direction(7, index)
-        slope = estimate(loss, lambda scale, stream=stream: perturb(w, stream, scale), 2.0**-8)
-        perturb(w, stream, -rate * slope)
+        slope = _seeds.step(loss, w, direction(7, index), rate, 2.0**-8)
         table.add([index], [slope])
         if step % 100 == 99:
             losses.append(loss())
