@@ -145,7 +145,7 @@ def test_the_table_is_the_weighted_sum_per_seed() -> None:
                 expected[index] += WEIGHTS[rank] / 12 * float(scalar)
     table = aggregator.download(MEMBERS[0]).extras["table"]
     assert table.dtype == np.float32
-    np.testing.assert_allclose(table, expected, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(table, expected, rtol=1e-12, atol=abs(expected).max() * 2.0**-24)
 
 
 def test_a_member_with_the_start_makes_the_servers_bits_of_the_table_alone() -> None:
