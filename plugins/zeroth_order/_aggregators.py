@@ -16,9 +16,10 @@ import numpy as np
 
 from edged import ConfigError, Download, Factors, Member, PolicyViolation, Update
 
-from ._seeds import Amplitudes, SeedTable, replay
+from ._seeds import Amplitudes, Rebuilt, SeedTable, replay
 from ._stream import Array
 
+SEEDS_MAX = 1 << 16  # sums of so many are still exact; see SeedTable.sent
 SAMPLINGS = ("uniform", "amplitude")
 
 
@@ -35,7 +36,7 @@ def factors_of(parameters: Mapping[str, Array]) -> Factors:
 
 def replayed(start: Factors, table: Array, seed: int, learning_rate: float) -> Factors:
     """The start moved by a table (K,) F32, fresh arrays: what a member makes of a download's table alone."""
-    made = {name: np.array(array, np.float32, order="C") for name, array in parameters_of(start).items()}
+    made = _copied(start)
     replay(made, table, seed, learning_rate)
     return factors_of(made)
 
@@ -50,14 +51,14 @@ class FedKSeed:
     """
 
     def __init__(self, settings: Mapping[str, Any], start: Factors, members: Sequence[Member]) -> None:
-        self._seeds = _whole(settings, "seeds", 4096)
-        self._rate = _positive(settings, "learning_rate", 3e-7)
-        self._seed = _whole(settings, "seed", 0, least=0)
+        self._seeds = _whole(settings, "seeds", 4096, most=SEEDS_MAX)
+        rate = _positive(settings, "learning_rate", 3e-7)
+        seed = _whole(settings, "seed", 0, least=0)
         sampling = settings.get("seed_sampling", "uniform")
         if sampling not in SAMPLINGS:
             raise ConfigError(f'seed_sampling: expected {" or ".join(SAMPLINGS)}, got "{sampling}"')
         self._scale = _alike(members, "seeds")
-        self._start = start
+        self._rebuilt = Rebuilt(_copied(start), seed, rate)
         self._table = SeedTable(self._seeds)
         self._amplitudes = Amplitudes(self._seeds) if sampling == "amplitude" else None
         self._settle()
@@ -115,12 +116,12 @@ class FedKSeed:
 
     def _settle(self) -> None:
         self.begin(0, ())
-        self._sent, self._factors = self._table.sums.astype(np.float32), None
+        self._sent, self._factors = self._table.sent(), None
 
     def _made(self) -> Factors:
-        """Built when it is first asked for: values times seeds."""
+        """Built when it is first asked for: it takes as long as values times seeds that changed."""
         if self._factors is None:
-            self._factors = replayed(self._start, self._sent, self._seed, self._rate)
+            self._factors = factors_of(self._rebuilt.load(self._sent))
         return self._factors
 
 
@@ -129,9 +130,7 @@ class Mezo:
 
     def __init__(self, settings: Mapping[str, Any], start: Factors, members: Sequence[Member]) -> None:
         self._scale = _alike(members, "a mean of factors")
-        self._made = {
-            name: np.array(array, np.float32, order="C") for name, array in parameters_of(start).items()
-        }
+        self._made = _copied(start)
         self.begin(0, members)
 
     def frozen(self, round: int) -> str:
@@ -183,10 +182,14 @@ def _alike(members: Sequence[Member], what: str) -> float:
     return kinds[0][1] if kinds else 1.0
 
 
-def _whole(settings: Mapping[str, Any], name: str, default: int, least: int = 1) -> int:
+def _copied(factors: Factors) -> dict[str, Array]:
+    return {name: np.array(array, np.float32, order="C") for name, array in parameters_of(factors).items()}
+
+
+def _whole(settings: Mapping[str, Any], name: str, default: int, least: int = 1, most: int = 1 << 63) -> int:
     value = settings.get(name, default)
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ConfigError(f"{name}: expected a whole number of at least {least}, got {value!r}")
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise ConfigError(f"{name}: expected a whole number from {least} to {most}, got {value!r}")
     return value
 
 

@@ -97,6 +97,7 @@ def replay(
     chunk: int = CHUNK,
 ) -> None:
     """w -= learning_rate sum_s sums[s] z(s), in place: summed in F64, in the order of seeds, rounded once.
+    For sums of `SeedTable.sent` the order does not count.
 
     Takes time as values times seeds whose sum is not 0. After a round, give what the round added.
     """
@@ -138,8 +139,8 @@ def estimate(loss: Callable[[], float], move: Callable[[float], None], epsilon: 
     """The slope of the loss along a direction, by central difference: off by O(epsilon^2).
 
     `move(scale)` adds scale z to the weights that `loss` sees. They are moved by +1, -2 and +1 epsilon, and
-    nothing of them is kept: they come back within rounding (1e-6 |w|), and to the bit after `snap`; also where
-    `loss` raises.
+    nothing of them is kept: they come back within rounding (1e-6 |w|), and to the bit after `snap`. So do
+    they where `loss` raises.
 
     EngineError where the losses are not finite.
     """
@@ -161,6 +162,24 @@ def estimate(loss: Callable[[], float], move: Callable[[float], None], epsilon: 
     return slope
 
 
+def step(
+    loss: Callable[[], float],
+    parameters: Parameters,
+    stream: Key,
+    learning_rate: float,
+    epsilon: float,
+    *,
+    at: Mapping[str, int] | None = None,
+) -> float:
+    """One step of MeZO or FedKSeed, in place; gives the slope, which with the stream is all that it was.
+
+    It draws the direction four times, and keeps nothing of it or of the weights: memory is that of `loss`.
+    """
+    slope = estimate(loss, lambda scale: perturb(parameters, stream, scale, at=at), epsilon)
+    perturb(parameters, stream, -learning_rate * slope, at=at)
+    return slope
+
+
 def snap(parameters: Parameters, epsilon: float) -> None:
     """Rounds each F32 array, in place, so that moving it by epsilon z and back gives every bit again.
 
@@ -174,7 +193,7 @@ def snap(parameters: Parameters, epsilon: float) -> None:
     if math.frexp(epsilon)[0] != 0.5:
         raise ConfigError(f"expected an epsilon that is a power of two, got {epsilon}", remedy="2^-11, say")
     for name, array in parameters.items():
-        largest = float(np.abs(array).max(initial=0.0))
+        largest = float(max(array.max(initial=0.0), -array.min(initial=0.0)))
         grid = 2.0 ** (math.frexp(largest + LARGEST * epsilon)[1] - 24)
         if grid > epsilon / 4:
             raise ConfigError(
@@ -197,11 +216,56 @@ class SeedTable:
         indices, scalars = checked_steps(indices, scalars, len(self.sums))
         np.add.at(self.sums, indices, weight * scalars)
 
+    def sent(self) -> Array:
+        """What everybody builds weights from, (K,) F32: the sums as multiples of one power of two, the
+        spacing of F32 numbers at the largest |sum|.
+
+        Then sum_s G[s] z(s) is exact in F64, in any order: G is at most 2^24 spacings and z 2^5 quarters, so
+        for K up to 2^16 all of it is at most 2^45 quarters of a spacing, and F64 has 2^53. All devices have
+        the same weights, to the bit, and what a round changed can be added to what was.
+        """
+        grid = spacing(self.sums)
+        return (np.rint(self.sums / grid) * grid).astype(np.float32)
+
     def state_dict(self) -> dict[str, Array]:
         return {"sums": self.sums.copy()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.sums = _like(self.sums, state["sums"])
+
+
+class Rebuilt:
+    """The weights of a start and the tables that come, at the price of the seeds that changed.
+
+    Keeps F64 totals of all values beside the start. What it makes is what `replay` makes of the last table
+    alone, to the bit, for tables of `SeedTable.sent`.
+    """
+
+    def __init__(self, start: Parameters, seed: int, learning_rate: float) -> None:
+        self._start, self._seed, self._rate = start, seed, learning_rate
+        self._restart(0)
+
+    def _restart(self, seeds: int) -> None:
+        self._totals = {name: np.zeros(array.shape) for name, array in self._start.items()}
+        self._table = np.zeros(seeds, np.float32)
+
+    def load(self, table: Array) -> dict[str, Array]:
+        """Fresh F32 arrays, by name, for a table (K,) F32."""
+        ratio = spacing(table) / spacing(self._table) if self._table.any() else 1.0
+        if len(table) != len(self._table) or not 2.0**-8 <= ratio <= 2.0**8:
+            self._restart(len(table))  # F64 has no room for the multiples of both
+        replay(self._totals, table.astype(np.float64) - self._table, self._seed, -1.0)
+        self._table = table.copy()
+        return {
+            name: (array - self._rate * self._totals[name]).astype(np.float32)
+            for name, array in self._start.items()
+        }
+
+
+def spacing(values: Array) -> float:
+    """Of F32 numbers as large as the largest of |values|, a power of two."""
+    largest = max(values.max(initial=0.0), -values.min(initial=0.0))
+    return 2.0 ** max(math.frexp(largest)[1] - 24, -149)
 
 
 class Amplitudes:

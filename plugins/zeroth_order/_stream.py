@@ -12,7 +12,8 @@ A normal number is the sum of the 64 bits of one word, less its mean 32, over it
   exact in F32 (and in F16), so a phone, a GPU and this code have the same bits.
 - Zeroth-order methods need E[z] = 0 and E[z z^T] = I, which hold exactly, and a kurtosis near 3, which sets
   their variance: it is 3 - 2/64 = 2.97. |z| <= 8, so no draw is far out.
-- z is a multiple of 1/4: with a step that is a power of two a perturbation can be undone to the bit (`snap`).
+- z is a multiple of 1/4: with a step that is a power of two a perturbation can be undone to the bit
+  (`snap`), and sums over many seeds are exact (`SeedTable.sent`).
 
 The price is one word for each number; what it costs is drawing the words, not counting their bits.
 """

@@ -236,9 +236,7 @@ def test_loss_falls_on_a_quadratic_and_the_table_has_the_weights() -> None:
     table, losses, rate = SeedTable(128), [loss()], 5e-3
     chances = np.ones(128)
     for step, index in enumerate(draw(key(7, "steps"), 500, chances).tolist()):
-        stream = direction(7, index)
-        slope = estimate(loss, lambda scale, stream=stream: perturb(w, stream, scale), 2.0**-8)
-        perturb(w, stream, -rate * slope)
+        slope = _seeds.step(loss, w, direction(7, index), rate, 2.0**-8)
         table.add([index], [slope])
         if step % 100 == 99:
             losses.append(loss())
@@ -247,6 +245,57 @@ def test_loss_falls_on_a_quadratic_and_the_table_has_the_weights() -> None:
     again = {"w": np.zeros(64, np.float32)}
     replay(again, table.sums, 7, rate)
     np.testing.assert_allclose(again["w"], w["w"], rtol=0, atol=1e-5)
+
+
+def tables(seeds: int = 64, rounds: int = 6) -> list[SeedTable]:
+    """Of a job's rounds, in which some seeds are drawn and slopes differ by magnitudes."""
+    drawn, table, made = np.random.default_rng(8), SeedTable(seeds), []
+    for round_ in range(rounds):
+        for _ in range(10):
+            table.add([int(drawn.integers(seeds))], [float(drawn.standard_normal()) * 10.0**round_], 1 / 3)
+        made.append(SeedTable(seeds))
+        made[-1].sums = table.sums.copy()
+    return made
+
+
+def test_what_is_sent_of_a_table_is_the_sums_but_for_the_spacing_at_the_largest() -> None:
+    for table in tables():
+        sent = table.sent()
+        assert sent.dtype == np.float32
+        assert abs(sent - table.sums).max() <= abs(table.sums).max() * 2.0**-24
+    assert SeedTable(4).sent().tolist() == [0, 0, 0, 0]
+
+
+def test_a_sum_over_seeds_is_exact_in_any_order() -> None:
+    """The oracle is `math.fsum` and whole numbers: no order, device or library can change a bit."""
+    table = SeedTable(4096)
+    table.sums = np.random.default_rng(9).standard_normal(4096) ** 5
+    sums = table.sent().astype(np.float64)
+    z = np.stack([normals(direction(0, s), 0, 20) for s in range(4096)]).astype(np.float64)
+    terms = sums[:, None] * z
+    exact = [math.fsum(column) for column in terms.T]
+    assert terms.sum(0).tolist() == exact == terms[::-1].cumsum(0)[-1].tolist() == (sums @ z).tolist()
+
+
+def test_weights_are_built_anew_where_sums_grow_beyond_what_adds_exactly() -> None:
+    """The tiny sums of the first table would be lost in the totals of the second."""
+    start, rebuilt = made(), _seeds.Rebuilt(made(), 2, 1e-3)
+    drawn, small, large = np.random.default_rng(3), SeedTable(64), SeedTable(64)
+    small.sums, large.sums = 1e-9 * drawn.standard_normal(64), 1e9 * drawn.standard_normal(64)
+    for table in (small, large, small):
+        built, alone = rebuilt.load(table.sent()), copied(start)
+        replay(alone, table.sent(), 2, 1e-3)
+        assert same_bits(built, alone)
+
+
+@pytest.mark.parametrize("skipped", [0, 3], ids=["every round", "a member that was away"])
+def test_weights_built_round_by_round_are_those_of_the_last_table_alone(skipped: int) -> None:
+    start = made()
+    rebuilt = _seeds.Rebuilt(copied(start), 2, 1e-3)
+    for table in tables()[skipped:]:
+        built, alone = rebuilt.load(table.sent()), copied(start)
+        replay(alone, table.sent(), 2, 1e-3)
+        assert same_bits(built, alone)
 
 
 # --- which seed -----------------------------------------------------------------------------------

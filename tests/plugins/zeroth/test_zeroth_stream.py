@@ -77,8 +77,9 @@ def test_a_normal_number_is_its_words_bits_less_32_over_4() -> None:
 
 def test_these_are_the_numbers_of_seed_0_on_every_device() -> None:
     """For whoever draws them elsewhere, without this code."""
-    assert key(0, "direction 0") == 0
-    assert normals(key(0, "direction 0"), 0, 8).tolist() == []
+    stream = int.from_bytes(bytes.fromhex("dafad1f3bc4a4ec3c660b762829fd9c3"), "little")
+    assert key(0, "direction 0") == stream
+    assert normals(stream, 0, 8).tolist() == [-0.25, -0.5, 1.25, -1.25, -0.75, 1.25, -0.25, 1.0]
 
 
 def test_bits_are_counted_alike_without_numpy_2() -> None:
