@@ -65,8 +65,8 @@ def choose(
     where they are fewer than that. The caller decides whether these are enough.
 
     The draw is a function of (seed, round, rank): of the order of the entrants it knows nothing, and where
-    one becomes unable only its own place is drawn again. ConfigError for a fraction not in (0, 1], or a rank
-    twice.
+    one becomes unable only its own place is drawn again. ConfigError for a fraction outside (0, 1]
+    or a rank twice.
     """
     entrants = list(entrants)
     if not 0 < fraction <= 1:
@@ -164,9 +164,7 @@ class Waiting:
         return min(max(bound, self.floor_s), self.ceiling_s)
 
     def verdict(self, arrived: int, cohort: int, elapsed_s: float, deadline_s: float) -> Verdict:
-        """Close a round that all came to, or the quorum by the deadline; at the ceiling, without a quorum,
-        fail.
-        """
+        """Close a round that all came to, or a quorum by the deadline; fail at the ceiling without one."""
         if arrived >= cohort:
             return "close"
         has_quorum = arrived >= math.ceil(self.quorum * cohort - NEARLY)

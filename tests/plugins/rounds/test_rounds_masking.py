@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from edged_plugins._rounds import masking, shamir
+from edged_plugins._rounds import masks, shamir
 from edged_plugins._rounds.fixed_point import FixedPoint
-from edged_plugins._rounds.masking import CHUNK, Masker, Terms, Unmasker, add_stream, default_threshold
+from edged_plugins._rounds.masking import Masker
+from edged_plugins._rounds.masks import CHUNK, Terms, add_stream, default_threshold
+from edged_plugins._rounds.unmasking import Unmasker
 
 from edged import ConfigError, EdgedError, PolicyViolation, ProtocolError
 
@@ -188,11 +190,11 @@ def test_values_that_arrive_after_their_member_was_called_dropped_stay_hidden() 
     left = np.frombuffer(group.sent[3], "<u8").copy()
     secret = group.server._secret_of(3)
     for other in (0, 1, 2):  # the member with the higher rank subtracted
-        add_stream(left, masking._pair_key(group.terms, secret, 3, other, group.members[other].keys()))
+        add_stream(left, masks.pair_key(group.terms, secret, 3, other, group.members[other].keys()))
     with pytest.raises(ProtocolError, match="not expected"):
         group.server.add_masked(3, group.sent[3])
     assert chi_square(left.tobytes()) < CHI_SQUARE_MOST
-    add_stream(left, masking._own_key(group.terms, 3, group.members[3]._seed), is_minus=True)
+    add_stream(left, masks.own_key(group.terms, 3, group.members[3]._seed), is_minus=True)
     plain, _ = group.terms.fixed.encode(group.values[3], group.weights[3])
     assert (left == plain).all()  # and nothing but that mask was left
 
@@ -242,11 +244,11 @@ def test_a_member_never_gives_both_kinds_of_share_of_another() -> None:
 def test_members_that_hear_different_stories_do_not_unmask_anybody_together() -> None:
     for told in range(8):  # so many hear that rank 6 dropped
         group = Group(terms(8)).until_masked()
-        shares: dict[int, dict[int, bytes]] = {masking.SEED: {}, masking.SECRET: {}}
+        shares: dict[int, dict[int, bytes]] = {masks.SEED: {}, masks.SECRET: {}}
         for rank in (0, 1, 2, 3, 4, 5, 7):
             is_dropped = rank < told
             there = tuple(r for r in range(8) if r != 6 or not is_dropped)
-            kind = masking.SECRET if is_dropped else masking.SEED
+            kind = masks.SECRET if is_dropped else masks.SEED
             shares[kind][rank + 1] = group.members[rank].reveal((6,) if is_dropped else (), there)[6]
         known = []
         for kind in shares.values():
@@ -291,7 +293,7 @@ def test_shares_of_another_round_do_not_open() -> None:
         group.members[1].accept({0: late.shares(keys)[1], **sealed})
 
 
-@pytest.mark.parametrize("at", [0, 40, masking.DIGESTS_BYTES, masking.SEALED_BYTES - 1])
+@pytest.mark.parametrize("at", [0, 40, masks.DIGESTS_BYTES, masks.SEALED_BYTES - 1])
 def test_shares_that_were_changed_on_the_way_do_not_open(at: int) -> None:
     group = Group(terms(3))
     group.with_shares(range(3), group.with_keys(range(3)))
@@ -445,6 +447,17 @@ def test_three_tenths_may_always_leave() -> None:
         threshold = default_threshold(members)
         assert 2 * threshold > members
         assert threshold <= members - 3 * members // 10
+
+
+def test_what_different_stories_could_sum_is_a_group() -> None:
+    """Whoever is outside the sum was called dropped by a threshold of members, each of whom lets it call but
+    n - t so."""
+    for n in range(3, 500):
+        least = [n - n * (n - t) // t for t in range(n // 2 + 1, n + 1)]
+        assert min(least) >= 2
+        t = default_threshold(n)
+        smallest = n - n * (n - t) // t
+        assert smallest == t if n < 10 else 2 * smallest > n
 
 
 # --- fixed point ----------------------------------------------------------------------------------
