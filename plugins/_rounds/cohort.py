@@ -4,7 +4,7 @@ A member is asked only if its device can bear it, and each that is not has a rea
 say changes nothing, as everywhere in edged; a device without a battery is on mains.
 
 The deadline is the median of earlier arrivals plus k times their median absolute deviation (Hampel 1974, "the
-influence curve and its role in robust estimation"; asked for in hivemind's issue 676 instead of fixed
+influence curve and its role in robust estimation"; asked for by users of hivemind instead of fixed
 timeouts). A member that never came counts as infinitely late: with those who came in time alone, each
 deadline would be shorter than the one before.
 
