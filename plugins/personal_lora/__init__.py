@@ -24,7 +24,7 @@ FLASC_KEYS = (key.DOWNLOAD_DENSITY, key.UPLOAD_DENSITY, *ADAPTIVE_KEYS)
 
 
 def products_kept(cohort: int, values: int) -> int:
-    """Bytes of a round's factors, in F32, and of their stack in F64."""
+    """Bytes of a round's factors, of the stack that is made of them, and of the last one, in F32."""
     return 12 * cohort * values
 
 
