@@ -136,16 +136,19 @@ class Singular(Products):
 
     def __init__(self, start: Factors, members: Sequence[Member]) -> None:
         super().__init__("flexlora", start, members)
-        self._best: Pairs = {}
+        self._hold({})
 
     def use(self, made: Pairs) -> None:
-        self._best = made
+        self._hold(made)
 
     def download(self, member: Member) -> Download:
         if not self._best:
             return Download(first_ranks(self.start, member.r))
-        scaled = {n: (A, self._for(B, member.scale)) for n, (A, B) in self._best.items()}
-        return Download(first_ranks(scaled, member.r))
+        if member.scale not in self._scaled:  # one copy for all members of a scale
+            self._scaled[member.scale] = {
+                n: (A, self._for(B, member.scale)) for n, (A, B) in self._best.items()
+            }
+        return Download(first_ranks(self._scaled[member.scale], member.r))
 
     def adapter(self) -> dict[str, tuple[Array, Array, float]]:
         if not self._best:
@@ -156,7 +159,11 @@ class Singular(Products):
         return packed("best", self._best)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._best = unpacked("best", state, list(self.start) if state else [])
+        self._hold(unpacked("best", state, list(self.start) if state else []))
+
+    def _hold(self, best: Pairs) -> None:
+        self._best = best
+        self._scaled: dict[float, Pairs] = {}
 
     def _for(self, B: Array, scale: float) -> Array:
         return (B.astype(np.float64) / scale).astype(self.dtype)
