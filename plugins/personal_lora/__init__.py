@@ -28,7 +28,7 @@ ADAGRAD_KEYS = (key.server_learning_rate(key.ADAPTIVE_RATE), key.BETA1, key.TAU)
 
 
 def products_kept(cohort: int, values: int) -> int:
-    """Bytes of a round's factors, in F32, and of their stack in F64."""
+    """Bytes of a round's factors, of the stack that is made of them, and of the last one, in F32."""
     return 12 * cohort * values
 
 

@@ -1,6 +1,6 @@
-"""Means of products: `flora` stacks them, `flexlora` takes their best rank r. Members may have unlike r and alpha.
+"""Means of products: `flora` stacks them, `flexlora` takes their best rank r. r and alpha may be unlike.
 
-FLoRA (Wang et al. 2024, 2409.05976): the sum of p s B A is one stack, A = [p_k s_k A_k; ...], B = [B_1, ...];
+FLoRA (Wang et al. 2024, 2409.05976): the sum of p s B A is a stack, A = [p_k s_k A_k; ...], B = [B_1, ...];
 members merge it into their frozen weights, and their adapters begin again with the start's A and B = 0.
 FlexLoRA (Bai et al. 2024, 2402.11505): an SVD of the sum; a member of rank r gets B = U_r S_r / s and
 A = V_r', and no matrix of rank r is closer to the sum (Eckart and Young 1936).
@@ -38,7 +38,7 @@ class Products:
         check_start(start)
         self.method = method
         self.start: Pairs = {n: (read_only(start[n][0]), read_only(start[n][1])) for n in sorted(start)}
-        self.r = max(len(A) for A, _ in self.start.values())
+        self.r = len(self.start[min(self.start)][0])
         self.scale = max(members, key=lambda m: (m.r, -m.rank)).scale if members else 1.0
         self.dtype = np.result_type(*(one for pair in start.values() for one in pair))
         self._check(members)
@@ -63,15 +63,22 @@ class Products:
     def finish(self) -> None:
         if not self._weight:
             raise PolicyViolation(
-                f"{self.method}: expected at least 1 update in round {self._round}, got 0",
+                f"{self.method}: expected 1 updates or more in round {self._round}, got 0",
                 remedy="wait for more members",
             )
-        sums = {name: stack.pair(1.0 / self._weight) for name, stack in self._sums.items()}
+        made = {}
+        for name in self.start:  # one after another: in F64 all would take twice what came
+            A, B = self._sums.pop(name).pair(1.0 / self._weight)
+            made[name] = _rounded(self.cut(name, A, B), self.dtype)
         self._open(self._round)
-        self.make(sums)
+        self.use(made)
 
-    def make(self, sums: Pairs) -> None:
-        """The next state, of sum p s B A by module as a pair in F64."""
+    def cut(self, name: str, A: Array, B: Array) -> tuple[Array, Array]:
+        """What is kept of a module's sum p s B A, which came as a pair in F64."""
+        raise NotImplementedError
+
+    def use(self, made: Pairs) -> None:
+        """The next state."""
         raise NotImplementedError
 
     def _open(self, round: int) -> None:
@@ -96,8 +103,11 @@ class Stacking(Products):
         self._all: Pairs = {}
         self._again: Pairs = {n: (A, read_only(np.zeros_like(B))) for n, (A, B) in self.start.items()}
 
-    def make(self, sums: Pairs) -> None:
-        self._last = {n: _rounded(pair, self.dtype) for n, pair in sums.items()}
+    def cut(self, name: str, A: Array, B: Array) -> tuple[Array, Array]:
+        return A, B
+
+    def use(self, made: Pairs) -> None:
+        self._last = made
         for name, (A, B) in self._last.items():
             stack = Stack(A.shape[1], B.shape[0])
             if name in self._all:
@@ -126,16 +136,19 @@ class Singular(Products):
 
     def __init__(self, start: Factors, members: Sequence[Member]) -> None:
         super().__init__("flexlora", start, members)
-        self._best: Pairs = {}
+        self._hold({})
 
-    def make(self, sums: Pairs) -> None:
-        self._best = {name: _rounded(self._cut(name, *pair), self.dtype) for name, pair in sums.items()}
+    def use(self, made: Pairs) -> None:
+        self._hold(made)
 
     def download(self, member: Member) -> Download:
         if not self._best:
             return Download(first_ranks(self.start, member.r))
-        scaled = {n: (A, self._for(B, member.scale)) for n, (A, B) in self._best.items()}
-        return Download(first_ranks(scaled, member.r))
+        if member.scale not in self._scaled:  # one copy for all members of a scale
+            self._scaled[member.scale] = {
+                n: (A, self._for(B, member.scale)) for n, (A, B) in self._best.items()
+            }
+        return Download(first_ranks(self._scaled[member.scale], member.r))
 
     def adapter(self) -> dict[str, tuple[Array, Array, float]]:
         if not self._best:
@@ -146,13 +159,17 @@ class Singular(Products):
         return packed("best", self._best)
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._best = unpacked("best", state, list(self.start) if state else [])
+        self._hold(unpacked("best", state, list(self.start) if state else []))
+
+    def _hold(self, best: Pairs) -> None:
+        self._best = best
+        self._scaled: dict[float, Pairs] = {}
 
     def _for(self, B: Array, scale: float) -> Array:
         return (B.astype(np.float64) / scale).astype(self.dtype)
 
-    def _cut(self, name: str, A: Array, B: Array) -> tuple[Array, Array]:
-        """Rank r. Where the sum has fewer, the start's rows of A fill up, with B = 0: they can still learn."""
+    def cut(self, name: str, A: Array, B: Array) -> tuple[Array, Array]:
+        """Rank r. Where the sum has fewer, the start's rows of A fill up, with B = 0: they can learn."""
         U, S, Vt = svd_of_product(A, B)
         U, S, Vt = U[:, : self.r], S[: self.r], Vt[: self.r]
         rest = self.start[name][0][len(S) :]

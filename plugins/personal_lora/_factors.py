@@ -7,7 +7,7 @@ job; F64 shows an identity to rounding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import numpy as np
 from edged import ConfigError, Factors, Member, Update
 
 Array = np.ndarray
+BLOCK = 1 << 18  # values of many rows that are worked on at once: 2 MiB in F64
 
 
 def read_only(array: Array) -> Array:
@@ -41,14 +42,15 @@ def weight_of(update: Update) -> float:
 
 
 def check_start(start: Factors) -> None:
-    """ConfigError unless there are factors, and the A and B of each module fit one another."""
+    """ConfigError unless there are factors, of one r in all modules."""
     if not start:
         raise ConfigError("expected the factors that a job begins with, got none", remedy="name modules")
+    r = len(start[min(start)][0])
     for name, (A, B) in start.items():
-        if A.ndim != 2 or B.ndim != 2 or len(A) != B.shape[1] or not A.size or not B.size:
+        if A.ndim != 2 or B.ndim != 2 or not r == len(A) == B.shape[1] or not A.size or not B.size:
             raise ConfigError(
-                f"{name}: expected A (r, in) and B (out, r), got {A.shape} and {B.shape}",
-                remedy="start from factors of one rank",
+                f"{name}: expected A ({r}, in) and B (out, {r}), got {A.shape} and {B.shape}",
+                remedy="start from factors of one r in all modules",
             )
 
 
@@ -74,12 +76,12 @@ def check_update(update: Update, start: Factors, frozen: str = "") -> None:
 
 
 def check_alike(method: str, members: Sequence[Member], r: int) -> None:
-    """ConfigError unless all have r and one scale: a mean of factors has no meaning else."""
+    """ConfigError unless all have r and one scale: values of factors cannot be compared else."""
     for member in members:
         if member.r != r or member.scale != members[0].scale:
             raise ConfigError(
-                f"{method} takes the mean of factors: expected r {r} and scale {members[0].scale:g} of every "
-                f"member, got r {member.r} and scale {member.scale:g} of rank {member.rank}",
+                f"{method} puts factors beside one another: expected r {r} and scale {members[0].scale:g} "
+                f"of every member, got r {member.r} and scale {member.scale:g} of rank {member.rank}",
                 remedy="give all members one r and alpha, or choose flora or flexlora",
             )
 
@@ -96,9 +98,12 @@ class Layout:
 
     def flat(self, factors: Factors, dtype: Any = np.float64) -> Array:
         """(size,), a copy."""
-        return np.concatenate(
-            [np.asarray(one, dtype).reshape(-1) for name in self.names for one in factors[name]]
-        )
+        row, at = np.empty(self.size, dtype), 0
+        for name in self.names:
+            for one in factors[name]:
+                row[at : at + one.size] = one.reshape(-1)
+                at += one.size
+        return row
 
     def factors(self, row: Array) -> dict[str, tuple[Array, Array]]:
         """The factors of a row (size,), in the dtype of the start; read only."""
@@ -155,8 +160,13 @@ class Stack:
         outputs, inputs = self._shape
         if not self._parts:
             return np.zeros((0, inputs)), np.zeros((outputs, 0))
-        A = np.concatenate([factor * c * A.astype(np.float64) for c, A, _ in self._parts])
-        return A, np.concatenate([B.astype(np.float64) for _, _, B in self._parts], axis=1)
+        A, B, at = np.empty((self._rank, inputs)), np.empty((outputs, self._rank)), 0
+        for coefficient, part_A, part_B in self._parts:
+            ranks = slice(at, at + len(part_A))
+            np.multiply(part_A, factor * coefficient, out=A[ranks], dtype=np.float64)
+            B[:, ranks] = part_B
+            at += len(part_A)
+        return A, B
 
     def _fold(self) -> None:
         total, (outputs, inputs) = self.dense(), self._shape
@@ -177,6 +187,13 @@ def svd_of_product(A: Array, B: Array) -> tuple[Array, Array, Array]:
     signs = np.sign(U[np.abs(U).argmax(axis=0), np.arange(U.shape[1])])
     signs[signs == 0] = 1.0
     return U * signs, S, Vt * signs[:, None]
+
+
+def blocks(rows: int, size: int) -> Iterator[slice]:
+    """Parts of so many rows (size,) that hold at most BLOCK values together: never all are copied."""
+    width = max(1, BLOCK // rows)
+    for at in range(0, size, width):
+        yield slice(at, at + width)
 
 
 def packed(prefix: str, factors: Factors) -> dict[str, Array]:

@@ -112,7 +112,7 @@ def of_ranks(layout: Layout, ranks: Array, frozen: str) -> Array:
     """Bool (size,): the values, of the factor that is not frozen, that belong to chosen ranks."""
     parts = []
     for name, chosen in zip(layout.names, ranks, strict=True):
-        (r, inputs), (outputs, _) = layout.shapes[name]
+        (_, inputs), (outputs, _) = layout.shapes[name]
         rows = np.repeat(chosen & (frozen != "A"), inputs)
         parts += [rows, np.tile(chosen & (frozen != "B"), outputs)]
     return np.concatenate(parts)

@@ -1,6 +1,6 @@
 """Means of factors: `fedavg`, `fedprox`, `ffa`; and the round that every method on rows of values shares.
 
-Plain averaging (FedIT, card B8; Zhang et al. 2023, 2305.05644) takes the mean of A and of B apart. The product
+Plain averaging (FedIT, Zhang et al. 2023, 2305.05644) takes the mean of A and of B apart. The product
 of two means is not the mean of products, which the round loop's residual shows. FFA-LoRA (Sun et al. 2024,
 2403.12313) keeps the start's A for all rounds; a mean of B alone is exact. FedProx (Li et al. 2020,
 1812.06127) is plain averaging whose members add mu (P - P_loaded) to their gradient.
@@ -60,7 +60,8 @@ class Rows:
         if self.count < self.least:
             self.open()
             raise PolicyViolation(
-                f"{self.method}: expected at least {self.least} updates in round {self.round}, got {self.count}",
+                f"{self.method}: expected {self.least} updates or more in round {self.round}, "
+                f"got {self.count}",
                 remedy="wait for more members",
             )
         row, frozen = self.next(), self.frozen(self.round)

@@ -15,9 +15,8 @@ import numpy as np
 
 from edged import ConfigError, Download, Factors, Member, Update
 
-from ._factors import Array, kept
+from ._factors import Array, blocks, kept
 from ._mean import Mean, Rows
-from ._robust import COLUMNS
 from ._settings import PLAIN_RATE, PULL, graph_of, number, server_learning_rate
 
 
@@ -69,7 +68,7 @@ class Scaffold(Mean):
 
 
 class Graph(Rows):
-    """mira. Of `pull` / the graph's largest eigenvalue: stable below 2, and the mean at 1 on a complete graph.
+    """mira. A pull is in parts of the largest that is stable, halved: 1 on a complete graph is the mean.
     A member outside a round keeps what it has; one that was never in any has the start. `adapter`, for
     everybody: the mean of all."""
 
@@ -88,10 +87,10 @@ class Graph(Rows):
         ranks = sorted(self._came)
         step = step_of(laplacian(self._graph, len(ranks)), self._pull)
         rows = [self._came[rank] for rank in ranks]
-        for at in range(0, self.layout.size, COLUMNS):
-            pulled = step @ np.stack([row[at : at + COLUMNS] for row in rows]).astype(np.float64)
-            for row, part in zip(rows, pulled, strict=True):
-                row[at : at + COLUMNS] = part
+        for part in blocks(len(rows), self.layout.size):
+            pulled = step @ np.stack([row[part] for row in rows]).astype(np.float64)
+            for row, values in zip(rows, pulled, strict=True):
+                row[part] = values
         for rank, row in zip(ranks, rows, strict=True):
             self._own[rank] = self.layout.factors(row)
         return self.row

@@ -1,8 +1,8 @@
-"""Server optimisers on the mean change of the factors: `fedavgm`, `fedadagrad`, `fedadam`, `fedyogi`, `fdlora`.
+"""Server optimisers on the mean change of factors: `fedavgm`, `fedadagrad`, `fedadam`, `fedyogi`, `fdlora`.
 
 D = sum p_k (P_k - P), P being what members loaded, is a step against a gradient. FedAvgM (Hsu et al. 2019,
 1909.06335): v = beta v + D; P += eta v. FedAdagrad, FedAdam, FedYogi (Reddi et al. 2021, 2003.00295,
-algorithm 2): m = beta1 m + (1 - beta1) D; v by the square of D itself, not of m; P += eta m / (sqrt(v) + tau),
+algorithm 2): m = beta1 m + (1 - beta1) D; v by the square of D, not of m; P += eta m / (sqrt(v) + tau),
 with v = tau^2 before the first round and no correction of bias. The server's part of FDLoRA (2406.07925),
 as DiLoCo's (2311.08105), is Nesterov: v = beta v + D; P += eta (D + beta v).
 """

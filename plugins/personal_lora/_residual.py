@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 
 from edged import Download, Member, Update
 
 from ._factors import Array, Stack, weight_of
-
-Kind = tuple[float, int, int, int, int]  # scale, and which arrays: members that load the same count once
 
 
 class Residual:
@@ -40,18 +39,18 @@ class Residual:
         any update, and for values that are NaN."""
         if not self._sums:
             return math.nan
-        loads = list(downloads)  # held, so that an address means one array
+        loads = list(downloads)  # held, so that a place in memory means one array
         worst = 0.0
         for name, stack in self._sums.items():
             target = _Target(*stack.pair(1.0 / self._weight))
-            seen: set[Kind] = set()
+            seen: set[tuple[Any, ...]] = set()
             for member, download in loads:
                 A, B = download.factors[name]
                 more = download.merged.get(name)
-                kind = (member.scale, id(A), id(B), *(map(id, more) if more else (0, 0)))
-                if kind in seen:
+                place = (member.scale, *map(_place, (A, B, *(more or ()))))
+                if place in seen:  # members that load the same memory count once
                     continue
-                seen.add(kind)
+                seen.add(place)
                 made = [(member.scale, A, B)] + ([(1.0, *more)] if more else [])
                 distance = target.distance(made)
                 if math.isnan(distance):
@@ -66,6 +65,11 @@ def residual(updates: Iterable[Update], downloads: Iterable[tuple[Member, Downlo
     for update in updates:
         meter.add(update)
     return meter.of(downloads)
+
+
+def _place(array: Array) -> tuple[Any, ...]:
+    """What two views share when they are of the same values in memory."""
+    return (array.__array_interface__["data"][0], array.shape, array.strides, array.dtype.str)
 
 
 class _Target:

@@ -13,11 +13,9 @@ import numpy as np
 
 from edged import Factors, Member, Update
 
-from ._factors import Array
+from ._factors import Array, blocks
 from ._mean import Rows
 from ._settings import LIARS, TRIM, number
-
-COLUMNS = 1 << 14  # values sorted at once: a sort copies what it is given
 
 
 class Robust(Rows):
@@ -69,11 +67,10 @@ def krum(rows: Sequence[Array], liars: int) -> Array:
 
 
 def by_columns(rows: Sequence[Array], reduce: Callable[[Array], Array]) -> Array:
-    """reduce((n, columns) F64) of a few columns at a time: the rows are never all copied."""
+    """reduce((n, columns) F64) -> (columns,), a block of columns at a time."""
     made = np.empty(len(rows[0]))
-    for at in range(0, len(made), COLUMNS):
-        part = np.stack([row[at : at + COLUMNS] for row in rows]).astype(np.float64)
-        made[at : at + COLUMNS] = reduce(part)
+    for part in blocks(len(rows), len(made)):
+        made[part] = reduce(np.stack([row[part] for row in rows]).astype(np.float64))
     return made
 
 

@@ -1,6 +1,6 @@
 """Updates of which only a part moves: `lora-a2` by ranks, `flasc` by values.
 
-LoRA-A2 (Koo et al. 2025, 2410.22815): even rounds leave A as it is and odd ones B, so that in each the mean of
+LoRA-A2 (Koo et al. 2025, 2410.22815): even rounds leave A as it is, odd ones B, so that in each the mean of
 products is the product of means; a member sends the ranks whose change is worth most. FLASC (Kuo et al. 2024,
 2406.05233): members load the largest values of the factors, train all of them, and send the largest changes;
 the server takes the mean change for a gradient of FedAdam. Which ones those are, members choose (`_local`).
@@ -66,8 +66,8 @@ class Sparse(Optimised):
         moved, most = int(np.sum(row != self._loaded)), allowed(self.layout.size, self._up)
         if moved > most:
             raise ConfigError(
-                f"flasc: expected at most {most} of {self.layout.size} values of rank {update.member.rank} to "
-                f"change, {moved} did",
+                f"flasc: expected at most {most} of {self.layout.size} values of rank {update.member.rank} "
+                f"to change, {moved} did",
                 remedy="send the largest changes, as the member's part of the method chooses them",
             )
         super().take(row, weight, update)

@@ -14,7 +14,6 @@ from aggregator_rig import (
     mean_product,
     members_of,
     of_adapter,
-    product,
     start_of,
     updates_of,
 )
@@ -403,7 +402,7 @@ def test_more_changes_than_the_density_are_refused() -> None:
     run = Run(made("flasc", start_of(), members, upload_density=0.25), members)
     run.server.begin(0, members)
     (dense, _) = updates_of(members, dtype="f4")
-    with pytest.raises(ConfigError, match="flasc: expected at most .* rank 0"):
+    with pytest.raises(ConfigError, match=r"flasc: expected at most .* rank 0"):
         run.server.add(dense)
 
 
@@ -505,7 +504,7 @@ def test_an_update_without_its_control_is_refused() -> None:
     run = Run(made("scaffold", start_of(), members), members)
     run.server.begin(0, members)
     update = run.update(members[0], 0)
-    with pytest.raises(ConfigError, match="scaffold: expected the change of .* controls of rank 0"):
+    with pytest.raises(ConfigError, match=r"scaffold: expected the change of .* controls of rank 0"):
         run.server.add(Update(update.member, 0, 1.0, update.factors))
 
 

@@ -25,6 +25,7 @@ from aggregator_rig import (
     start_of,
     updates_of,
 )
+from edged_plugins import personal_lora
 from edged_plugins.personal_lora import _settings
 
 from edged import ConfigError, Member, PolicyViolation, Update
@@ -81,7 +82,10 @@ def all_bits(run: Run) -> dict[str, np.ndarray]:
 
 
 def test_every_registered_aggregator_has_its_row() -> None:
-    assert set(ROWS) == set(ENTRIES)
+    assert set(ROWS) == {entry.name for entry in personal_lora.edged_aggregators({})}
+    assert len(ROWS) == len(personal_lora.AGGREGATORS)
+    with pytest.raises(ConfigError, match=r"no setting plugin\.personal_lora\.rank"):
+        personal_lora.edged_aggregators({"rank": 3})
 
 
 # --- what a job begins with, and goes on from -----------------------------------------------------
@@ -200,9 +204,7 @@ def test_too_few_updates_end_a_round_and_leave_the_state_as_it_was(name: str) ->
     run.server.begin(2, run.members)
     for update in Run(run.server, run.members[: ROWS[name].least - 1], 9, dict(run.own)).updates(2):
         run.server.add(update)
-    with pytest.raises(
-        PolicyViolation, match=f"{name}: expected at least {ROWS[name].least} update.* in round 2"
-    ):
+    with pytest.raises(PolicyViolation, match=f"{name}: expected {ROWS[name].least} update.* in round 2"):
         run.server.finish()
     assert same_bits(before, run.server.state_dict())
     assert same_bits(loads, all_bits(run))
@@ -277,7 +279,7 @@ def test_an_update_that_does_not_fit_is_refused_and_the_round_goes_on(name: str,
         looked_at = looked_at and not (how.startswith("B of") and run.server.frozen(r) == "B")
         for update in updates:
             if looked_at:
-                with pytest.raises(ConfigError, match="expected .* rank 0|rank 0"):
+                with pytest.raises(ConfigError, match="rank 0"):
                     run.server.add(broken(updates[0], how))
             run.server.add(update)
         run.server.finish()
@@ -312,14 +314,14 @@ def test_members_of_unlike_ranks_are_taken_where_the_entry_says_so_and_else_refu
 
 # --- memory ---------------------------------------------------------------------------------------
 
-WIDE = {"q_proj": (300, 280), "v_proj": (300, 260)}
+WIDE = {f"{block}.q_proj": (300, 280) for block in range(12)}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_memory_grows_with_the_cohort_as_the_entry_says_and_not_at_all_where_it_says_nothing(
     name: str,
 ) -> None:
-    cohort, start = 24, start_of(shapes=WIDE)
+    cohort, start = 60, start_of(shapes=WIDE)
     members = members_of(cohort)
     values = sum(A.size + B.size for A, B in start.values())
     run = Run(made(name, start, members), members)
@@ -342,8 +344,8 @@ def test_memory_grows_with_the_cohort_as_the_entry_says_and_not_at_all_where_it_
         tracemalloc.stop()
     declared = ENTRIES[name].bytes_kept
     says = declared(cohort, values) if declared else 0
-    assert grown <= says + 40_000
-    assert peak <= says + 60 * values + 8 * sum(i * o for i, o in WIDE.values())  # a state's own work
+    assert grown <= says + 16 * values  # four updates' worth
+    assert peak <= says + 60 * values + (3 << 20)  # a state's own work, and that on one block
 
 
 # --- settings -------------------------------------------------------------------------------------
@@ -409,7 +411,7 @@ def test_what_is_said_to_be_a_sum_needs_no_more_than_the_sum(name: str) -> None:
 def test_a_start_that_is_none_is_refused() -> None:
     A, B = start_of()[min(SHAPES)]
     for name in NAMES:
-        for start in ({}, {"q": (A, B[:, 1:])}, {"q": (A[0], B)}):
+        for start in ({}, {"q": (A, B[:, 1:])}, {"q": (A[0], B)}, {"q": (A, B), "v": (A[1:], B[:, 1:])}):
             with pytest.raises(ConfigError, match="expected"):
                 made(name, start, members_of(4))
 

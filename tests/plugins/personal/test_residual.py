@@ -7,7 +7,6 @@ import tracemalloc
 
 import numpy as np
 import pytest
-
 from aggregator_rig import (
     SHAPES,
     Run,
@@ -49,12 +48,15 @@ def test_the_residual_is_that_of_matrices_written_out(cohort: str, merged: int) 
     assert residual(updates, downloads) == pytest.approx(dense_residual(updates, downloads), rel=1e-12)
 
 
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
 @pytest.mark.parametrize("cohort", COHORTS)
-def test_what_is_the_sum_itself_has_no_residual_and_a_small_error_is_seen_as_it_is(cohort: str) -> None:
+def test_what_is_the_sum_itself_has_no_residual_and_a_small_error_is_seen_as_it_is(
+    cohort: str, dtype: str
+) -> None:
     """A distance from squares alone would end at 1e-8."""
     rs, scale = COHORTS[cohort]
     members = members_of(len(rs), rs, scale if isinstance(scale, list) else float(scale))
-    updates = updates_of(members)
+    updates = updates_of(members, dtype=dtype)
     whole = {n: (np.eye(i), mean_product(updates, n)) for n, (i, _) in SHAPES.items()}
     nothing = start_of(4, dtype="f8")
     assert residual(updates, [(members[0], Download(nothing, whole))]) < 1e-14
