@@ -587,13 +587,15 @@ class Travels:
     """What goes to and from a member in a round. `down`, `up`: the factors, "AB", "A", "B" or ""; `stack`:
     the rank of what is merged, 0 for nothing; extras: name, dtype (numpy's, "f4") and shape of each array,
     where the name of a key of the job's file stands for its value, and "values" for as many as an adapter
-    has."""
+    has; parts: the key that says which part of the values is sent, with a bit for each of them all."""
 
     down: str = "AB"
     up: str = "AB"
     stack: int = 0
     down_extras: Sequence[tuple[str, str, Sequence[str]]] = ()
     up_extras: Sequence[tuple[str, str, Sequence[str]]] = ()
+    down_part: str = ""
+    up_part: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,6 +24,14 @@ HERE = "edged_plugins.personal_lora"
 MOMENTUM_KEYS = (key.server_learning_rate(key.PLAIN_RATE), key.MOMENTUM)
 OUTER_KEYS = (key.server_learning_rate(key.OUTER_RATE), key.MOMENTUM)
 ADAPTIVE_KEYS = (key.server_learning_rate(key.ADAPTIVE_RATE), key.BETA1, key.BETA2, key.TAU)
+FLASC_KEYS = (
+    key.DOWNLOAD_DENSITY,
+    key.UPLOAD_DENSITY,
+    key.server_learning_rate(key.ADAPTIVE_RATE),
+    key.BETA1,
+    key.BETA2,
+    key.TAU,
+)
 ADAGRAD_KEYS = (key.server_learning_rate(key.ADAPTIVE_RATE), key.BETA1, key.TAU)
 
 
@@ -62,6 +70,12 @@ def scaffold_travels(round: int, ranks: Sequence[int]) -> Travels:
     return Travels(down="AB" if round else "", down_extras=control, up_extras=control)
 
 
+def flasc_travels(round: int, ranks: Sequence[int]) -> Travels:
+    """Values and where they are: the largest down, and up those that changed most."""
+    density = (("upload_density", "f8", ()),)
+    return Travels(down_extras=density, down_part="download_density", up_part="upload_density")
+
+
 def _sum(
     name: str,
     load: str,
@@ -89,6 +103,7 @@ AGGREGATORS: tuple[AggregatorEntry, ...] = (
     _sum("fedadam", "_optimisers:load_fedadam", *ADAPTIVE_KEYS),
     _sum("fedyogi", "_optimisers:load_fedyogi", *ADAPTIVE_KEYS),
     _sum("fdlora", "_optimisers:load_fdlora", *OUTER_KEYS),
+    AggregatorEntry("flasc", f"{HERE}._sparse:load_flasc", FLASC_KEYS, travels=flasc_travels),
     AggregatorEntry("median", f"{HERE}._robust:load_median", bytes_kept=rows_kept),
     AggregatorEntry("trimmed-mean", f"{HERE}._robust:load_trimmed", (key.TRIM,), bytes_kept=rows_kept),
     AggregatorEntry("krum", f"{HERE}._robust:load_krum", (key.LIARS,), bytes_kept=rows_kept),

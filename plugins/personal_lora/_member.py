@@ -22,7 +22,7 @@ from .._training.rows import Rows, seed_of
 from . import _messages
 from ._fusion import fuse, joined
 from ._local import Local
-from ._rank import PREFIX, Arrays, Rank, Report, own_words, resolve, write_adapter
+from ._rank import PREFIX, THIN, Arrays, Rank, Report, own_words, resolve, write_adapter
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's own
 STACK_MOST = 1 << 16  # rank of what a server may have merged in one round
@@ -80,9 +80,13 @@ class Member(Rank):
         else:
             extras, sides = self._found, sides if self._has_factors else ""
         values = self.flat(factors, sides)
-        words = _messages.up(number, self.rows.count, values.size, len(extras))
+        mask = values != self.flat(self._loaded, sides)
+        values = values[mask] if self._is_thin else values
+        words = _messages.up(number, self.rows.count, values.size, len(extras), int(self._is_thin))
         link, before = self.link(self.server), self._bytes()
         link.send_values("up", [number], own_words(words), values)
+        if self._is_thin:
+            self.send_mask(self.server, number, mask)
         self.send_extras(self.server, number, extras)
         self._tell(number, [*trained, *evaluated, 0.0, float(self._bytes() - before)])
         if self.job.keeps == "ditto":
@@ -130,14 +134,15 @@ class Member(Rank):
             come = _come(start)
             count = _messages.values_of("AB", stack, self.shapes)
             count += _messages.values_of(come, self.r, self.shapes)
-            if header.get("of") != count:
-                raise ProtocolError(
-                    f"expected {count} values of an adapter; {str(header.get('of'))[:20]} came"
-                )
-            return count
+            of, said["count"] = header.get("of"), count
+            if type(of) is not int or not (0 <= of <= count if header.get("thin") else of == count):
+                raise ProtocolError(f"expected {count} values of an adapter; {str(of)[:20]} came")
+            return of
 
         link = self.link(self.server)
         header, values = link.receive_values("down", [number], count_of, self.name(self.server))
+        if header.get("thin"):
+            values = self.fill(self.server, number, values, np.zeros(said["count"], "<f4"))
         extras = self.receive_extras(self.server, number, header.get("extras"))
         stacked = _messages.values_of("AB", said["stack"], self.shapes)
         if stacked:
@@ -153,6 +158,7 @@ class Member(Rank):
             given = self._loaded if self._has_factors else {}
             self._loaded = dict(self._local.begin(Download(given, extras=extras)))
         self._set(self._loaded)
+        self._is_thin = THIN in extras
         self._part = Local(Download(self._loaded, extras=extras), self._own, str(said["frozen"]))
         return str(said["frozen"])
 

@@ -3,6 +3,8 @@
     down   [round]   words `start`, `frozen`, `stack`, `of`; values: the stack to merge, then the factors
     up     [round]   words `weight`, `of`; values: the factors that the member trained
     told   [round]   one frame: a member's `FIGURES` of the round; the last one has no `up`
+    mask   [round]   one frame, a bit for each value: after values that say `thin`, which of them came; what
+                     did not is 0 in a download, and in an update as it was loaded
     extras [round]   words `arrays`, [name, dtype, shape] each, and their frames: what a method needs beside
                      factors, after a download or an update that says `extras`
 
@@ -41,14 +43,21 @@ def hello(job_hash: str, model_hash: str) -> dict[str, Any]:
     return {"k": "hello", "at": [], "model": model_hash, "job": job_hash}
 
 
-def down(round: int, start: str, frozen: str, stack: int, count: int, extras: int) -> dict[str, Any]:
+def down(
+    round: int, start: str, frozen: str, stack: int, count: int, extras: int, thin: int = 0
+) -> dict[str, Any]:
     """`start`: the factors that are those of the start, and do not come; `frozen`: the one not to train."""
-    words = {"start": start, "frozen": frozen, "stack": stack, "of": count, "extras": extras}
+    words = {"start": start, "frozen": frozen, "stack": stack, "of": count, "extras": extras, "thin": thin}
     return {"k": "down", "at": [round], **words}
 
 
-def up(round: int, weight: int, count: int, extras: int) -> dict[str, Any]:
-    return {"k": "up", "at": [round], "weight": weight, "of": count, "extras": extras}
+def up(round: int, weight: int, count: int, extras: int, thin: int = 0) -> dict[str, Any]:
+    return {"k": "up", "at": [round], "weight": weight, "of": count, "extras": extras, "thin": thin}
+
+
+def mask_bytes(count: int) -> int:
+    """A bit for each value, in a frame."""
+    return -(-count // 8)
 
 
 def extras_bytes(round: int, arrays: Sequence[tuple[str, str, Sequence[int]]]) -> int:
@@ -66,15 +75,27 @@ def down_bytes(job: Job, round: int, travels: Travels, r: int, shapes: Shapes) -
     frozen = "".join(side for side in "AB" if side not in travels.up)
     count = values_of("AB", travels.stack, shapes) + values_of(travels.down, r, shapes)
     extras = arrays_of(job, travels.down_extras, values_of("AB", r, shapes))
-    header = down(round, start, frozen, travels.stack, count, len(extras))
-    return values_bytes(header, count) + extras_bytes(round, extras)
+    sent, more = _part(job, travels.down_part, round, count)
+    header = down(round, start, frozen, travels.stack, sent, len(extras), int(more > 0))
+    return values_bytes(header, sent) + more + extras_bytes(round, extras)
 
 
 def up_bytes(job: Job, round: int, travels: Travels, r: int, weight: int, shapes: Shapes) -> int:
     """Of a round's update of a member with rank r."""
     count = values_of(travels.up, r, shapes)
     extras = arrays_of(job, travels.up_extras, values_of("AB", r, shapes))
-    return values_bytes(up(round, weight, count, len(extras)), count) + extras_bytes(round, extras)
+    sent, more = _part(job, travels.up_part, round, count)
+    header = up(round, weight, sent, len(extras), int(more > 0))
+    return values_bytes(header, sent) + more + extras_bytes(round, extras)
+
+
+def _part(job: Job, key: str, round: int, count: int) -> tuple[int, int]:
+    """Values that are sent of `count`, and the bytes of their mask."""
+    if not key:
+        return count, 0
+    return max(1, int(job.options[key] * count)), message_bytes(
+        {"k": "mask", "at": [round]}, [mask_bytes(count)]
+    )
 
 
 def arrays_of(

@@ -27,6 +27,7 @@ from . import _messages
 from ._job import Job, read
 
 PREFIX = "base_model.model."  # of PEFT's names
+THIN = "upload_density"  # a method whose download says so is sent as values that differ, and where they are
 Report = Callable[[str, int, Mapping[str, float]], None]
 Arrays = dict[str, tuple[np.ndarray, np.ndarray]]  # by layer: A (r, in), B (out, r)
 
@@ -158,6 +159,22 @@ class Rank(abc.ABC):
                         remedy="give both nodes the same file",
                         code="model-differs" if word == "model" else "job-differs",
                     )
+
+    def send_mask(self, other: int, round: int, mask: np.ndarray) -> None:
+        """Which values came, after them."""
+        self.link(other).send("mask", [round], {}, [np.packbits(mask, bitorder="little").tobytes()])
+
+    def fill(self, other: int, round: int, values: np.ndarray, base: np.ndarray) -> np.ndarray:
+        """`base` with the values that came where their mask says. ProtocolError where it is none."""
+        _, frames = self.link(other).receive("mask", [round])
+        if [frame.nbytes for frame in frames] != [_messages.mask_bytes(base.size)]:
+            raise ProtocolError(f"expected a mask of {base.size} bits from {self.name(other)}")
+        bits = np.unpackbits(np.frombuffer(frames[0], np.uint8), count=base.size, bitorder="little")
+        if int(bits.sum()) != values.size:
+            raise ProtocolError(f"expected a mask of {values.size} values from {self.name(other)}")
+        found = base.astype("<f4")
+        found[bits.astype(bool)] = values
+        return found
 
     def send_extras(self, other: int, round: int, extras: Mapping[str, np.ndarray]) -> None:
         if not extras:

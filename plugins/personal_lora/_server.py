@@ -16,7 +16,7 @@ import torch
 from edged import Download, EngineError, Member, ProtocolError, Update
 
 from . import _messages
-from ._rank import Arrays, Rank, Report, own_words, resolve, write_adapter
+from ._rank import THIN, Arrays, Rank, Report, own_words, resolve, write_adapter
 from ._residual import Residual
 
 KEPT = "aggregator."  # before the names of its state in a checkpoint
@@ -101,9 +101,13 @@ class Server(Rank):
                 self.flat(download.factors, come),
             ]
         )
-        words = _messages.down(number, start, frozen, stack, values.size, len(download.extras))
+        is_thin, mask = THIN in download.extras, values != 0
+        values = values[mask] if is_thin else values
+        words = _messages.down(number, start, frozen, stack, values.size, len(download.extras), int(is_thin))
         before = self._bytes()
         self.link(member.rank).send_values("down", [number], own_words(words), values)
+        if is_thin:
+            self.send_mask(member.rank, number, mask)
         self.send_extras(member.rank, number, download.extras)
         return self._bytes() - before
 
@@ -112,16 +116,16 @@ class Server(Rank):
 
     def _receive(self, number: int, member: Member, frozen: str) -> Update:
         name = self.name(member.rank)
-        loaded = self.aggregator.download(member).factors
+        download = self.aggregator.download(member)
+        loaded, is_thin = download.factors, THIN in download.extras
         sides = "".join(side for side in "AB" if side != frozen) if loaded else ""
         count = _messages.values_of(sides, member.r, self.shapes)
 
         def count_of(header: Mapping[str, Any]) -> int:
-            if header.get("of") != count:
-                raise ProtocolError(
-                    f"expected {count} values of {name}'s adapter; {str(header.get('of'))[:20]} came"
-                )
-            return count
+            of = header.get("of")
+            if type(of) is not int or not (0 <= of <= count if is_thin else of == count):
+                raise ProtocolError(f"expected {count} values of {name}'s adapter; {str(of)[:20]} came")
+            return of
 
         header, values = self.link(member.rank).receive_values("up", [number], count_of, name)
         weight = header.get("weight")
@@ -129,6 +133,8 @@ class Server(Rank):
             raise ProtocolError(f"expected a number of rows above 0 of {name}; {str(weight)[:20]} came")
         if self.job.weight_most:
             weight = min(weight, self.job.weight_most)
+        if is_thin:
+            values = self.fill(member.rank, number, values, self.flat(loaded, sides))
         given = self.unflat(values, sides, member.r)
         factors: Arrays = {
             layer: (given[layer].get("A", pair[0]), given[layer].get("B", pair[1]))

@@ -395,9 +395,7 @@ def run_threads(
                 return
             change = (changes or {}).get(rank)
             spec = plan.specs[rank]
-            outcome = drive(
-                spec, plan.path, channel, step, lambda: hall.is_stopped, keep, change, plan.load
-            )
+            outcome = drive(spec, plan.path, channel, step, lambda: hall.is_stopped, keep, change, plan.load)
             outcomes[rank] = outcome
             hall.at_work -= 1
             if outcome.error is not None:

@@ -46,7 +46,9 @@ def sent_up(outcomes: list[Outcome], round: int) -> list[tuple[int, dict[str, An
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_makes_an_adapter_that_has_learned(method: str, tiny: Any, tmp_path: Path) -> None:
-    plan = federated(tiny("llama")[1], tmp_path, method=method, clients=clients_of(method), rounds=3, local_steps=6)
+    plan = federated(
+        tiny("llama")[1], tmp_path, method=method, clients=clients_of(method), rounds=3, local_steps=6
+    )
     outcomes = finished(run_threads(plan))
     server = outcomes[-1]
     assert server.losses[-1] < server.losses[0]
@@ -143,7 +145,9 @@ def test_the_adapter_is_written_where_the_job_was_submitted(
 def test_the_bytes_of_a_job_are_predicted(
     method: str, submitter: str, tiny: Any, processes: Any, tmp_path: Path
 ) -> None:
-    plan = federated(tiny("llama")[1], tmp_path, method=method, submitter=submitter, clients=clients_of(method))
+    plan = federated(
+        tiny("llama")[1], tmp_path, method=method, submitter=submitter, clients=clients_of(method)
+    )
     ran = processes.run(plan)
     finished(ran.outcomes)
     assert plan.predicted_bytes(ran.outcomes) == pytest.approx(ran.bytes, rel=0.01)
@@ -156,7 +160,7 @@ def test_what_a_member_sends_has_no_row_of_its_own(tiny: Any, tmp_path: Path) ->
     kinds = {header["k"] for _, header, _ in server.received}
     assert kinds == {"hello", "up", "told"}
     for _, header, frames in server.received:
-        assert set(header) <= {"k", "at", "model", "job", "weight", "of", "extras"}
+        assert set(header) <= {"k", "at", "model", "job", "weight", "of", "extras", "thin"}
         expected = {"hello": [], "up": [4 * header.get("of", 0)], "told": [64]}
         assert [len(frame) for frame in frames] == expected[header["k"]]
 
