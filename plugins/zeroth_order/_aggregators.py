@@ -16,8 +16,9 @@ import numpy as np
 
 from edged import ConfigError, Download, Factors, Member, PolicyViolation, Update
 
-from ._seeds import Amplitudes, Rebuilt, SeedTable, replay
+from ._seeds import replay
 from ._stream import Array
+from ._table import Amplitudes, Rebuilt, SeedTable
 
 SEEDS_MAX = 1 << 16  # sums of so many are still exact; see SeedTable.sent
 SAMPLINGS = ("uniform", "amplitude")

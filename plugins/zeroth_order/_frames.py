@@ -13,8 +13,8 @@ import numpy as np
 
 from edged import ConfigError, ProtocolError
 
-from ._seeds import checked_steps
 from ._stream import Array
+from ._table import checked_steps
 
 SCALAR = np.dtype("<f4")
 STEP = np.dtype([("seed", "<u4"), ("scalar", "<f4")])

@@ -12,8 +12,9 @@ import pytest
 from edged_plugins import zeroth_order
 from edged_plugins.zeroth_order import _frames
 from edged_plugins.zeroth_order._aggregators import factors_of, parameters_of, replayed
-from edged_plugins.zeroth_order._seeds import SeedTable, direction, draw, step
+from edged_plugins.zeroth_order._seeds import direction, step
 from edged_plugins.zeroth_order._stream import key
+from edged_plugins.zeroth_order._table import SeedTable, draw
 
 from edged import Aggregator, ConfigError, Factors, Member, PolicyViolation, Update
 

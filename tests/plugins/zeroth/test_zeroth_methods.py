@@ -212,6 +212,13 @@ def test_a_blocks_directions_are_chance_but_known_to_both_ends() -> None:
     assert sorted(subset(5, "w", 100, 100).tolist()) == list(range(100))
 
 
+def test_blocks_alike_in_size_have_directions_of_their_own() -> None:
+    alike = np.random.default_rng(8).standard_normal(20).astype(np.float32)
+    sent = project({"v": alike, "w": alike}, 0, 16)
+    assert len(sent["v"]) == len(sent["w"]) == 16, "all of them"
+    assert not set(sent["v"].tolist()) & set(sent["w"].tolist())
+
+
 @pytest.mark.parametrize("count", [0, 9])
 def test_more_coordinates_than_directions_are_refused(count: int) -> None:
     with pytest.raises(ConfigError, match="expected 1 to 8 coordinates"):
