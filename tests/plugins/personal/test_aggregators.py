@@ -62,7 +62,6 @@ ROWS = {
     "mira": Row(alone=True),
 }
 NAMES = sorted(ROWS)
-FROZEN = {name: [made(name, start_of(), members_of(4)).frozen(r) for r in (0, 1)] for name in NAMES}
 
 
 def run_of(name: str, dtype: Any = "f4", seed: int = 0, **settings: Any) -> Run:
@@ -227,9 +226,10 @@ def test_a_round_that_was_given_up_leaves_no_trace(name: str) -> None:
     assert same_bits(all_bits(run), all_bits(undisturbed))
 
 
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_frozen_factor_keeps_every_bit_and_is_not_read_from_updates(name: str) -> None:
-    run = run_of(name)
+def test_a_frozen_factor_keeps_every_bit_and_is_not_read_from_updates(name: str, dtype: str) -> None:
+    run = run_of(name, dtype)
     for r in (0, 1, 2, 3):
         frozen, before = run.server.frozen(r), all_bits(run)
         updates = run.updates(r)
