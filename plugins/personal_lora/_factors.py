@@ -15,7 +15,7 @@ import numpy as np
 from edged import ConfigError, Factors, Member, Update
 
 Array = np.ndarray
-BLOCK = 1 << 18  # values of many rows that are worked on at once: 2 MiB in F64
+BLOCK = 1 << 16  # values of many rows that are worked on at once: half a MiB in F64
 
 
 def read_only(array: Array) -> Array:

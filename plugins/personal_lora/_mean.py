@@ -58,7 +58,6 @@ class Rows:
 
     def finish(self) -> None:
         if self.count < self.least:
-            self.open()
             raise PolicyViolation(
                 f"{self.method}: expected {self.least} updates or more in round {self.round}, "
                 f"got {self.count}",

@@ -122,7 +122,7 @@ def laplacian(graph: str, count: int) -> Array:
     if graph == "ring":
         places = np.arange(count)
         apart = np.abs(places[:, None] - places)
-        weights = ((apart == 1) | (apart == count - 1)) * 1.0 * (apart > 0)
+        weights = ((apart == 1) | (apart == count - 1)) * 1.0
     return np.diag(weights.sum(axis=1)) - weights
 
 

@@ -61,7 +61,7 @@ def krum(rows: Sequence[Array], liars: int) -> Array:
     for i in range(n):
         for j in range(i + 1, n):
             apart = rows[i].astype(np.float64) - rows[j]
-            squares[i, j] = squares[j, i] = apart @ apart
+            squares[i, j] = squares[j, i] = np.einsum("i,i", apart, apart)
     nearest = np.sort(squares, axis=1)[:, 1 : n - liars - 1]  # without itself, at distance 0
     return rows[int(nearest.sum(axis=1).argmin())].astype(np.float64)
 

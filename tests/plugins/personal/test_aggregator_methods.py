@@ -34,10 +34,6 @@ def close(a: np.ndarray, b: np.ndarray, relative: float = 1e-12) -> bool:
     return bool(np.linalg.norm(a - b) <= relative * np.linalg.norm(b))
 
 
-def layout_of(factors: Factors) -> Layout:
-    return Layout(factors)
-
-
 def flat(factors: Factors) -> np.ndarray:
     return Layout(factors).flat(factors)
 
@@ -389,6 +385,20 @@ def test_as_many_values_travel_as_the_densities_say_and_they_are_the_largest(dow
         assert moved.sum() == allowed(size, up)  # outside the mask nothing moves at all
 
 
+def test_the_server_steps_by_the_mean_change_from_what_members_loaded() -> None:
+    """Its own factors stay dense: what no member loaded or changed is still there."""
+    members, state = members_of(3), {}
+    knobs = {**KNOBS, "download_density": 0.3, "upload_density": 0.2}
+    run = Run(made("flasc", start_of(dtype="f8"), members, **knobs), members)
+    dense = flat(start_of(dtype="f8"))
+    for r in range(3):
+        updates = run.updates(r)
+        dense = dense + ORACLES["fedadam"](state, deltas(run, updates))
+        run.round(r, updates)
+        now = flat({n: (A, B) for n, (A, B, _) in run.server.adapter().items()})
+        assert np.allclose(now, dense, rtol=1e-11, atol=1e-12)
+
+
 def test_the_first_download_lies_in_A_since_B_is_zero() -> None:
     members = members_of(2)
     run = Run(made("flasc", start_of(), members, download_density=0.25), members)
@@ -493,8 +503,8 @@ def test_control_variates_end_at_the_optimum_from_which_plain_averaging_drifts()
 def test_the_servers_control_is_the_mean_of_its_members_own() -> None:
     members = members_of(4)
     run = Run(made("scaffold", start_of(dtype="f8"), members), members)
-    for r in range(3):
-        run.round(r)
+    for r in range(4):  # in each round but the first one member is away, whose own stays as it is
+        run.round(r, [run.update(m, r) for m in members if not r or m.rank != r])
         mean = np.mean([run.own[m.rank]["control"] for m in members], axis=0)
         assert np.allclose(run.downloads()[0][1].extras["control"], mean, rtol=1e-12, atol=1e-12)
 
@@ -551,6 +561,15 @@ def test_a_ring_has_each_member_between_two_others(count: int) -> None:
     assert np.array_equal(L, L.T)
     assert not L.sum(axis=0).any()
     assert (np.diag(L) == min(2, count - 1)).all()
+
+
+def test_the_adapter_for_everybody_is_the_mean_of_members_own() -> None:
+    members = members_of(4)
+    run = Run(made("mira", start_of(dtype="f8"), members), members)
+    run.round(0)
+    mean = np.mean([flat(d.factors) for _, d in run.downloads()], axis=0)
+    assert np.allclose(flat({n: (A, B) for n, (A, B, _) in run.server.adapter().items()}), mean, atol=1e-14)
+    assert all(scale == 2.0 for _, _, scale in run.server.adapter().values())
 
 
 def test_who_is_not_in_a_round_keeps_its_adapter() -> None:

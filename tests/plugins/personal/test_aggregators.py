@@ -62,7 +62,6 @@ ROWS = {
     "mira": Row(alone=True),
 }
 NAMES = sorted(ROWS)
-FROZEN = {name: [made(name, start_of(), members_of(4)).frozen(r) for r in (0, 1)] for name in NAMES}
 
 
 def run_of(name: str, dtype: Any = "f4", seed: int = 0, **settings: Any) -> Run:
@@ -227,9 +226,10 @@ def test_a_round_that_was_given_up_leaves_no_trace(name: str) -> None:
     assert same_bits(all_bits(run), all_bits(undisturbed))
 
 
+@pytest.mark.parametrize("dtype", ["f4", "f8"])
 @pytest.mark.parametrize("name", NAMES)
-def test_a_frozen_factor_keeps_every_bit_and_is_not_read_from_updates(name: str) -> None:
-    run = run_of(name)
+def test_a_frozen_factor_keeps_every_bit_and_is_not_read_from_updates(name: str, dtype: str) -> None:
+    run = run_of(name, dtype)
     for r in (0, 1, 2, 3):
         frozen, before = run.server.frozen(r), all_bits(run)
         updates = run.updates(r)
@@ -267,20 +267,19 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize("how", WRONG)
 @pytest.mark.parametrize("name", NAMES)
-def test_an_update_that_does_not_fit_is_refused_and_the_round_goes_on(name: str, how: str) -> None:
+def test_updates_that_do_not_fit_are_refused_and_the_round_goes_on(name: str) -> None:
     run, undisturbed = run_of(name), run_of(name)
     for r in (0, 1):  # whichever factor is frozen, what came in the other's place is looked at
         updates = run.updates(r)
         undisturbed.round(r, updates)
         run.server.begin(r, run.members)
-        looked_at = not (how.startswith("A of") and run.server.frozen(r) == "A")
-        looked_at = looked_at and not (how.startswith("B of") and run.server.frozen(r) == "B")
+        frozen = run.server.frozen(r)
         for update in updates:
-            if looked_at:
-                with pytest.raises(ConfigError, match="rank 0"):
-                    run.server.add(broken(updates[0], how))
+            for how in WRONG:
+                if not frozen or not how.startswith(f"{frozen} of"):
+                    with pytest.raises(ConfigError, match="rank 0"):
+                        run.server.add(broken(updates[0], how))
             run.server.add(update)
         run.server.finish()
     assert same_bits(all_bits(run), all_bits(undisturbed))
@@ -314,15 +313,15 @@ def test_members_of_unlike_ranks_are_taken_where_the_entry_says_so_and_else_refu
 
 # --- memory ---------------------------------------------------------------------------------------
 
-WIDE = {f"{block}.q_proj": (300, 280) for block in range(12)}
+WIDE = {f"{block}.q_proj": (400, 380) for block in range(12)}
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_memory_grows_with_the_cohort_as_the_entry_says_and_not_at_all_where_it_says_nothing(
     name: str,
 ) -> None:
-    cohort, start = 60, start_of(shapes=WIDE)
-    members = members_of(cohort)
+    cohort, start = 30, start_of(1, shapes=WIDE)
+    members = members_of(cohort, 1)
     values = sum(A.size + B.size for A, B in start.values())
     run = Run(made(name, start, members), members)
     updates = run.update(members[0], 0)
@@ -345,7 +344,7 @@ def test_memory_grows_with_the_cohort_as_the_entry_says_and_not_at_all_where_it_
     declared = ENTRIES[name].bytes_kept
     says = declared(cohort, values) if declared else 0
     assert grown <= says + 16 * values  # four updates' worth
-    assert peak <= says + 60 * values + (3 << 20)  # a state's own work, and that on one block
+    assert peak <= says + 60 * values + (2 << 20)  # a state's own work, and that on one block
 
 
 # --- settings -------------------------------------------------------------------------------------
