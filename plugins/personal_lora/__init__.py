@@ -76,6 +76,18 @@ def flasc_travels(round: int, ranks: Sequence[int]) -> Travels:
     return Travels(down_extras=density, down_part="download_density", up_part="upload_density")
 
 
+def alternating_travels(round: int, ranks: Sequence[int]) -> Travels:
+    """One factor up, of the ranks that changed most: an estimate where layers are unlike wide, since a member
+    chooses among all of them."""
+    return Travels(
+        down="AB" if round else "",
+        up="A" if round % 2 else "B",
+        down_extras=(("ranks_sent", "i8", ()),),
+        up_extras=(("ranks", "b1", ("layers", "r")),),
+        up_part="ranks_sent",
+    )
+
+
 def _sum(
     name: str,
     load: str,
@@ -103,6 +115,9 @@ AGGREGATORS: tuple[AggregatorEntry, ...] = (
     _sum("fedadam", "_optimisers:load_fedadam", *ADAPTIVE_KEYS),
     _sum("fedyogi", "_optimisers:load_fedyogi", *ADAPTIVE_KEYS),
     _sum("fdlora", "_optimisers:load_fdlora", *OUTER_KEYS),
+    AggregatorEntry(
+        "lora-a2", f"{HERE}._sparse:load_lora_a2", (key.RANKS_SENT,), travels=alternating_travels
+    ),
     AggregatorEntry("flasc", f"{HERE}._sparse:load_flasc", FLASC_KEYS, travels=flasc_travels),
     AggregatorEntry("median", f"{HERE}._robust:load_median", bytes_kept=rows_kept),
     AggregatorEntry("trimmed-mean", f"{HERE}._robust:load_trimmed", (key.TRIM,), bytes_kept=rows_kept),

@@ -22,7 +22,7 @@ from .._training.rows import Rows, seed_of
 from . import _messages
 from ._fusion import fuse, joined
 from ._local import Local
-from ._rank import PREFIX, THIN, Arrays, Rank, Report, own_words, resolve, write_adapter
+from ._rank import PREFIX, THIN_UP, Arrays, Rank, Report, own_words, resolve, write_adapter
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's own
 STACK_MOST = 1 << 16  # rank of what a server may have merged in one round
@@ -158,7 +158,7 @@ class Member(Rank):
             given = self._loaded if self._has_factors else {}
             self._loaded = dict(self._local.begin(Download(given, extras=extras)))
         self._set(self._loaded)
-        self._is_thin = THIN in extras
+        self._is_thin = any(word in extras for word in THIN_UP)
         self._part = Local(Download(self._loaded, extras=extras), self._own, str(said["frozen"]))
         return str(said["frozen"])
 

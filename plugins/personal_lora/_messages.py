@@ -74,7 +74,7 @@ def down_bytes(job: Job, round: int, travels: Travels, r: int, shapes: Shapes) -
     start = "".join(side for side in "AB" if side not in travels.down)
     frozen = "".join(side for side in "AB" if side not in travels.up)
     count = values_of("AB", travels.stack, shapes) + values_of(travels.down, r, shapes)
-    extras = arrays_of(job, travels.down_extras, values_of("AB", r, shapes))
+    extras = arrays_of(job, travels.down_extras, r, shapes)
     sent, more = _part(job, travels.down_part, round, count)
     header = down(round, start, frozen, travels.stack, sent, len(extras), int(more > 0))
     return values_bytes(header, sent) + more + extras_bytes(round, extras)
@@ -83,7 +83,7 @@ def down_bytes(job: Job, round: int, travels: Travels, r: int, shapes: Shapes) -
 def up_bytes(job: Job, round: int, travels: Travels, r: int, weight: int, shapes: Shapes) -> int:
     """Of a round's update of a member with rank r."""
     count = values_of(travels.up, r, shapes)
-    extras = arrays_of(job, travels.up_extras, values_of("AB", r, shapes))
+    extras = arrays_of(job, travels.up_extras, r, shapes)
     sent, more = _part(job, travels.up_part, round, count)
     header = up(round, weight, sent, len(extras), int(more > 0))
     return values_bytes(header, sent) + more + extras_bytes(round, extras)
@@ -99,10 +99,11 @@ def _part(job: Job, key: str, round: int, count: int) -> tuple[int, int]:
 
 
 def arrays_of(
-    job: Job, extras: Sequence[tuple[str, str, Sequence[str]]], values: int
+    job: Job, extras: Sequence[tuple[str, str, Sequence[str]]], r: int, shapes: Shapes
 ) -> list[tuple[str, str, list[int]]]:
     """With numbers in place of names."""
-    known = {"values": values, "local_steps": job.local_steps, **job.options}
+    known: dict[str, Any] = {"local_steps": job.local_steps, **job.options}
+    known |= {"values": values_of("AB", r, shapes), "layers": len(shapes), "r": r}
     return [(name, dtype, [int(known[n]) for n in shape]) for name, dtype, shape in extras]
 
 

@@ -27,7 +27,11 @@ from . import _messages
 from ._job import Job, read
 
 PREFIX = "base_model.model."  # of PEFT's names
-THIN = "upload_density"  # a method whose download says so is sent as values that differ, and where they are
+THIN_DOWN = ("upload_density",)  # a download that says so is sent as values that are not 0, and where
+THIN_UP = (
+    "upload_density",
+    "ranks_sent",
+)  # an update after such a one: those that differ from what was loaded
 Report = Callable[[str, int, Mapping[str, float]], None]
 Arrays = dict[str, tuple[np.ndarray, np.ndarray]]  # by layer: A (r, in), B (out, r)
 

@@ -16,7 +16,7 @@ import torch
 from edged import Download, EngineError, Member, ProtocolError, Update
 
 from . import _messages
-from ._rank import THIN, Arrays, Rank, Report, own_words, resolve, write_adapter
+from ._rank import THIN_DOWN, THIN_UP, Arrays, Rank, Report, own_words, resolve, write_adapter
 from ._residual import Residual
 
 KEPT = "aggregator."  # before the names of its state in a checkpoint
@@ -83,10 +83,12 @@ class Server(Rank):
     def _send(self, number: int, member: Member, frozen: str) -> int:
         """A member's download; bytes that it took."""
         download: Download = self.aggregator.download(member)
+        is_thin = any(word in download.extras for word in THIN_DOWN)
         same = {
             letter
             for side, letter in enumerate("AB")
-            if all(
+            if not is_thin
+            and all(
                 np.array_equal(pair[side], _first(self._start[name], member.r)[side])
                 for name, pair in download.factors.items()
             )
@@ -101,7 +103,7 @@ class Server(Rank):
                 self.flat(download.factors, come),
             ]
         )
-        is_thin, mask = THIN in download.extras, values != 0
+        mask = values != 0
         values = values[mask] if is_thin else values
         words = _messages.down(number, start, frozen, stack, values.size, len(download.extras), int(is_thin))
         before = self._bytes()
@@ -117,7 +119,7 @@ class Server(Rank):
     def _receive(self, number: int, member: Member, frozen: str) -> Update:
         name = self.name(member.rank)
         download = self.aggregator.download(member)
-        loaded, is_thin = download.factors, THIN in download.extras
+        loaded, is_thin = download.factors, any(word in download.extras for word in THIN_UP)
         sides = "".join(side for side in "AB" if side != frozen) if loaded else ""
         count = _messages.values_of(sides, member.r, self.shapes)
 

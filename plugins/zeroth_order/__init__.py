@@ -13,7 +13,9 @@ from typing import Any
 
 from edged import AggregatorEntry, ConfigError, TrainingKey, Travels, hookimpl
 
-EPSILON = TrainingKey("epsilon", 2.0**-11, "how far the weights are moved to measure a slope: a power of two")
+PERTURBATION = TrainingKey(
+    "perturbation", 2.0**-11, "how far the weights are moved to measure a slope: a power of two"
+)
 
 
 def seeds_travel(round: int, ranks: Sequence[int]) -> Travels:
@@ -35,7 +37,7 @@ AGGREGATORS: tuple[AggregatorEntry, ...] = (
             TrainingKey(
                 "seed_sampling", "uniform", "uniform, or amplitude: seeds of steep slopes more often"
             ),
-            EPSILON,
+            PERTURBATION,
         ),
         is_sum=True,
         local="edged_plugins.zeroth_order._local:KSeed",
@@ -44,7 +46,7 @@ AGGREGATORS: tuple[AggregatorEntry, ...] = (
     AggregatorEntry(
         "mezo",
         "edged_plugins.zeroth_order._aggregators:Mezo",
-        keys=(EPSILON,),
+        keys=(PERTURBATION,),
         is_sum=True,
         local="edged_plugins.zeroth_order._local:Mezo",
     ),

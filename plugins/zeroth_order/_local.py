@@ -13,48 +13,48 @@ import numpy as np
 
 from edged import Download, Factors
 
-from ._aggregators import parameters_of, replayed
-from ._seeds import descend, direction, draw, estimate, perturb
+from ._aggregators import factors_of, parameters_of
+from ._seeds import direction, step
 from ._stream import Array, key
+from ._table import Rebuilt, draw
 
 Loss = Callable[[int], float]
-MEZO_SEEDS = 1 << 40  # directions of a member before those of the next
 
 
 class KSeed:
     """fedkseed: directions of K seeds that everybody has; a round's seeds and slopes are what is sent."""
 
     def __init__(self, settings: Mapping[str, Any], start: Factors, rank: int) -> None:
-        self._start, self._rank = start, rank
-        self._seed, self._seeds = int(settings["seed"]), int(settings["seeds"])
-        self._rate, self._epsilon = float(settings["learning_rate"]), float(settings["epsilon"])
-        self._chances = np.full(self._seeds, 1.0 / self._seeds)
+        self._rank, self._seed = rank, int(settings["seed"])
+        self._rate, self._apart = float(settings["learning_rate"]), float(settings["perturbation"])
+        named = {name: np.array(array, np.float32) for name, array in parameters_of(start).items()}
+        self._rebuilt = Rebuilt(named, self._seed, self._rate)
+        self._chances = np.ones(int(settings["seeds"]))
 
     def begin(self, download: Download) -> Factors:
-        extras = download.extras
-        if "probabilities" in extras:
-            self._chances = np.asarray(extras["probabilities"], np.float64)
-        return replayed(self._start, np.asarray(extras["table"]), self._seed, self._rate)
+        """The start, moved by the table that came."""
+        self._chances = np.asarray(download.extras.get("probabilities", self._chances), np.float64)
+        return factors_of(self._rebuilt.load(np.asarray(download.extras["table"], np.float32)))
 
     def train(
         self, steps: range, parameters: Mapping[str, tuple[Array, Array]], loss: Loss
     ) -> dict[str, Array]:
+        named = parameters_of(parameters)
         stream = key(self._seed, f"steps of rank {self._rank} from {steps.start}")
         indices = draw(stream, len(steps), self._chances)
-        slopes = np.zeros(len(steps), np.float32)
-        for number, (step, index) in enumerate(zip(steps, indices.tolist(), strict=True)):
-            slopes[number] = _step(
-                parameters, direction(self._seed, index), self._epsilon, self._rate, lambda s=step: loss(s)
-            )
-        return {"scalars": slopes, "seeds": indices.astype(np.int32)}
+        slopes = [
+            _step(named, loss, number, direction(self._seed, index), self._rate, self._apart)
+            for number, index in zip(steps, indices.tolist(), strict=True)
+        ]
+        return {"scalars": np.array(slopes, np.float32), "seeds": indices.astype(np.int32)}
 
 
 class Mezo:
     """mezo: each step along a direction of its own; the factors are what is sent."""
 
     def __init__(self, settings: Mapping[str, Any], start: Factors, rank: int) -> None:
-        self._seed, self._rank = int(settings["seed"]), rank
-        self._rate, self._epsilon = float(settings["learning_rate"]), float(settings["epsilon"])
+        self._rank, self._seed = rank, int(settings["seed"])
+        self._rate, self._apart = float(settings["learning_rate"]), float(settings["perturbation"])
 
     def begin(self, download: Download) -> Factors:
         return download.factors
@@ -62,21 +62,14 @@ class Mezo:
     def train(
         self, steps: range, parameters: Mapping[str, tuple[Array, Array]], loss: Loss
     ) -> dict[str, Array]:
-        for step in steps:
-            along = direction(self._seed, MEZO_SEEDS * (self._rank + 1) + step)
-            _step(parameters, along, self._epsilon, self._rate, lambda s=step: loss(s))
+        named = parameters_of(parameters)
+        for number in steps:
+            stream = key(self._seed, f"mezo, rank {self._rank}, step {number}")
+            _step(named, loss, number, stream, self._rate, self._apart)
         return {}
 
 
 def _step(
-    parameters: Mapping[str, tuple[Array, Array]],
-    along: Any,
-    epsilon: float,
-    learning_rate: float,
-    loss: Callable[[], float],
-) -> np.float32:
-    """One step in place; its slope, in F32: what is sent is what was done."""
-    named = parameters_of(parameters)
-    slope = np.float32(estimate(loss, lambda scale: perturb(named, along, scale), epsilon))
-    descend(named, [(along, float(slope))], learning_rate)
-    return slope
+    named: Mapping[str, Array], loss: Loss, number: int, stream: Any, learning_rate: float, apart: float
+) -> float:
+    return step(lambda: loss(number), named, stream, learning_rate, apart)

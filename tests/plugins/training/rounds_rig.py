@@ -6,14 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from edged_plugins import personal_lora
+from edged_plugins import personal_lora, zeroth_order
 from edged_plugins.personal_lora._trainer import load
 from rig import Planned, described, write_rows
 
 from edged import NodeView, Training, TrainingSpec
 
-AGGREGATORS = {entry.name: entry for entry in personal_lora.edged_aggregators({})}
+AGGREGATORS = {
+    entry.name: entry for entry in (*personal_lora.edged_aggregators({}), *zeroth_order.edged_aggregators({}))
+}
 LOADS = {name: entry.load for name, entry in AGGREGATORS.items()}
+LOCALS = {name: entry.local for name, entry in AGGREGATORS.items() if entry.local}
 TRAINING: Training = personal_lora.edged_trainings(AGGREGATORS)[0]
 
 
@@ -65,6 +68,7 @@ def federated(
             "tiny",
             "0" * 64,
             aggregators=LOADS,
+            locals=LOCALS,
         )
         for rank in range(len(plan.roles))
     )
