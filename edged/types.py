@@ -587,9 +587,9 @@ class Travels:
     """What goes to and from a member in a round.
 
     `down`, `up`: the factors, "AB", "A", "B" or "". `stack`: the rank of what is merged, 0 for nothing.
-    Extras: name, dtype (numpy's, "f4") and shape of each array; in a shape the name of a key of the job's file stands
-    for its value, "values" for as many as an adapter has, "layers" and "r" for its own. Parts: the key that
-    says which part of the values is sent, with a bit for each of them all.
+    Extras: name, dtype (numpy's, "f4") and shape of each array; in a shape the name of a key of the job's
+    file stands for its value, "values" for as many as an adapter has, "layers" and "r" for its own. Parts:
+    the key that says which part of the values is sent, with a bit for each of them all.
     """
 
     down: str = "AB"

@@ -142,8 +142,8 @@ class Member(Rank):
         link = self.link(self.server)
         header, values = link.receive_values("down", [number], count_of, self.name(self.server))
         if header.get("thin"):
-            values = self.fill(self.server, number, values, np.zeros(said["count"], "<f4"))
-        extras = self.receive_extras(self.server, number, header.get("extras"))
+            values = self.fill(link, number, values, np.zeros(said["count"], "<f4"))
+        extras = self.receive_extras(link, number, header.get("extras"))
         stacked = _messages.values_of("AB", said["stack"], self.shapes)
         if stacked:
             self._merge(said["stack"], values[:stacked])

@@ -168,9 +168,9 @@ class Rank(abc.ABC):
         """Which values came, after them."""
         self.link(other).send("mask", [round], {}, [np.packbits(mask, bitorder="little").tobytes()])
 
-    def fill(self, other: int, round: int, values: np.ndarray, base: np.ndarray) -> np.ndarray:
+    def fill(self, link: Link, round: int, values: np.ndarray, base: np.ndarray) -> np.ndarray:
         """`base` with the values that came where their mask says. ProtocolError where it is none."""
-        _, frames = self.link(other).receive("mask", [round])
+        other, (_, frames) = link.other, link.receive("mask", [round])
         if [frame.nbytes for frame in frames] != [_messages.mask_bytes(base.size)]:
             raise ProtocolError(f"expected a mask of {base.size} bits from {self.name(other)}")
         bits = np.unpackbits(np.frombuffer(frames[0], np.uint8), count=base.size, bitorder="little")
@@ -189,11 +189,11 @@ class Rank(abc.ABC):
             "extras", [round], {"arrays": named}, [each.tobytes() for each in arrays.values()]
         )
 
-    def receive_extras(self, other: int, round: int, count: Any) -> dict[str, np.ndarray]:
+    def receive_extras(self, link: Link, round: int, count: Any) -> dict[str, np.ndarray]:
         """As many arrays as were announced. ProtocolError where they are none, or not finite."""
         if not count:
             return {}
-        header, frames = self.link(other).receive("extras", [round])
+        other, (header, frames) = link.other, link.receive("extras", [round])
         try:
             found = {
                 str(name): np.frombuffer(frame, f"<{_dtype(dtype)}").reshape([int(n) for n in shape])

@@ -5,20 +5,36 @@ It measures what the aggregator made against what it was given (`_residual`), an
 
 from __future__ import annotations
 
+import logging
 import math
 import time
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from edged import Download, EngineError, Member, ProtocolError, Update
+from edged import (
+    ConfigError,
+    Download,
+    EdgedError,
+    EngineError,
+    Member,
+    PeerError,
+    PolicyViolation,
+    ProtocolError,
+    Update,
+)
 
+from .._training.link import Gathered, Link
 from . import _messages
 from ._rank import THIN_DOWN, THIN_UP, Arrays, Rank, Report, own_words, resolve, write_adapter
 from ._residual import Residual
 
+log = logging.getLogger(__name__)
+UPDATE_SLACK = 1 << 20  # bytes of an update beside its values
+MESSAGES_MOST = 1000  # of an update: values travel in pieces
 KEPT = "aggregator."  # before the names of its state in a checkpoint
 
 
@@ -28,7 +44,8 @@ class Server(Rank):
         self.members = [Member(rank, job.r_of(rank), job.scale_of(rank)) for rank in range(self.server)]
         self._start = self.start(job.r_most)
         self.aggregator = self._aggregator()
-        self._round = 0
+        self._refused: Counter[int] = Counter()  # updates, by rank
+        self._most = UPDATE_SLACK + 3 * 8 * _messages.values_of("AB", job.r_most, self.shapes)
 
     def _aggregator(self) -> Any:
         """Of this node's own plugins, by the job's word."""
@@ -52,32 +69,36 @@ class Server(Rank):
         values: dict[str, float] = {
             f"down_{m.rank}": float(self._send(number, m, frozen)) for m in self.members
         }
-        meter, told = Residual(), []
+        meter, told = Residual(), {}
         for member in self.members:
-            update = self._receive(number, member, frozen)
-            told.append(self._told(number, member.rank))
-            with self.computing():
-                if update.factors:
-                    meter.add(update)
-                self.aggregator.add(update)
+            try:
+                update, figures = self._receive(number, member, frozen)
+                with self.computing():
+                    self.aggregator.add(update)
+                    if update.factors:
+                        meter.add(update)
+            except (ConfigError, PolicyViolation, ProtocolError) as error:
+                self._refuse(number, member, error)
+                continue
+            told[member.rank] = figures
+            values[f"up_{member.rank}"] = figures["sent"]
         with self.computing():
             self.aggregator.finish()
             residual = meter.of([(m, self.aggregator.download(m)) for m in self.members])
         if math.isfinite(residual):  # there is none of sums of scalars
             values["residual"] = residual
-        for rank, figures in enumerate(told):
-            values[f"up_{rank}"] = figures["sent"]
         self._tell_eval(number, told, report)
-        targets = sum(figures["targets"] for figures in told)
+        targets = sum(figures["targets"] for figures in told.values())
         values |= {
-            "loss": sum(figures["loss"] for figures in told) / max(1.0, targets),
+            "loss": sum(figures["loss"] for figures in told.values()) / max(1.0, targets),
             "targets": targets,
-            "tokens": sum(figures["tokens"] for figures in told),
+            "tokens": sum(figures["tokens"] for figures in told.values()),
             "seconds": time.monotonic() - began,
         }
+        if self._refused:
+            values["refused"] = float(sum(self._refused.values()))
         if not math.isfinite(values["loss"]):
             raise EngineError(f"round {number}: expected finite losses of its members", code="nan-loss")
-        self._round = number + 1
         report("step", number, values)
 
     def _send(self, number: int, member: Member, frozen: str) -> int:
@@ -116,8 +137,36 @@ class Server(Rank):
     def _bytes(self) -> int:
         return int(getattr(self.channel, "bytes_sent", 0))
 
-    def _receive(self, number: int, member: Member, frozen: str) -> Update:
-        name = self.name(member.rank)
+    def _refuse(self, number: int, member: Member, error: EdgedError) -> None:
+        """An update that cannot be used costs itself: it is counted, and the round goes on."""
+        self._refused[member.rank] += 1
+        log.warning(
+            "update refused",
+            extra={"round": number, "member": self.name(member.rank), "reason": str(error)[:300]},
+        )
+
+    def _gather(self, number: int, rank: int) -> Gathered:
+        """All that a member says in a round, up to its figures, so that what is wrong in it ends there. What
+        is of an earlier round is left out; PeerError where there is no end of it."""
+        link, messages, size = self.link(rank), [], 0
+        while True:
+            header, frames = link.next()
+            at = header.get("at")
+            if isinstance(at, list) and at and type(at[0]) is int and at[0] < number:
+                continue
+            size += sum(frame.nbytes for frame in frames)
+            messages.append((header, frames))
+            if header.get("k") == "told":
+                return Gathered(link, messages)
+            if size > self._most or len(messages) > MESSAGES_MOST:
+                raise PeerError(
+                    f"expected an update of at most {self._most} bytes of {self.name(rank)}; more came",
+                    remedy="look at what runs there",
+                )
+
+    def _receive(self, number: int, member: Member, frozen: str) -> tuple[Update, dict[str, float]]:
+        """A member's update of a round and its figures. ProtocolError where they are none."""
+        name, link = self.name(member.rank), self._gather(number, member.rank)
         download = self.aggregator.download(member)
         loaded, is_thin = download.factors, any(word in download.extras for word in THIN_UP)
         sides = "".join(side for side in "AB" if side != frozen) if loaded else ""
@@ -129,24 +178,25 @@ class Server(Rank):
                 raise ProtocolError(f"expected {count} values of {name}'s adapter; {str(of)[:20]} came")
             return of
 
-        header, values = self.link(member.rank).receive_values("up", [number], count_of, name)
+        header, values = link.receive_values("up", [number], count_of, name)
         weight = header.get("weight")
         if type(weight) is not int or weight < 1:
             raise ProtocolError(f"expected a number of rows above 0 of {name}; {str(weight)[:20]} came")
         if self.job.weight_most:
             weight = min(weight, self.job.weight_most)
         if is_thin:
-            values = self.fill(member.rank, number, values, self.flat(loaded, sides))
+            values = self.fill(link, number, values, self.flat(loaded, sides))
         given = self.unflat(values, sides, member.r)
         factors: Arrays = {
             layer: (given[layer].get("A", pair[0]), given[layer].get("B", pair[1]))
             for layer, pair in loaded.items()
         }
-        extras = self.receive_extras(member.rank, number, header.get("extras"))
-        return Update(member, number, float(weight), factors, extras)
+        extras = self.receive_extras(link, number, header.get("extras"))
+        update = Update(member, number, float(weight), factors, extras)
+        return update, self._told(link, number)
 
-    def _told(self, number: int, rank: int) -> dict[str, float]:
-        _, frames = self.link(rank).receive("told", [number])
+    def _told(self, link: Link, number: int) -> dict[str, float]:
+        (_, frames), rank = link.receive("told", [number]), link.other
         size = 8 * len(_messages.FIGURES)
         if [frame.nbytes for frame in frames] != [size]:
             raise ProtocolError(f"expected figures of {self.name(rank)} in {size} bytes")
@@ -155,14 +205,14 @@ class Server(Rank):
             raise ProtocolError(f"expected finite figures of {self.name(rank)}, of 0 or more")
         return dict(zip(_messages.FIGURES, map(float, found), strict=True))
 
-    def _tell_eval(self, number: int, told: list[dict[str, float]], report: Report) -> None:
-        targets = sum(figures["eval_targets"] for figures in told)
+    def _tell_eval(self, number: int, told: Mapping[int, dict[str, float]], report: Report) -> None:
+        targets = sum(figures["eval_targets"] for figures in told.values())
         if targets:
-            loss = sum(figures["eval_loss"] for figures in told) / targets
+            loss = sum(figures["eval_loss"] for figures in told.values()) / targets
             values = {"loss": loss, "targets": targets}
             if number == self.job.rounds and self.job.keeps != "none":
-                values["own_loss"] = sum(figures["own_loss"] for figures in told) / targets
-            for rank, figures in enumerate(told):
+                values["own_loss"] = sum(figures["own_loss"] for figures in told.values()) / targets
+            for rank, figures in told.items():
                 if figures["eval_targets"]:
                     values[f"loss_{rank}"] = figures["eval_loss"] / figures["eval_targets"]
                     if "own_loss" in values:
@@ -194,7 +244,8 @@ class Server(Rank):
         number = self.job.rounds
         for member in self.members:
             self._send(number, member, "")
-        self._tell_eval(number, [self._told(number, member.rank) for member in self.members], report)
+        ranks = [member.rank for member in self.members]
+        self._tell_eval(number, {rank: self._told(self.link(rank), number) for rank in ranks}, report)
         made = {
             name: (np.asarray(a, "<f4"), np.asarray(b * scale, "<f4"))
             for name, (a, b, scale) in self.aggregator.adapter().items()
