@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from edged_plugins._tensors.adapters import pairs_of, read_peft
+from edged_plugins.personal_lora import _messages
 from edged_plugins.personal_lora._member import Member
-from rig import Outcome, finished, kept_by, raised, run_threads
+from rig import Outcome, Planned, finished, kept_by, raised, run_threads
 from rounds_rig import AGGREGATORS, federated
 
 from edged import EngineError
@@ -196,3 +200,99 @@ def test_a_loss_that_is_no_number_ends_the_job_by_name(tiny: Any, tmp_path: Path
         trainer.span.vectors = lambda ids: real(ids) * float("nan")
 
     assert "round 0, step 0: the loss is nan" in str(raised(run_threads(plan, changes={1: breaks})))
+
+
+# --- members that are none ------------------------------------------------------------------------
+
+
+def stranger(plan: Planned, wrong: Callable[[int, dict[str, Any], bytearray], None]) -> Callable[[Any], None]:
+    """Rank 0's part of two rounds, by hand; `wrong(round, header, values)` spoils an update."""
+    job = plan.plan.settings
+
+    def speak(channel: Any) -> None:
+        server = len(job["clients"])
+        words = _messages.hello(
+            hashlib.sha256(json.dumps(dict(plan.specs[0].settings), sort_keys=True).encode()).hexdigest(),
+            plan.specs[0].model_sha256,
+        )
+        channel.send(server, words)
+        for number in range(job["rounds"] + 1):
+            header: dict[str, Any] = {}
+            while header.get("k") != "down":
+                assert channel.poll(server, 60.0)
+                header, _ = channel.receive(server, 60.0)
+            if number < job["rounds"]:
+                said = _messages.up(number, 5, VALUES, 0)
+                values = bytearray(np.full(VALUES, 0.01, "<f4").tobytes())
+                wrong(number, said, values)
+                channel.send(server, said, [bytes(values)])
+            channel.send(server, {"k": "told", "at": [number]}, [np.ones(8, "<f8").tobytes()])
+
+    return speak
+
+
+VALUES = 4 * 4 * (32 + 32) + 4 * 4 * (32 + 16)  # of the tiny Llama's q and v, r = 4
+
+
+def spoil(values: bytearray, value: float) -> None:
+    values[:4] = np.float32(value).tobytes()
+
+
+WRONG: dict[str, Callable[[int, dict[str, Any], bytearray], None]] = {
+    "not a number": lambda number, said, values: spoil(values, float("nan")),
+    "infinite": lambda number, said, values: spoil(values, float("inf")),
+    "too short": lambda number, said, values: values.__delitem__(slice(0, 8)),
+    "another count": lambda number, said, values: said.update(of=7),
+    "no weight": lambda number, said, values: said.update(weight=0),
+    "a weight of text": lambda number, said, values: said.update(weight="many"),
+    "extras that never come": lambda number, said, values: said.update(extras=2),
+    "another kind": lambda number, said, values: said.update(k="upp"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_an_update_that_is_none_costs_itself_and_the_round_goes_on(
+    case: str, tiny: Any, tmp_path: Path
+) -> None:
+    plan = federated(tiny("llama")[1], tmp_path)
+    outcomes = run_threads(plan, ranks={0: stranger(plan, WRONG[case])})
+    server = finished(outcomes)[-1]
+    rows = steps_of(server)
+    assert [row["refused"] for row in rows] == [1.0, 2.0]
+    assert all("up_0" not in row and "up_1" in row for row in rows)
+    assert adapter_of(plan.folders[-1])
+
+
+def test_a_sound_stranger_counts_and_what_is_of_an_earlier_round_does_not(tiny: Any, tmp_path: Path) -> None:
+    """A replay of the round before comes with the second update, and is left out."""
+    plan = federated(tiny("llama")[1], tmp_path)
+    made = stranger(plan, lambda number, said, values: None)
+
+    class Twice:
+        def __init__(self, channel: Any) -> None:
+            self._channel, self._former = channel, None
+            self.poll, self.receive = channel.poll, channel.receive
+
+        def send(self, to: int, header: dict[str, Any], frames: Any = ()) -> None:
+            if header["k"] == "up" and self._former is not None:
+                self._channel.send(to, *self._former)
+            self._former = (header, frames) if header["k"] == "up" else self._former
+            self._channel.send(to, header, frames)
+
+    server = finished(run_threads(plan, ranks={0: lambda channel: made(Twice(channel))}))[-1]
+    assert all("refused" not in row and "up_0" in row for row in steps_of(server))
+
+
+def test_a_weight_is_bounded_by_the_job(tiny: Any, tmp_path: Path) -> None:
+    """A member that says it has a million rows counts as one with three."""
+    lies = stranger(
+        plan := federated(tiny("llama")[1], tmp_path / "lies", weight_most=3),
+        lambda number, said, values: said.update(weight=10**6),
+    )
+    honest = federated(tiny("llama")[1], tmp_path / "honest", weight_most=3)
+    finished(run_threads(plan, ranks={0: lies}))
+    finished(
+        run_threads(honest, ranks={0: stranger(honest, lambda number, said, values: said.update(weight=3))})
+    )
+    one, other = adapter_of(plan.folders[-1]), adapter_of(honest.folders[-1])
+    assert all(np.array_equal(one[name], other[name]) for name in one)
