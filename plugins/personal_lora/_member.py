@@ -329,9 +329,11 @@ class Member(Rank):
             losses, targets = self._loss_of(ids)
             return losses / max(1.0, targets)
 
+        alone = {"common_alone": loss((1.0, 0.0)), "personal_alone": loss((0.0, 1.0))}
         weights, found = fuse(loss, job.fusion_tries)
         loss(weights)
-        return {"common_weight": weights[0], "personal_weight": weights[1], "fusion_loss": found}
+        weighed = {"common_weight": weights[0], "personal_weight": weights[1], "fusion_loss": found}
+        return weighed | alone
 
     def _widen(self, times: int) -> None:
         """The model anew, with an adapter of so many times the rank and the same scale."""

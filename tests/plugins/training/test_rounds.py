@@ -186,6 +186,37 @@ def test_what_a_member_sends_has_no_row_of_its_own(tiny: Any, tmp_path: Path) ->
         assert [len(frame) for frame in frames] == expected[header["k"]]
 
 
+@pytest.mark.parametrize("personal", ["dual", "ditto"])
+def test_no_frame_has_a_factor_of_a_personal_adapter(personal: str, tiny: Any, tmp_path: Path) -> None:
+    """Not one row of A or column of B; the common adapter's are there, so the search can find something."""
+    plan = federated(tiny("llama")[1], tmp_path, personal=personal, personal_steps=3)
+    members: dict[int, Any] = {}
+    changes = {rank: (lambda trainer, rank=rank: members.__setitem__(rank, trainer)) for rank in (0, 1)}
+    outcomes = finished(run_threads(plan, keep="messages", changes=changes))
+    frames = b"".join(bytes(frame) for out in outcomes for _, _, found in out.received for frame in found)
+    for rank in (0, 1):
+        _, made = read_peft(plan.folders[rank] / "kept")
+        own = members[rank]._personal
+        assert made
+        for a, b in own.values():
+            for row in (*a[1:], *b):
+                assert not row.any() or row.astype("<f4").tobytes() not in frames
+    _, common = read_peft(plan.folders[-1] / "adapter")
+    [first, *_] = [value for name, value in common.items() if name.endswith("lora_A.weight")]
+    assert all(row.astype("<f4").tobytes() in frames for row in first)
+
+
+def test_a_personal_adapter_is_no_worse_than_either_on_the_rows_that_weighed_them(
+    tiny: Any, tmp_path: Path
+) -> None:
+    plan = federated(tiny("llama")[1], tmp_path, method="fdlora", personal_steps=8, fusion_tries=8)
+    outcomes = finished(run_threads(plan))
+    for rank in (0, 1):
+        [kept] = [values for kind, _, values in outcomes[rank].reports if kind == "kept"]
+        assert kept["fusion_loss"] <= min(kept["common_alone"], kept["personal_alone"]) + 1e-6
+        assert kept["own_loss"] > 0
+
+
 def test_gpt2s_transposed_layers_take_a_stack_too(tiny: Any, tmp_path: Path) -> None:
     plan = federated(tiny("gpt2")[1], tmp_path, method="flora", rounds=3, local_steps=4)
     server = finished(run_threads(plan))[-1]
