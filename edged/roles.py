@@ -389,6 +389,7 @@ class Roles:
             self._device.threads,
             {name: entry.load for name, entry in self._aggregators.items()},
             {name: entry.local for name, entry in self._aggregators.items() if entry.local},
+            {name: (entry.joins, entry.replays) for name, entry in self._aggregators.items() if entry.joins},
         )
         return {"trainer": self._trainings[offered.kind].load, "training": wire.to_map(spec)}
 

@@ -468,6 +468,7 @@ class TrainingSpec:
     threads: int = 1
     aggregators: Mapping[str, str] = field(default_factory=dict)  # `load` by name, of this node's own plugins
     locals: Mapping[str, str] = field(default_factory=dict)  # likewise `local`, of those that have one
+    joins: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # likewise `joins` and `replays`
 
 
 Report = Callable[[str, int, Mapping[str, float]], None]  # kind ("step", "eval", "done"), step, values
@@ -614,6 +615,10 @@ class AggregatorEntry:
         one state, whatever the cohort
     local: "package.module:attribute", in a member's worker: local(settings, start, rank) -> LocalPart, where
         no gradient is taken; empty: local steps by gradients, which the member's trainer does
+    joins: likewise, of a member that takes part so in a job with another method: it starts from factors,
+        and sends extras and no factors
+    replays: "package.module:attribute", in the server's worker: replays(settings, factors, extras) ->
+        Factors, what such a member's `factors` became by its extras
     travels(round, ranks) -> Travels, from the r of every member; for the prediction of bytes. None: all
         factors, both ways; before the first round nothing goes down, since everybody draws the same start.
     """
@@ -624,6 +629,8 @@ class AggregatorEntry:
     is_sum: bool = False
     unlike_ranks: bool = False
     local: str = ""
+    joins: str = ""
+    replays: str = ""
     bytes_kept: Callable[[int, int], int] | None = None
     travels: Callable[[int, Sequence[int]], Travels] | None = None
 

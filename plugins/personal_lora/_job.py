@@ -17,17 +17,21 @@ CLIENTS_MAX = 32
 LOSSES = ("answer", "all")
 WEIGHTS = ("f32", "bf16")
 PERSONAL = ("none", "dual", "ditto")
-CLIENT_KEYS = ("node", "data", "r", "alpha")
+CLIENT_KEYS = ("node", "data", "r", "alpha", "method", "learning_rate", "weight")
 
 
 @dataclass(frozen=True, slots=True)
 class Client:
-    """A member that brings data. `r`, `alpha`: of its adapter; 0: the job's."""
+    """A member that brings data. `r`, `alpha`, `learning_rate`: 0 for the job's. `method`: how it takes part,
+    where not as the job says. `weight`: what its update counts; 0: as many rows as it trains on."""
 
     node: str = ""
     data: str = ""
     r: int = 0
     alpha: float = 0.0
+    method: str = ""
+    learning_rate: float = 0.0
+    weight: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +42,8 @@ class Job:
     method: str = key("flora", "how the server makes one adapter of many: {methods}")
     clients: tuple[Client, ...] = key(
         (),
-        "[[clients]]: node and data of each member that brings rows; r and alpha where not the job's",
+        "[[clients]]: node and data of each member that brings rows; r, alpha, learning_rate, weight, method "
+        "(fedkseed: it sends seeds alone) where not as the job says",
     )
     server: str = key("", "[server] node: who aggregates; it sees adapters, never rows")
     rounds: int = key(4, "times that all clients train and the server aggregates")
@@ -81,6 +86,14 @@ class Job:
         """The largest r of any client: that of the start."""
         return max((client.r or self.r for client in self.clients), default=self.r)
 
+    def joins(self, rank: int) -> str:
+        """The method by which a client takes part in a job with another; "" for the job's own."""
+        method = self.clients[rank].method
+        return method if method != self.method else ""
+
+    def rate_of(self, rank: int) -> float:
+        return self.clients[rank].learning_rate or self.learning_rate
+
     def r_of(self, rank: int) -> int:
         return self.clients[rank].r or self.r
 
@@ -101,10 +114,19 @@ def check_federated(aggregators: Mapping[str, AggregatorEntry], table: Mapping[s
     """The settings of a federated job's table; ConfigError names the key that is wrong."""
     job = read(table, aggregators)
     entry = aggregators[job.method]
+    joining = sorted(name for name, each in aggregators.items() if each.joins)
     check(
         [
             (job.clients, "at least one [[clients]] with node and data"),
             (job.server, "[server] with a node"),
+            (
+                all(not job.joins(rank) or job.joins(rank) in joining for rank in range(len(job.clients))),
+                f"clients with the job's method, or one of {', '.join(joining) or 'none that is loaded'}",
+            ),
+            (
+                not any(job.joins(rank) for rank in range(len(job.clients))) or not entry.local,
+                f"a job whose members take gradients for a client with another method; {job.method} has none",
+            ),
             (all(client.data for client in job.clients), "data for every client"),
             (
                 len({client.node for client in job.clients}) == len(job.clients),
@@ -140,7 +162,9 @@ def read(table: Mapping[str, Any], aggregators: Mapping[str, AggregatorEntry] | 
     if aggregators is not None:
         known = sorted(aggregators)
         check([(method in known, f"method as one of {', '.join(known)}; {method!r} came")])
-        own = {item.key: item for item in aggregators[method].keys}
+        joined = [entry.get("method") for entry in table.get("clients", ()) if isinstance(entry, Mapping)]
+        brought = [aggregators[name].keys for name in joined if name in aggregators]
+        own = {item.key: item for keys in (*brought, aggregators[method].keys) for item in keys}
         options = {name: item.default for name, item in own.items()} | options
         options |= {name: table.pop(name) for name in list(table) if name in own and name not in fields}
         options = {
@@ -225,6 +249,10 @@ def _rules(job: Job) -> list[file.Rule]:
         (
             all(0 <= client.r <= 4096 and 0 <= client.alpha < 1e6 for client in job.clients),
             "r from 1 to 4096 and alpha above 0 for every client that has its own",
+        ),
+        (
+            all(0 <= client.learning_rate < 10 and client.weight >= 0 for client in job.clients),
+            "learning_rate from 0 to below 10, and weight of 0 or more, for every client",
         ),
     ]
 

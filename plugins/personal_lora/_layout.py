@@ -154,4 +154,4 @@ def cost(
     """Bytes that all ranks send from the first round to the last, and seconds as far as they are known."""
     job = read(plan.settings)
     seconds = None if plan.step_s is None else plan.step_s * job.rounds
-    return TrainingCost(bytes_sent(aggregators[job.method], job, plan.collector, surveys), seconds)
+    return TrainingCost(bytes_sent(aggregators, job, plan.collector, surveys), seconds)

@@ -43,8 +43,10 @@ class Member(Rank):
 
     def _local_part(self) -> LocalPart | None:
         """Of this node's own plugins, where the method takes no gradients."""
-        dotted = self.spec.locals.get(self.job.method)
-        return resolve(dotted)(self.settings, self._start, self.rank) if dotted else None
+        joins = self.job.joins(self.rank)
+        dotted = self.spec.joins[joins][0] if joins else self.spec.locals.get(self.job.method)
+        settings = self.settings | {"learning_rate": self.job.rate_of(self.rank)}
+        return resolve(dotted)(settings, self._start, self.rank) if dotted else None
 
     def _span(self, times: int) -> Any:
         """The whole model, with an adapter of so many times this member's rank."""
@@ -60,8 +62,13 @@ class Member(Rank):
         span.checkpointing = job.gradient_checkpointing
         return span
 
+    @property
+    def weight(self) -> int:
+        """Of its updates."""
+        return self.job.clients[self.rank].weight or self.rows.count
+
     def count(self) -> dict[str, Any]:
-        return {"weight": self.rows.count, "dropped": self.rows.dropped}
+        return {"weight": self.weight, "dropped": self.rows.dropped}
 
     # --- a round ------------------------------------------------------------------------------------
 
@@ -75,14 +82,16 @@ class Member(Rank):
         factors, sides = self._factors(), "".join(side for side in "AB" if side != frozen)
         if self._local is None:
             factors, extras, self._own = self._part.finish(
-                factors, self.job.local_steps, self.job.learning_rate
+                factors, self.job.local_steps, self.job.rate_of(self.rank)
             )
         else:
-            extras, sides = self._found, sides if self._has_factors else ""
+            extras = self._found
+            sides = sides if self._has_factors and not self.job.joins(self.rank) else ""
+        self._trained = factors
         values = self.flat(factors, sides)
         mask = values != self.flat(self._loaded, sides)
         values = values[mask] if self._is_thin else values
-        words = _messages.up(number, self.rows.count, values.size, len(extras), int(self._is_thin))
+        words = _messages.up(number, self.weight, values.size, len(extras), int(self._is_thin))
         link, before = self.link(self.server), self._bytes()
         link.send_values("up", [number], own_words(words), values)
         if self._is_thin:
@@ -274,9 +283,9 @@ class Member(Rank):
     def _optimiser(self, tuned: list[torch.nn.Parameter], is_plain: bool) -> torch.optim.Optimizer:
         job = self.job
         if is_plain:
-            return torch.optim.SGD(tuned, lr=job.learning_rate, weight_decay=job.weight_decay)
+            return torch.optim.SGD(tuned, lr=job.rate_of(self.rank), weight_decay=job.weight_decay)
         return torch.optim.AdamW(
-            tuned, lr=job.learning_rate, betas=BETAS, eps=EPSILON, weight_decay=job.weight_decay
+            tuned, lr=job.rate_of(self.rank), betas=BETAS, eps=EPSILON, weight_decay=job.weight_decay
         )
 
     def _evaluate(self) -> tuple[float, float]:

@@ -117,7 +117,9 @@ def travels_of(entry: AggregatorEntry, round: int, ranks: Sequence[int]) -> Trav
     return Travels() if round else Travels(down="")
 
 
-def bytes_sent(entry: AggregatorEntry, job: Job, collector: int, surveys: Sequence[Mapping[str, Any]]) -> int:
+def bytes_sent(
+    entries: Mapping[str, AggregatorEntry], job: Job, collector: int, surveys: Sequence[Mapping[str, Any]]
+) -> int:
     """Over all links, from the greeting to the adapter's way to the collector."""
     server = len(job.clients)
     shapes: Shapes = [(rows, columns) for rows, columns in surveys[server]["shapes"]]
@@ -125,12 +127,14 @@ def bytes_sent(entry: AggregatorEntry, job: Job, collector: int, surveys: Sequen
     total = 2 * server * message_bytes(hello("0" * HASH, "0" * HASH))
     stacked = 0
     for round in range(job.rounds + 1):
-        travels = travels_of(entry, round, ranks)
+        travels = travels_of(entries[job.method], round, ranks)
         stacked += travels.stack
         for rank, r in enumerate(ranks):
             total += down_bytes(job, round, travels, r, shapes) + told_bytes(round)
             if round < job.rounds:
-                total += up_bytes(job, round, travels, r, surveys[rank]["weight"], shapes)
+                joins = job.joins(rank)
+                sent = travels_of(entries[joins], round, ranks) if joins else travels
+                total += up_bytes(job, round, sent, r, surveys[rank]["weight"], shapes)
     if collector != server:
         total += _part_bytes(job, shapes, stacked)
     return total

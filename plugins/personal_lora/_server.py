@@ -169,7 +169,8 @@ class Server(Rank):
         name, link = self.name(member.rank), self._gather(number, member.rank)
         download = self.aggregator.download(member)
         loaded, is_thin = download.factors, any(word in download.extras for word in THIN_UP)
-        sides = "".join(side for side in "AB" if side != frozen) if loaded else ""
+        joins = self.job.joins(member.rank)
+        sides = "" if joins or not loaded else "".join(side for side in "AB" if side != frozen)
         count = _messages.values_of(sides, member.r, self.shapes)
 
         def count_of(header: Mapping[str, Any]) -> int:
@@ -192,6 +193,9 @@ class Server(Rank):
             for layer, pair in loaded.items()
         }
         extras = self.receive_extras(link, number, header.get("extras"))
+        if joins:
+            settings = self.settings | {"learning_rate": self.job.rate_of(member.rank)}
+            factors, extras = dict(resolve(self.spec.joins[joins][1])(settings, loaded, extras)), {}
         update = Update(member, number, float(weight), factors, extras)
         return update, self._told(link, number)
 

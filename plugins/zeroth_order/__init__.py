@@ -41,6 +41,8 @@ AGGREGATORS: tuple[AggregatorEntry, ...] = (
         ),
         is_sum=True,
         local="edged_plugins.zeroth_order._local:KSeed",
+        joins="edged_plugins.zeroth_order._local:Joined",
+        replays="edged_plugins.zeroth_order._local:replays",
         travels=seeds_travel,
     ),
     AggregatorEntry(

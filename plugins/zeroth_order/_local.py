@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from edged import Download, Factors
+from edged import ConfigError, Download, Factors
 
 from ._aggregators import factors_of, parameters_of
-from ._seeds import direction, step
+from ._seeds import direction, replay, step
 from ._stream import Array, key
-from ._table import Rebuilt, draw
+from ._table import Rebuilt, SeedTable, draw
 
 Loss = Callable[[int], float]
 
@@ -47,6 +47,24 @@ class KSeed:
             for number, index in zip(steps, indices.tolist(), strict=True)
         ]
         return {"scalars": np.array(slopes, np.float32), "seeds": indices.astype(np.int32)}
+
+
+class Joined(KSeed):
+    """fedkseed in a job of another method: it starts from factors, and sends seeds and slopes."""
+
+    def begin(self, download: Download) -> Factors:
+        return download.factors
+
+
+def replays(settings: Mapping[str, Any], factors: Factors, extras: Mapping[str, Any]) -> Factors:
+    """What factors became by a `Joined` member's steps, to F32 rounding; ConfigError where it has none."""
+    if extras.keys() != {"scalars", "seeds"}:
+        raise ConfigError(f"expected seeds and scalars in an update, got {sorted(extras)}")
+    table = SeedTable(int(settings["seeds"]))
+    table.add(extras["seeds"], extras["scalars"])
+    made = {name: np.array(array, np.float32) for name, array in parameters_of(factors).items()}
+    replay(made, table.sums, int(settings["seed"]), float(settings["learning_rate"]))
+    return factors_of(made)
 
 
 class Mezo:

@@ -16,6 +16,7 @@ AGGREGATORS = {
     entry.name: entry for entry in (*personal_lora.edged_aggregators({}), *zeroth_order.edged_aggregators({}))
 }
 LOADS = {name: entry.load for name, entry in AGGREGATORS.items()}
+JOINS = {name: (entry.joins, entry.replays) for name, entry in AGGREGATORS.items() if entry.joins}
 LOCALS = {name: entry.local for name, entry in AGGREGATORS.items() if entry.local}
 TRAINING: Training = personal_lora.edged_trainings(AGGREGATORS)[0]
 
@@ -69,6 +70,7 @@ def federated(
             "0" * 64,
             aggregators=LOADS,
             locals=LOCALS,
+            joins=JOINS,
         )
         for rank in range(len(plan.roles))
     )

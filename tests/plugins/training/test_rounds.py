@@ -233,6 +233,44 @@ def test_a_loss_that_is_no_number_ends_the_job_by_name(tiny: Any, tmp_path: Path
     assert "round 0, step 0: the loss is nan" in str(raised(run_threads(plan, changes={1: breaks})))
 
 
+# --- unlike members -----------------------------------------------------------------------------------
+
+SEEDS = {"method": "fedkseed", "learning_rate": 2e-4}
+
+
+@pytest.mark.parametrize("method", ["fedavg", "flora"])
+def test_a_member_that_sends_seeds_takes_part_in_a_job_of_factors(
+    method: str, tiny: Any, processes: Any, tmp_path: Path
+) -> None:
+    """What the server replays of its seeds is what it trained, to F32 rounding; its updates are small."""
+    plan = federated(tiny("llama")[1], tmp_path / "a", method=method, clients=({}, SEEDS), seeds=64)
+    ran = processes.run(plan)
+    server = finished(ran.outcomes)[-1]
+    assert plan.predicted_bytes(ran.outcomes) == pytest.approx(ran.bytes, rel=0.01)
+    assert all(row["up_1"] < row["up_0"] / 10 for row in steps_of(server))
+    alone = federated(tiny("llama")[1], tmp_path / "b", clients=(SEEDS,), seeds=64, rounds=1)
+    members: dict[int, Any] = {}
+    finished(run_threads(alone, changes={0: lambda trainer: members.__setitem__(0, trainer)}))
+    made = adapter_of(alone.folders[-1])
+    trained, start = members[0]._trained, members[0]._start
+    for name, (a, b) in trained.items():
+        np.testing.assert_allclose(made[name], 2.0 * b @ a, rtol=0, atol=1e-6)
+        assert not np.array_equal(b, start[name][1])
+
+
+def test_a_stated_weight_counts_in_place_of_rows(tiny: Any, tmp_path: Path) -> None:
+    """All the weight with one member: its own product is the adapter, but for a hundred-millionth."""
+    heavy = ({"weight": 10**8}, {"weight": 1})
+    plan = federated(tiny("llama")[1], tmp_path / "a", method="flora", clients=heavy, rounds=1)
+    rows = tmp_path / "a" / "rows0.jsonl"
+    finished(run_threads(plan))
+    alone = federated(tiny("llama")[1], tmp_path / "b", method="flora", clients=({},), rows=[rows], rounds=1)
+    finished(run_threads(alone))
+    one, other = adapter_of(plan.folders[-1]), adapter_of(alone.folders[-1])
+    for name in one:
+        np.testing.assert_allclose(one[name], other[name], rtol=0, atol=1e-7)
+
+
 # --- members that are none ------------------------------------------------------------------------
 
 
