@@ -134,7 +134,7 @@ class Member(Rank):
         said: dict[str, Any] = {}
 
         def count_of(header: Mapping[str, Any]) -> int:
-            start, frozen, stack = (header.get(word) for word in ("start", "frozen", "stack"))
+            start, frozen, stack = header.get("start", ""), header.get("frozen", ""), header.get("stack", 0)
             if start not in ("", "A", "B", "AB", "none") or frozen not in ("", "A", "B"):
                 raise ProtocolError(f"expected sides of an adapter from {self.name(self.server)}")
             if type(stack) is not int or not 0 <= stack <= STACK_MOST:
@@ -143,7 +143,7 @@ class Member(Rank):
             come = _come(start)
             count = _messages.values_of("AB", stack, self.shapes)
             count += _messages.values_of(come, self.r, self.shapes)
-            of, said["count"] = header.get("of"), count
+            of, said["count"] = header.get("of", 0), count
             if type(of) is not int or not (0 <= of <= count if header.get("thin") else of == count):
                 raise ProtocolError(f"expected {count} values of an adapter; {str(of)[:20]} came")
             return of
@@ -214,10 +214,16 @@ class Member(Rank):
         it looked at."""
         assert self._local is not None
         began, sums = time.monotonic(), [0.0, 0, 0]
-        views = {name: (parameters["A"], parameters["B"]) for name, parameters in self._views().items()}
+        tuned = self._tuned()
+        on_cpu = all(parameter.device.type == "cpu" for pair in tuned.values() for parameter in pair)
+        views = {
+            name: (_array(a), _array(b)) for name, (a, b) in tuned.items()
+        }  # their own memory, on the CPU
 
         def loss(step: int) -> float:
             self.look()
+            if not on_cpu:
+                self._set(views)
             ids, labels = self.rows.batch(step)
             with torch.no_grad():
                 found = summed(self.span, self.span(ids), labels).item()
@@ -226,16 +232,17 @@ class Member(Rank):
             return found / max(1, count)
 
         self._found = dict(self._local.train(steps, views, loss))
+        self._set(views)
         return sums[0], float(sums[1]), float(sums[2]), time.monotonic() - began
 
-    def _views(self) -> dict[str, dict[str, np.ndarray]]:
-        """The adapter's own memory, as arrays."""
-        found: dict[str, dict[str, np.ndarray]] = {name: {} for name in self.layers}
+    def _tuned(self) -> dict[str, tuple[torch.nn.Parameter, torch.nn.Parameter]]:
+        """A and B of each layer."""
+        found: dict[str, list[torch.nn.Parameter]] = {name: [] for name in self.layers}
         for name, parameter in self.span.named_parameters():
-            layer, is_lora, rest = name.partition(".lora_")
+            layer, is_lora, _ = name.partition(".lora_")
             if is_lora:
-                found[layer][rest[0]] = parameter.detach().numpy()
-        return found
+                found[layer].append(parameter)
+        return {name: (a, b) for name, (a, b) in found.items()}
 
     def _steps(
         self,
@@ -385,6 +392,10 @@ class Member(Rank):
         stacks = [key.split(".") for key in state if key.startswith("merged.")]
         for _, number, r in sorted(stacks, key=lambda parts: int(parts[1])):
             self._merge(int(r), state[f"merged.{number}.{r}"].numpy())
+
+
+def _array(parameter: torch.nn.Parameter) -> np.ndarray:
+    return parameter.detach().cpu().numpy()
 
 
 def _come(start: str) -> str:

@@ -27,7 +27,7 @@ from .._training.sizes import HASH, message_bytes, values_bytes
 from ._job import Job
 
 FIGURES = ("loss", "targets", "tokens", "seconds", "eval_loss", "eval_targets", "own_loss", "sent")  # F64
-SIZES = {"f4": 4, "f8": 8, "i4": 4, "i8": 8, "u1": 1, "b1": 1}  # bytes of a value, by numpy's name
+SIZES = {"u2": 2, "f4": 4, "f8": 8, "i4": 4, "i8": 8, "u1": 1, "b1": 1}  # bytes of a value, by numpy's name
 Shapes = Sequence[tuple[int, int]]  # of each adapted layer: how many values it gives and takes
 
 
@@ -48,11 +48,20 @@ def down(
 ) -> dict[str, Any]:
     """`start`: the factors that are those of the start, and do not come; `frozen`: the one not to train."""
     words = {"start": start, "frozen": frozen, "stack": stack, "of": count, "extras": extras, "thin": thin}
-    return {"k": "down", "at": [round], **words}
+    return {"k": "down", "at": [round], **_said(words)}
 
 
 def up(round: int, weight: int, count: int, extras: int, thin: int = 0) -> dict[str, Any]:
-    return {"k": "up", "at": [round], "weight": weight, "of": count, "extras": extras, "thin": thin}
+    return {
+        "k": "up",
+        "at": [round],
+        **_said({"weight": weight, "of": count, "extras": extras, "thin": thin}),
+    }
+
+
+def _said(words: Mapping[str, Any]) -> dict[str, Any]:
+    """Without what is empty or 0, which is what a missing word means: a round of seeds is small."""
+    return {word: value for word, value in words.items() if value}
 
 
 def mask_bytes(count: int) -> int:

@@ -174,7 +174,7 @@ class Server(Rank):
         count = _messages.values_of(sides, member.r, self.shapes)
 
         def count_of(header: Mapping[str, Any]) -> int:
-            of = header.get("of")
+            of = header.get("of", 0)
             if type(of) is not int or not (0 <= of <= count if is_thin else of == count):
                 raise ProtocolError(f"expected {count} values of {name}'s adapter; {str(of)[:20]} came")
             return of

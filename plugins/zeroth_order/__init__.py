@@ -24,7 +24,7 @@ def seeds_travel(round: int, ranks: Sequence[int]) -> Travels:
         "",
         "",
         down_extras=(("table", "f4", ("seeds",)),),
-        up_extras=(("scalars", "f4", ("local_steps",)), ("seeds", "i4", ("local_steps",))),
+        up_extras=(("scalars", "f4", ("local_steps",)), ("seeds", "u2", ("local_steps",))),
     )
 
 

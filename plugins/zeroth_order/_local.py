@@ -46,7 +46,7 @@ class KSeed:
             _step(named, loss, number, direction(self._seed, index), self._rate, self._apart)
             for number, index in zip(steps, indices.tolist(), strict=True)
         ]
-        return {"scalars": np.array(slopes, np.float32), "seeds": indices.astype(np.int32)}
+        return {"scalars": np.array(slopes, np.float32), "seeds": indices.astype(np.uint16)}
 
 
 class Joined(KSeed):

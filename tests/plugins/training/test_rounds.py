@@ -233,6 +233,18 @@ def test_a_loss_that_is_no_number_ends_the_job_by_name(tiny: Any, tmp_path: Path
     assert "round 0, step 0: the loss is nan" in str(raised(run_threads(plan, changes={1: breaks})))
 
 
+def test_a_round_of_seeds_is_below_18_kilobytes_on_the_wire(
+    tiny: Any, processes: Any, tmp_path: Path
+) -> None:
+    """FedKSeed's own size: 4096 seeds and 200 steps; a member's part of a round, both ways."""
+    settings = {"method": "fedkseed", "seeds": 4096, "local_steps": 200, "rounds": 2, "learning_rate": 1e-5}
+    plan = federated(tiny("llama")[1], tmp_path, clients=({},), batch_size=1, eval_rows=0, **settings)
+    ran = processes.run(plan)
+    rows = steps_of(finished(ran.outcomes)[-1])
+    assert plan.predicted_bytes(ran.outcomes) == pytest.approx(ran.bytes, rel=0.01)
+    assert all(17_000 < row["down_0"] + row["up_0"] < 18_000 for row in rows)
+
+
 # --- unlike members -----------------------------------------------------------------------------------
 
 SEEDS = {"method": "fedkseed", "learning_rate": 2e-4}

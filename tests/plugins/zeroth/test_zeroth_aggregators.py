@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 from edged_plugins import zeroth_order
-from edged_plugins.zeroth_order import _frames
 from edged_plugins.zeroth_order._aggregators import factors_of, parameters_of, replayed
 from edged_plugins.zeroth_order._seeds import direction, step
 from edged_plugins.zeroth_order._stream import key
@@ -157,8 +156,8 @@ def test_a_member_with_the_start_makes_the_servers_bits_of_the_table_alone() -> 
     """A member that joins late needs nothing else."""
     aggregator = loaded("fedkseed", SETTINGS)
     rounds(aggregator, range(3))
-    frame = _frames.pack_table(aggregator.download(MEMBERS[0]).extras["table"])
-    made = parameters_of(replayed(start(), _frames.unpack_table(frame, 64), 5, 1e-2))
+    table = aggregator.download(MEMBERS[0]).extras["table"]
+    made = parameters_of(replayed(start(), table, 5, 1e-2))
     assert b"".join(made[name].tobytes() for name in sorted(made)) == bits(aggregator)
 
 

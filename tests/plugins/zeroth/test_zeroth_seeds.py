@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 import tracemalloc
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
-from edged_plugins.zeroth_order import _frames, _seeds
+from edged_plugins.zeroth_order import _seeds
 from edged_plugins.zeroth_order._seeds import (
     direction,
     estimate,
@@ -21,7 +21,7 @@ from edged_plugins.zeroth_order._seeds import (
 from edged_plugins.zeroth_order._stream import key, normals
 from edged_plugins.zeroth_order._table import Amplitudes, Rebuilt, SeedTable, draw
 
-from edged import ConfigError, EngineError, ProtocolError
+from edged import ConfigError, EngineError
 
 Arrays = dict[str, np.ndarray]
 SHAPES = {"b": (3, 5), "a": (7,), "c.10": (2, 2, 2), "c.2": (), "empty": (0, 4)}
@@ -359,48 +359,3 @@ def test_steps_that_cannot_be_are_refused_and_change_nothing(
     with pytest.raises(ConfigError, match=said):
         table.add(indices, scalars)
     assert not table.sums.any()
-    with pytest.raises(ProtocolError, match=said):
-        _frames.pack_steps(np.array(indices), np.array(scalars), 8)
-
-
-def test_a_round_is_below_18_kilobytes() -> None:
-    """B18: 4096 sums down and 200 steps up."""
-    drawn = np.random.default_rng(0)
-    sums, indices = drawn.standard_normal(4096), drawn.integers(4096, size=200)
-    down = _frames.pack_table(sums)
-    up = _frames.pack_steps(indices, drawn.standard_normal(200), 4096)
-    assert len(down) + len(up) == _frames.round_bytes(4096, 200) == 17_984
-
-
-def test_frames_hold_what_was_packed() -> None:
-    drawn = np.random.default_rng(1)
-    sums, indices, scalars = drawn.standard_normal(16), drawn.integers(16, size=9), drawn.standard_normal(9)
-    assert _frames.unpack_table(_frames.pack_table(sums), 16).tolist() == sums.astype(np.float32).tolist()
-    seeds, values = _frames.unpack_steps(_frames.pack_steps(indices, scalars, 16), 16, 9)
-    assert seeds.tolist() == indices.tolist()
-    assert values.tolist() == scalars.astype(np.float32).tolist()
-    assert _frames.pack_steps([1], [1.0], 2) == bytes.fromhex("01000000 0000803f"), "little-endian"
-
-
-BAD_FRAMES: dict[str, tuple[Callable[[], object], str]] = {
-    "a short table": (lambda: _frames.unpack_table(bytes(12), 4), "expected a table of 4 seeds, 16 bytes"),
-    "a long table": (lambda: _frames.unpack_table(bytes(20), 4), "got 20"),
-    "a table with NaN": (lambda: _frames.unpack_table(bytes.fromhex("0000c07f"), 1), "expected finite sums"),
-    "a sum beyond F32": (lambda: _frames.pack_table(np.array([1e39])), "expected finite sums"),
-    "half a step": (lambda: _frames.unpack_steps(bytes(12), 4, 9), "expected up to 9 steps"),
-    "too many steps": (lambda: _frames.unpack_steps(bytes(24), 4, 2), "expected up to 2 steps"),
-    "a seed out of range": (
-        lambda: _frames.unpack_steps(bytes.fromhex("04000000 0000803f"), 4, 2),
-        "expected seeds from 0 to 3",
-    ),
-    "an infinite scalar": (
-        lambda: _frames.unpack_steps(bytes.fromhex("00000000 0000807f"), 4, 2),
-        "expected finite scalars",
-    ),
-}
-
-
-@pytest.mark.parametrize(("read", "said"), BAD_FRAMES.values(), ids=BAD_FRAMES)
-def test_a_bad_frame_is_refused_by_name(read: Callable[[], object], said: str) -> None:
-    with pytest.raises(ProtocolError, match=said):
-        read()
