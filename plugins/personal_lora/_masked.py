@@ -7,7 +7,8 @@
     masked   after the local steps: its values with its weight inside, masked; then its figures, in plain
     reveal   who dropped and who stayed comes; a share of each goes
     no       from a member in place of any of these: it leaves the round
-    out      to a member that said no, or said something that cannot be: it is out of the round
+    out      to a member that said no, or said something that cannot be before it was asked to reveal: it
+             is out of the round
 
 A member that is out trains nothing more in this round and takes part in the next one. All keys are made for
 one round of one run: a run that goes on from a checkpoint makes others. What they are bound to (`context`)
@@ -42,6 +43,7 @@ from ._rank import Arrays, Rank
 
 log = logging.getLogger(__name__)
 REVEALED = "revealed.jsonl"  # in a member's folder: [round, ranks that stayed], one a line
+SAID_NO = "mask-no"
 Refused = (ConfigError, PolicyViolation, ProtocolError)  # what costs one member its part in a round
 
 
@@ -218,19 +220,21 @@ class MaskedServer:
         """Hear every member that takes part in a step; those that said what can be."""
         found = []
         for rank in self._unmasker.missing():
-            with self._or_out(rank):
+            with self._or_out(rank, is_awaited=kind != "reveal"):
                 _, frames = _answer(self._rank.link(rank), self._number, kind)
                 take(rank, frames)
                 found.append(rank)
         return found
 
     @contextmanager
-    def _or_out(self, rank: int) -> Iterator[None]:
+    def _or_out(self, rank: int, is_awaited: bool = True) -> Iterator[None]:
+        """What a member said wrong costs it the round. `is_awaited`: does it wait for more in this one?"""
         try:
             yield
         except Refused as error:
             self._refuse(self._number, rank, error)
-            self._rank.link(rank).send("out", [self._number], {}, [])
+            if is_awaited or error.code == SAID_NO:
+                self._rank.link(rank).send("out", [self._number], {}, [])
 
     def _say(
         self,
@@ -269,7 +273,9 @@ def _answer(link: Link, number: int, kind: str) -> tuple[dict[str, Any], list[me
         if not is_stale(header, number):
             break
     if header.get("k") != kind or header.get("at") != [number]:
-        raise ProtocolError(f"expected {kind} of rank {link.other}, got {str(header.get('k'))[:16]}")
+        said = str(header.get("k"))[:16]
+        code = SAID_NO if said == "no" else "mask-step"
+        raise ProtocolError(f"expected {kind} of rank {link.other}, got {said}", code=code)
     return header, frames
 
 
