@@ -3,6 +3,8 @@
 `_rounds.masking` is the protocol and says what it promises; here are its steps as messages of a round:
 
     keys     before the local steps a member sends its keys; all of them come back, with their ranks
+    same     from a member to each of these, on a link of their own: a digest of the keys that came. A server
+             that gave a member keys of its own in place of another's is found out before anything is masked
     shares   what it sealed for each of these; what each sealed for it comes back
     masked   after the local steps: its values with its weight inside, masked; then its figures, in plain
     reveal   who dropped and who stayed comes; a share of each goes
@@ -19,6 +21,7 @@ together: the mean of many that learned nothing and one that did would be that o
 from __future__ import annotations
 
 import hashlib
+import hmac
 import json
 import logging
 import os
@@ -79,7 +82,10 @@ class MaskedMember:
         self._say("keys", self._masker.keys())
         header, frames = self._hear("keys")
         with self._or_leave():
-            dealt = self._masker.shares(_by_rank(_ranks(header), frames, KEYS_BYTES))
+            keys = _by_rank(_ranks(header), frames, KEYS_BYTES)
+            digest = self._tell_others(keys)
+            dealt = self._masker.shares(keys)
+            self._compare(keys, digest)
         self._say("shares", b"".join(dealt.values()))  # in the order of ranks
         header, frames = self._hear("shares")
         with self._or_leave():
@@ -105,6 +111,25 @@ class MaskedMember:
             shares = self._masker.reveal(dropped, stayed)
             keep_revealed(Path(self._rank.spec.state_folder) / REVEALED, self._number, stayed)
         self._say("reveal", b"".join(shares.values()))
+
+    def _tell_others(self, keys: Mapping[int, bytes]) -> bytes:
+        """The digest of all keys, which the members with keys now have of this one."""
+        digest = hashlib.sha256(json.dumps(list(keys)).encode() + b"".join(keys.values())).digest()
+        for other in keys:
+            if other != self._rank.rank and other < self._rank.server:
+                self._rank.link(other).send("same", [self._number], {}, [digest])
+        return digest
+
+    def _compare(self, keys: Mapping[int, bytes], digest: bytes) -> None:
+        """ProtocolError (mask-keys) where another member was given other keys."""
+        for other in keys:
+            if other != self._rank.rank:
+                _, frames = _answer(self._rank.link(other), self._number, "same")
+                if not hmac.compare_digest(_one(frames), digest):
+                    raise ProtocolError(
+                        f"expected the same keys at all members; {self._rank.name(other)} has others",
+                        code="mask-keys",
+                    )
 
     def _say(self, kind: str, *frames: bytes) -> None:
         self._link.send(kind, [self._number], {}, list(frames))
@@ -189,6 +214,7 @@ class MaskedServer:
         dealers = self._each(
             "shares", lambda rank, frames: unmasker.add_shares(rank, _by_rank(keys, frames, SEALED_BYTES))
         )
+        self._terms.need(dealers, "that dealt shares")
         self._say(
             "shares",
             dealers,

@@ -5,7 +5,7 @@
     told   [round]   one frame: a member's `FIGURES` of the round; the last one has no `up`
     mask   [round]   one frame, a bit for each value: after values that say `thin`, which of them came; what
                      did not is 0 in a download, and in an update as it was loaded
-    keys, shares, masked, reveal [round]   of a masked sum (`_masked`), in place of `up`
+    keys, same, shares, masked, reveal [round]   of a masked sum (`_masked`), in place of `up`
     extras [round]   words `arrays`, [name, dtype, shape] each, and their frames: what a method needs beside
                      factors, after a download or an update that says `extras`
 
@@ -31,6 +31,7 @@ FIGURES = ("loss", "targets", "tokens", "seconds", "eval_loss", "eval_targets", 
 SIZES = {"f4": 4, "f8": 8, "i4": 4, "i8": 8, "u1": 1, "b1": 1}  # bytes of a value, by numpy's name
 SUMS = ("sums", "f4", ("seeds",))  # what members mask where a method sends no factors: an extra
 KEYS_BYTES, SEALED_BYTES, SHARE_BYTES = 96, 212, 66  # as `_rounds.masks` and `shamir` have them
+DIGEST_BYTES = 32
 WEIGHT_MOST = 1 << 20  # rows that a masked update counts for at most, where the job says nothing
 Shapes = Sequence[tuple[int, int]]  # of each adapted layer: how many values it gives and takes
 
@@ -112,6 +113,7 @@ def masked_bytes(job: Job, round: int, travels: Travels, r: int, shapes: Shapes)
         return message_bytes({"k": kind, "at": [round], **words}, [size] if size else [])
 
     keys = step("keys", KEYS_BYTES) + step("keys", n * KEYS_BYTES, ranks=ranks)
+    keys += (n - 1) * step("same", DIGEST_BYTES)
     shares = step("shares", n * SEALED_BYTES) + step("shares", n * SEALED_BYTES, ranks=ranks)
     reveal = step("reveal", dropped=[], stayed=ranks) + step("reveal", n * SHARE_BYTES)
     values = masked_values(job, travels.up, r, shapes)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from edged_plugins._rounds import masks, shamir
 from edged_plugins._rounds.fixed_point import FixedPoint
+from edged_plugins._rounds.masking import Masker
 from edged_plugins._tensors.adapters import read_peft
 from edged_plugins.personal_lora import _messages
 from edged_plugins.personal_lora._masked import REVEALED, keep_revealed
@@ -333,6 +334,20 @@ def test_members_whom_a_server_sent_unlike_adapters_do_not_mask_together(tiny: A
     server = run_threads(plan, keep="messages", changes={3: lies})[-1]
     assert isinstance(server.error, PolicyViolation)
     assert "masked" not in {header["k"] for _, header, _ in server.received}
+
+
+def test_a_server_that_gives_a_member_keys_of_its_own_is_found_out(tiny: Any, tmp_path: Path) -> None:
+    """It would know every mask of a member to whom it is all the others."""
+    plan = federated(tiny("llama")[1], tmp_path, clients=THREE, local_steps=1, masked=True)
+    terms = masks.Terms((0, 1, 2), 1, FixedPoint(3, 1.0, 1.0), b"another")
+
+    def lies(send: Send, to: int, header: dict[str, Any], frames: Any) -> None:
+        [keys] = map(bytes, frames)
+        send(to, header, [keys[:96] + Masker(terms, 1).keys() + keys[192:] if to == 0 else keys])
+
+    server = run_threads(plan, keep="messages", changes={3: wrongly(lies, "keys")})[-1]
+    assert isinstance(server.error, PolicyViolation)
+    assert {header["k"] for _, header, _ in server.received} == {"hello", "keys", "no"}
 
 
 # --- going on -------------------------------------------------------------------------------------
