@@ -25,6 +25,7 @@ import hmac
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -39,7 +40,7 @@ from .._rounds.masking import Masker
 from .._rounds.masks import Terms
 from .._rounds.unmasking import Unmasker
 from .._training.link import Link
-from .._training.sizes import pieces
+from .._training.sizes import message_bytes, pieces
 from . import _messages
 from ._messages import KEYS_BYTES, SEALED_BYTES, SHARE_BYTES
 from ._rank import Arrays, Rank
@@ -202,7 +203,10 @@ class MaskedServer:
         self._rank, self._number, self._terms = rank, number, terms
         self._gather, self._told, self._refuse = gather, told, refuse
         self._unmasker = Unmasker(terms)
-        self.told: dict[int, dict[str, float]] = {}  # figures of those whose values are in the sum
+        self._said: Counter[int] = Counter()  # bytes, by rank
+        self.told: dict[
+            int, dict[str, float]
+        ] = {}  # figures of those whose values are in the sum, and "said"
 
     def mean(self) -> tuple[np.ndarray, float]:
         """The weighted mean (v,) F64, and the sum of the weights. PolicyViolation (mask-few) where too few
@@ -226,9 +230,13 @@ class MaskedServer:
                 self._add_masked(rank)
         dropped, stayed = unmasker.outcome()
         self._say("reveal", stayed, {"dropped": list(dropped), "stayed": list(stayed)}, lambda rank: [])
-        self._each(
+        revealed = self._each(
             "reveal", lambda rank, frames: unmasker.add_revealed(rank, _by_rank(dealers, frames, SHARE_BYTES))
         )
+        size = message_bytes({"k": "reveal", "at": [number]}, [SHARE_BYTES * len(dealers)])
+        for rank, figures in self.told.items():
+            figures["sent"] += size if rank in revealed else 0  # after what a member could tell of itself
+            figures["said"] = float(self._said[rank])
         with self._rank.computing():
             mean, weight = unmasker.sum()
         log.info("masked sum", extra={"round": number, "stayed": len(stayed), "dropped": len(dropped)})
@@ -270,7 +278,9 @@ class MaskedServer:
         frames: Callable[[int], list[bytes]],
     ) -> None:
         for rank in ranks:
+            before = self._rank.bytes_sent
             self._rank.link(rank).send(kind, [self._number], words, frames(rank))
+            self._said[rank] += self._rank.bytes_sent - before
 
 
 def unmasked(rank: Rank, sides: str, loaded: Factors, values: np.ndarray) -> tuple[Arrays, dict[str, Any]]:

@@ -77,7 +77,7 @@ class Member(Rank):
 
     def _take_part(self, number: int) -> None:
         """In the round of all; Left where its sum is masked, and this member is out of it."""
-        frozen, before = self._load(number), self._bytes()
+        frozen, before = self._load(number), self.bytes_sent
         masked = self._masked(number, frozen) if self.job.masked else None
         if masked is not None:
             masked.agree()
@@ -97,7 +97,7 @@ class Member(Rank):
             arrays = [np.asarray(extras[name], "<f4").ravel() for name in sorted(extras)]
             values = np.concatenate([self.flat(factors, sides), *arrays])
             masked.send(values, float(min(self.rows.count, _messages.weight_most(self.job))))
-        self._tell(number, [*trained, *evaluated, 0.0, float(self._bytes() - before)])
+        self._tell(number, [*trained, *evaluated, 0.0, float(self.bytes_sent - before)])
         if masked is not None:
             masked.reveal()
 
@@ -135,9 +135,6 @@ class Member(Rank):
             self._keep()
             report("kept", number, {"own_loss": own / max(1.0, evaluated[1]), **said})
         self._tell(number, [0.0, 0.0, 0.0, 0.0, *evaluated, own, 0.0])
-
-    def _bytes(self) -> int:
-        return int(getattr(self.channel, "bytes_sent", 0))
 
     def _tell(self, number: int, figures: list[float]) -> None:
         self.link(self.server).send("told", [number], {}, [np.array(figures, "<f8").tobytes()])

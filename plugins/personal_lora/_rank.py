@@ -82,6 +82,11 @@ class Rank(abc.ABC):
         return dict(self.spec.settings) | dict(self.job.options)
 
     @property
+    def bytes_sent(self) -> int:
+        """Of this rank, over all its links."""
+        return int(getattr(self.channel, "bytes_sent", 0))
+
+    @property
     def neighbours(self) -> Sequence[int]:
         return [self.server] if self.rank < self.server else range(self.server)
 

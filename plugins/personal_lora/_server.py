@@ -72,7 +72,9 @@ class Server(Rank):
         meter = Residual()
         take = self._take_masked if self.job.masked else self._take
         told = take(number, frozen, meter)
-        values |= {f"up_{rank}": figures["sent"] for rank, figures in told.items()}
+        for rank, figures in told.items():
+            values[f"up_{rank}"] = figures["sent"]
+            values[f"down_{rank}"] += figures.get("said", 0.0)
         with self.computing():
             self.aggregator.finish()
             residual = meter.of([(m, self.aggregator.download(m)) for m in self.members])
@@ -147,15 +149,12 @@ class Server(Rank):
         mask = values != 0
         values = values[mask] if is_thin else values
         words = _messages.down(number, start, frozen, stack, values.size, len(download.extras), int(is_thin))
-        before = self._bytes()
+        before = self.bytes_sent
         self.link(member.rank).send_values("down", [number], own_words(words), values)
         if is_thin:
             self.send_mask(member.rank, number, mask)
         self.send_extras(member.rank, number, download.extras)
-        return self._bytes() - before
-
-    def _bytes(self) -> int:
-        return int(getattr(self.channel, "bytes_sent", 0))
+        return self.bytes_sent - before
 
     def _refuse(self, number: int, rank: int, error: Exception) -> None:
         """An update that cannot be used costs itself: it is counted, and the round goes on."""

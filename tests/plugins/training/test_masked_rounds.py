@@ -15,6 +15,7 @@ from edged_plugins._rounds.fixed_point import FixedPoint
 from edged_plugins._rounds.masking import Masker
 from edged_plugins._tensors.adapters import read_peft
 from edged_plugins.personal_lora import _messages
+from edged_plugins.personal_lora._job import read
 from edged_plugins.personal_lora._masked import REVEALED, keep_revealed
 from rig import Outcome, Planned, finished, kept_by, raised, run_threads
 from rounds_rig import AGGREGATORS, TRAINING, federated
@@ -160,6 +161,15 @@ def test_the_bytes_of_a_masked_job_are_predicted(
     ran = processes.run(plan)
     finished(ran.outcomes)
     assert plan.predicted_bytes(ran.outcomes) == pytest.approx(ran.bytes, rel=0.01)
+    job, server = read(plan.plan.settings), ran.outcomes[-1]
+    shapes = server.survey["shapes"]
+    for number, values in [(at, values) for kind, at, values in server.reports if kind == "step"]:
+        travels = _messages.travels_of(AGGREGATORS[method], number, [4, 4, 4])
+        expected = _messages.down_bytes(job, number, travels, 4, shapes)
+        expected += _messages.masked_bytes(job, number, travels, 4, shapes)
+        for rank in range(3):
+            told = values[f"up_{rank}"] + values[f"down_{rank}"]
+            assert told == pytest.approx(expected, rel=0.01)
 
 
 def test_the_sizes_of_the_prediction_are_those_of_the_protocol() -> None:
