@@ -609,7 +609,9 @@ class AggregatorEntry:
     load: "package.module:attribute", in a worker: load(settings, start, members) -> Aggregator, where
         `settings` are the job's and `start` the Factors that it begins with, at the largest r of any member
     keys: of a job's file that only it reads
-    is_sum: is what it makes a weighted sum of the updates? Then members may mask them.
+    is_sum: is what it makes a weighted sum of the updates? Then members may mask them: of all it gets one
+        update, their mean. A LocalPart that sends no factors then makes one extra, "sums" (seeds,) F32,
+        where the settings say `masked`.
     unlike_ranks: may members have adapters of unlike r?
     bytes_kept(cohort, values): memory of the server for so many updates of so many values; None: that of
         one state, whatever the cohort

@@ -35,7 +35,7 @@ What does not, and what the caller must see to:
 - keys must come over each member's own connection. A server that relays them could put in its own.
 - nobody can look at a masked value: a member can spoil the mean with any numbers. Values beyond the clip are
   cut by an honest member only. Sums of unlike groups of the same values tell the difference: once a member
-  has revealed for a round, it masks no values of that round again.
+  has revealed for a round, it masks no values of that round again, or reveals them with the same group only.
 - the mean itself tells something of each member, more so if few take part; noise is another matter.
 
 A Masker is used for one round; it is never stored. A member that starts again in mid-round has dropped out.

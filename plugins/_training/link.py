@@ -88,7 +88,7 @@ class Link:
         ends = list(itertools.accumulate(pieces(joined.nbytes), initial=0))
         for number, (first, last) in enumerate(itertools.pairwise(ends)):
             at = [*place, number] if number else place
-            self.send(kind, at, {} if number else words, [joined[first:last]])
+            self.send(kind, at, {} if number else words, [joined[first:last]] if last > first else [])
 
     def receive_values(
         self,
@@ -105,11 +105,11 @@ class Link:
         for number, size in enumerate(pieces(4 * count)):
             if number:
                 _, frames = self.receive(kind, [*place, number])
-            if [frame.nbytes for frame in frames] != [size]:
+            if [frame.nbytes for frame in frames] != ([size] if size else []):
                 raise ProtocolError(
                     f"expected {kind} of {name} in frames of {size} bytes, for {count} values"
                 )
-            joined += frames[0]
+            joined += b"".join(frames)
         values = np.frombuffer(joined, "<f4").astype(np.float32, copy=False) if joined else _NONE
         if not np.isfinite(values).all():
             raise ProtocolError(f"expected {kind} of {name} in finite values; some are not")

@@ -48,7 +48,7 @@ def link_s(nodes: Mapping[str, NodeView], a: str, b: str, size: float) -> float 
 def values_bytes(header: Mapping[str, Any], count: int) -> int:
     """Of an adapter's values in messages of a piece each; the first has the header's words."""
     first, *others = pieces(F32 * count)
-    total = message_bytes(header, [first])
+    total = message_bytes(header, [first] if first else [])
     for number, size in enumerate(others, 1):
         total += message_bytes({"k": header["k"], "at": [*header["at"], number]}, [size])
     return total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ CLIENTS_MAX = 32
 LOSSES = ("answer", "all")
 WEIGHTS = ("f32", "bf16")
 PERSONAL = ("none", "dual", "ditto")
+MASKED_LEAST = 3
 CLIENT_KEYS = ("node", "data", "r", "alpha", "method", "learning_rate", "weight")
 
 
@@ -72,6 +73,10 @@ class Job:
     fusion_rows: int = key(8, "dual: rows of its own on which a client weighs both adapters at the end")
     fusion_tries: int = key(16, "dual: pairs of weights that are tried")
     weight_most: int = key(0, "rows that a client counts for at most; 0: as many as it says")
+    masked: bool = key(
+        False, "the server learns the weighted mean of updates and no single one; of methods that are a sum"
+    )
+    mask_clip: float = key(1.0, "masked: the largest size of a value of an update; more is cut off")
     adapter: str = key("", 'its name; "": the file\'s')
     patience_s: float = key(600.0, "how long a lost node is waited for")
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keys of the method alone
@@ -146,6 +151,7 @@ def check_federated(aggregators: Mapping[str, AggregatorEntry], table: Mapping[s
                 entry.unlike_ranks or len({job.scale_of(rank) for rank in range(len(job.clients))}) == 1,
                 f"one alpha for all clients with {job.method}",
             ),
+            *(_masked_rules(aggregators, job) if job.masked else ()),
         ]
     )
     return to_table(job)
@@ -244,6 +250,7 @@ def _rules(job: Job) -> list[file.Rule]:
         ),
         least("seed", 0, 2**31 - 1),
         (0 < job.learning_rate < 10, f"learning_rate above 0 and below 10; {job.learning_rate!r} came"),
+        (0 < job.mask_clip <= 1e6, f"mask_clip above 0, up to 1e6; {job.mask_clip!r} came"),
         (0 < job.alpha < 1e6, f"alpha above 0; {job.alpha!r} came"),
         (0 <= job.dropout < 1, f"dropout from 0 to below 1; {job.dropout!r} came"),
         (
@@ -257,5 +264,24 @@ def _rules(job: Job) -> list[file.Rule]:
     ]
 
 
-def client_names(job: Job) -> Sequence[str]:
-    return [client.node for client in job.clients]
+def _masked_rules(aggregators: Mapping[str, AggregatorEntry], job: Job) -> list[file.Rule]:
+    sums = ", ".join(sorted(name for name, entry in aggregators.items() if entry.is_sum))
+    return [
+        (
+            aggregators[job.method].is_sum,
+            f"with masked = true a method that needs no more than the sum of updates: {sums}; "
+            f"{job.method} does",
+        ),
+        (
+            len(job.clients) >= MASKED_LEAST,
+            f"at least {MASKED_LEAST} clients with masked = true; of two, each learns the other's update",
+        ),
+        (
+            not any(job.joins(rank) for rank in range(len(job.clients))),
+            "the job's method of every client with masked = true: all sums are of one kind",
+        ),
+        (
+            job.options.get("seed_sampling") != "amplitude",
+            "seed_sampling = uniform with masked = true; amplitudes are of single updates",
+        ),
+    ]

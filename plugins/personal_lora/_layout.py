@@ -28,6 +28,7 @@ from ._messages import bytes_sent
 
 ANSWER_PART = 0.5  # of the positions, before the rows are known
 SERVER_BYTES = 64 << 20
+MASKED_SERVER, MASKED_MEMBER = 32, 40  # bytes of a value: integers of 8, their sum or mask, and F64 beside
 
 
 def plan(
@@ -116,6 +117,7 @@ def memory_bytes(
         values = _values(job, model, job.r_most)
         kept = aggregators[job.method].bytes_kept
         more = kept(len(job.clients), values) if kept else 0
+        more += MASKED_SERVER * values if job.masked else 0
         return round(WORKER_BYTES + SERVER_BYTES + 10 * F32 * values + more)
     positions = job.batch_size * job.max_length
     weight = 2 if job.weights == "bf16" else F32
@@ -125,7 +127,8 @@ def memory_bytes(
     saved = model.layers * model.hidden + saved if job.gradient_checkpointing else model.layers * saved
     total += F32 * positions * saved
     total += 3 * F32 * positions * (ANSWER_PART if job.loss_on == "answer" else 1) * model.vocab
-    return round(total + 8 * F32 * _values(job, model, job.r_of(rank)))
+    of_value = 8 * F32 + (MASKED_MEMBER if job.masked else 0)
+    return round(total + of_value * _values(job, model, job.r_of(rank)))
 
 
 def _values(job: Job, model: ModelDescription, r: int) -> int:

@@ -7,6 +7,7 @@ the figure of its held-out loss.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,6 +23,7 @@ from .._training.rows import Rows, seed_of
 from . import _messages
 from ._fusion import fuse, joined
 from ._local import Local
+from ._masked import Left, MaskedMember, terms_of
 from ._rank import PREFIX, THIN_UP, Arrays, Rank, Report, own_words, resolve, write_adapter
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's own
@@ -75,7 +77,17 @@ class Member(Rank):
     def round(self, number: int, report: Report) -> None:
         if self.job.keeps == "dual" and self._personal is None:
             self._personal = self._alone(0)
-        frozen = self._load(number)
+        with contextlib.suppress(Left):
+            self._take_part(number)
+        if self.job.keeps == "ditto":
+            self._personal = self._alone(number)
+
+    def _take_part(self, number: int) -> None:
+        """In the round of all; Left where its sum is masked, and this member is out of it."""
+        frozen, before = self._load(number), self.bytes_sent
+        masked = self._masked(number, frozen) if self.job.masked else None
+        if masked is not None:
+            masked.agree()
         with self.computing():
             evaluated = self._evaluate() if self._is_due(number) else (0.0, 0.0)
             trained = self._train(number, frozen)
@@ -87,19 +99,32 @@ class Member(Rank):
         else:
             extras = self._found
             sides = sides if self._has_factors and not self.job.joins(self.rank) else ""
-        self._trained = factors
+        if masked is None:
+            self._send(number, factors, sides, extras)
+        else:
+            arrays = [np.asarray(extras[name], "<f4").ravel() for name in sorted(extras)]
+            values = np.concatenate([self.flat(factors, sides), *arrays])
+            masked.send(values, float(min(self.weight, _messages.weight_most(self.job))))
+        self._tell(number, [*trained, *evaluated, 0.0, float(self.bytes_sent - before)])
+        if masked is not None:
+            masked.reveal()
+
+    def _masked(self, number: int, frozen: str) -> MaskedMember:
+        """Of a round, by what was loaded for it."""
+        sides = "".join(side for side in "AB" if side != frozen) if self._has_factors else ""
+        terms = terms_of(self, number, sides, self._given, self._extras)
+        return MaskedMember(self, number, terms)
+
+    def _send(self, number: int, factors: Arrays, sides: str, extras: Mapping[str, np.ndarray]) -> None:
+        """This member's update."""
         values = self.flat(factors, sides)
         mask = values != self.flat(self._loaded, sides)
         values = values[mask] if self._is_thin else values
         words = _messages.up(number, self.weight, values.size, len(extras), int(self._is_thin))
-        link, before = self.link(self.server), self._bytes()
-        link.send_values("up", [number], own_words(words), values)
+        self.link(self.server).send_values("up", [number], own_words(words), values)
         if self._is_thin:
             self.send_mask(self.server, number, mask)
         self.send_extras(self.server, number, extras)
-        self._tell(number, [*trained, *evaluated, 0.0, float(self._bytes() - before)])
-        if self.job.keeps == "ditto":
-            self._personal = self._alone(number)
 
     def finish(self, report: Report) -> None:
         """What the last round made: loaded, evaluated, and weighed against what is this member's own."""
@@ -119,9 +144,6 @@ class Member(Rank):
             report("kept", number, {"own_loss": own / max(1.0, evaluated[1]), **said})
         self._tell(number, [0.0, 0.0, 0.0, 0.0, *evaluated, own, 0.0])
 
-    def _bytes(self) -> int:
-        return int(getattr(self.channel, "bytes_sent", 0))
-
     def _tell(self, number: int, figures: list[float]) -> None:
         self.link(self.server).send("told", [number], {}, [np.array(figures, "<f8").tobytes()])
 
@@ -139,6 +161,8 @@ class Member(Rank):
                 raise ProtocolError(f"expected sides of an adapter from {self.name(self.server)}")
             if type(stack) is not int or not 0 <= stack <= STACK_MOST:
                 raise ProtocolError(f"expected a rank to merge up to {STACK_MOST}; {str(stack)[:20]} came")
+            if stack and self.job.masked:  # a server could give it to one alone
+                raise ProtocolError(f"expected nothing to merge from {self.name(self.server)}: it is masked")
             said.update(start=start, frozen=frozen, stack=stack, has=start != "none")
             come = _come(start)
             count = _messages.values_of("AB", stack, self.shapes)
@@ -163,9 +187,9 @@ class Member(Rank):
             for name, start in self._start.items()
         }
         self._has_factors = bool(said["has"])
+        self._given, self._extras = self._loaded if self._has_factors else {}, extras
         if self._local is not None:
-            given = self._loaded if self._has_factors else {}
-            self._loaded = dict(self._local.begin(Download(given, extras=extras)))
+            self._loaded = dict(self._local.begin(Download(self._given, extras=extras)))
         self._set(self._loaded)
         self._is_thin = any(word in extras for word in THIN_UP)
         self._part = Local(Download(self._loaded, extras=extras), self._own, str(said["frozen"]))

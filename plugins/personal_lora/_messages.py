@@ -5,6 +5,7 @@
     told   [round]   one frame: a member's `FIGURES` of the round; the last one has no `up`
     mask   [round]   one frame, a bit for each value: after values that say `thin`, which of them came; what
                      did not is 0 in a download, and in an update as it was loaded
+    keys, same, shares, masked, reveal [round]   of a masked sum (`_masked`), in place of `up`
     extras [round]   words `arrays`, [name, dtype, shape] each, and their frames: what a method needs beside
                      factors, after a download or an update that says `extras`
 
@@ -28,6 +29,10 @@ from ._job import Job
 
 FIGURES = ("loss", "targets", "tokens", "seconds", "eval_loss", "eval_targets", "own_loss", "sent")  # F64
 SIZES = {"u2": 2, "f4": 4, "f8": 8, "i4": 4, "i8": 8, "u1": 1, "b1": 1}  # bytes of a value, by numpy's name
+SUMS = ("sums", "f4", ("seeds",))  # what members mask where a method sends no factors: an extra
+KEYS_BYTES, SEALED_BYTES, SHARE_BYTES = 96, 212, 66  # as `_rounds.masks` and `shamir` have them
+DIGEST_BYTES = 32
+WEIGHT_MOST = 1 << 20  # rows that a masked update counts for at most, where the job says nothing
 Shapes = Sequence[tuple[int, int]]  # of each adapted layer: how many values it gives and takes
 
 
@@ -98,6 +103,32 @@ def up_bytes(job: Job, round: int, travels: Travels, r: int, weight: int, shapes
     return values_bytes(header, sent) + more + extras_bytes(round, extras)
 
 
+def weight_most(job: Job) -> int:
+    """Rows that a member of a masked sum counts for at most."""
+    return job.weight_most or WEIGHT_MOST
+
+
+def masked_values(job: Job, sides: str, r: int, shapes: Shapes) -> int:
+    """Values that a member masks: of the sides it trains, or a sum for each seed."""
+    return values_of(sides, r, shapes) if sides else math.prod(int(job.options[name]) for name in SUMS[2])
+
+
+def masked_bytes(job: Job, round: int, travels: Travels, r: int, shapes: Shapes) -> int:
+    """Of a member's part in a masked sum, both ways, where nobody drops out."""
+    n = len(job.clients)
+    ranks = list(range(n))
+
+    def step(kind: str, size: int = 0, **words: Any) -> int:
+        return message_bytes({"k": kind, "at": [round], **words}, [size] if size else [])
+
+    keys = step("keys", KEYS_BYTES) + step("keys", n * KEYS_BYTES, ranks=ranks)
+    keys += (n - 1) * step("same", DIGEST_BYTES)
+    shares = step("shares", n * SEALED_BYTES) + step("shares", n * SEALED_BYTES, ranks=ranks)
+    reveal = step("reveal", dropped=[], stayed=ranks) + step("reveal", n * SHARE_BYTES)
+    values = masked_values(job, travels.up, r, shapes)
+    return keys + shares + reveal + values_bytes({"k": "masked", "at": [round]}, 2 * (values + 1))
+
+
 def _part(job: Job, key: str, round: int, count: int) -> tuple[int, int]:
     """Values that are sent of `count`, and the bytes of their mask."""
     if not key:
@@ -140,7 +171,9 @@ def bytes_sent(
         stacked += travels.stack
         for rank, r in enumerate(ranks):
             total += down_bytes(job, round, travels, r, shapes) + told_bytes(round)
-            if round < job.rounds:
+            if round < job.rounds and job.masked:
+                total += masked_bytes(job, round, travels, r, shapes)
+            elif round < job.rounds:
                 joins = job.joins(rank)
                 sent = travels_of(entries[joins], round, ranks) if joins else travels
                 total += up_bytes(job, round, sent, r, surveys[rank]["weight"], shapes)

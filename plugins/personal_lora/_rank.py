@@ -82,6 +82,11 @@ class Rank(abc.ABC):
         return dict(self.spec.settings) | dict(self.job.options)
 
     @property
+    def bytes_sent(self) -> int:
+        """Of this rank, over all its links."""
+        return int(getattr(self.channel, "bytes_sent", 0))
+
+    @property
     def neighbours(self) -> Sequence[int]:
         return [self.server] if self.rank < self.server else range(self.server)
 
@@ -146,10 +151,14 @@ class Rank(abc.ABC):
             return self.job.clients[rank].node or "the submitting node"
         return self.job.server if rank == self.server else self.spec.roles[rank].node_id[:8]
 
+    def hello(self) -> dict[str, Any]:
+        """What this rank trains, and by which words."""
+        settings = json.dumps(dict(self.spec.settings), sort_keys=True)
+        return _messages.hello(hashlib.sha256(settings.encode()).hexdigest(), self.spec.model_sha256)
+
     def _shake_hands(self) -> None:
         """Server and member must train the same model by the same words."""
-        settings = json.dumps(dict(self.spec.settings), sort_keys=True)
-        mine = _messages.hello(hashlib.sha256(settings.encode()).hexdigest(), self.spec.model_sha256)
+        mine = self.hello()
         words = {key: value for key, value in mine.items() if key not in ("k", "at")}
         for other in self.neighbours:
             self.link(other).send("hello", [], words, [])

@@ -18,7 +18,6 @@ import torch
 from edged import (
     ConfigError,
     Download,
-    EdgedError,
     EngineError,
     Member,
     PeerError,
@@ -29,6 +28,7 @@ from edged import (
 
 from .._training.link import Gathered, Link
 from . import _messages
+from ._masked import MaskedServer, is_stale, terms_of, unmasked
 from ._rank import THIN_DOWN, THIN_UP, Arrays, Rank, Report, own_words, resolve, write_adapter
 from ._residual import Residual
 
@@ -69,23 +69,16 @@ class Server(Rank):
         values: dict[str, float] = {
             f"down_{m.rank}": float(self._send(number, m, frozen)) for m in self.members
         }
-        meter, told = Residual(), {}
-        for member in self.members:
-            try:
-                update, figures = self._receive(number, member, frozen)
-                with self.computing():
-                    self.aggregator.add(update)
-                    if update.factors:
-                        meter.add(update)
-            except (ConfigError, PolicyViolation, ProtocolError) as error:
-                self._refuse(number, member, error)
-                continue
-            told[member.rank] = figures
-            values[f"up_{member.rank}"] = figures["sent"]
+        meter = Residual()
+        take = self._take_masked if self.job.masked else self._take
+        told = take(number, frozen, meter)
+        for rank, figures in told.items():
+            values[f"up_{rank}"] = figures["sent"]
+            values[f"down_{rank}"] += figures.get("said", 0.0)
         with self.computing():
             self.aggregator.finish()
             residual = meter.of([(m, self.aggregator.download(m)) for m in self.members])
-        if math.isfinite(residual):  # there is none of sums of scalars
+        if math.isfinite(residual):  # there is none of sums of scalars, or where updates are masked
             values["residual"] = residual
         self._tell_eval(number, told, report)
         targets = sum(figures["targets"] for figures in told.values())
@@ -100,6 +93,35 @@ class Server(Rank):
         if not math.isfinite(values["loss"]):
             raise EngineError(f"round {number}: expected finite losses of its members", code="nan-loss")
         report("step", number, values)
+
+    def _take(self, number: int, frozen: str, meter: Residual) -> dict[int, dict[str, float]]:
+        """Add every member's update; figures by rank."""
+        told = {}
+        for member in self.members:
+            try:
+                update, figures = self._receive(number, member, frozen)
+                with self.computing():
+                    self.aggregator.add(update)
+                    if update.factors:
+                        meter.add(update)
+            except (ConfigError, PolicyViolation, ProtocolError) as error:
+                self._refuse(number, member.rank, error)
+                continue
+            told[member.rank] = figures
+        return told
+
+    def _take_masked(self, number: int, frozen: str, meter: Residual) -> dict[int, dict[str, float]]:
+        """Add the mean of all members' updates, of which nobody sees one; figures by rank."""
+        download = self.aggregator.download(self.members[0])
+        loaded = download.factors
+        sides = "".join(side for side in "AB" if side != frozen) if loaded else ""
+        terms = terms_of(self, number, sides, loaded, download.extras)
+        masked = MaskedServer(self, number, terms, self._gather, self._told, self._refuse)
+        mean, weight = masked.mean()
+        with self.computing():
+            factors, extras = unmasked(self, sides, loaded, mean.astype("<f4"))
+            self.aggregator.add(Update(self.members[0], number, weight, factors, extras))
+        return masked.told
 
     def _send(self, number: int, member: Member, frozen: str) -> int:
         """A member's download; bytes that it took."""
@@ -127,22 +149,19 @@ class Server(Rank):
         mask = values != 0
         values = values[mask] if is_thin else values
         words = _messages.down(number, start, frozen, stack, values.size, len(download.extras), int(is_thin))
-        before = self._bytes()
+        before = self.bytes_sent
         self.link(member.rank).send_values("down", [number], own_words(words), values)
         if is_thin:
             self.send_mask(member.rank, number, mask)
         self.send_extras(member.rank, number, download.extras)
-        return self._bytes() - before
+        return self.bytes_sent - before
 
-    def _bytes(self) -> int:
-        return int(getattr(self.channel, "bytes_sent", 0))
-
-    def _refuse(self, number: int, member: Member, error: EdgedError) -> None:
+    def _refuse(self, number: int, rank: int, error: Exception) -> None:
         """An update that cannot be used costs itself: it is counted, and the round goes on."""
-        self._refused[member.rank] += 1
+        self._refused[rank] += 1
         log.warning(
             "update refused",
-            extra={"round": number, "member": self.name(member.rank), "reason": str(error)[:300]},
+            extra={"round": number, "member": self.name(rank), "reason": str(error)[:300]},
         )
 
     def _gather(self, number: int, rank: int) -> Gathered:
@@ -151,12 +170,11 @@ class Server(Rank):
         link, messages, size = self.link(rank), [], 0
         while True:
             header, frames = link.next()
-            at = header.get("at")
-            if isinstance(at, list) and at and type(at[0]) is int and at[0] < number:
+            if is_stale(header, number):
                 continue
             size += sum(frame.nbytes for frame in frames)
             messages.append((header, frames))
-            if header.get("k") == "told":
+            if header.get("k") in ("told", "no"):
                 return Gathered(link, messages)
             if size > self._most or len(messages) > MESSAGES_MOST:
                 raise PeerError(
@@ -249,7 +267,8 @@ class Server(Rank):
         for member in self.members:
             self._send(number, member, "")
         ranks = [member.rank for member in self.members]
-        self._tell_eval(number, {rank: self._told(self.link(rank), number) for rank in ranks}, report)
+        told = {rank: self._told(self._gather(number, rank), number) for rank in ranks}
+        self._tell_eval(number, told, report)
         made = {
             name: (np.asarray(a, "<f4"), np.asarray(b * scale, "<f4"))
             for name, (a, b, scale) in self.aggregator.adapter().items()

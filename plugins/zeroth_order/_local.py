@@ -22,7 +22,8 @@ Loss = Callable[[int], float]
 
 
 class KSeed:
-    """fedkseed: directions of K seeds that everybody has; a round's seeds and slopes are what is sent."""
+    """fedkseed: directions of K seeds that everybody has; a round's seeds and slopes are what is sent, or
+    where members mask what they send, the sum of slopes for each of K."""
 
     def __init__(self, settings: Mapping[str, Any], start: Factors, rank: int) -> None:
         self._rank, self._seed = rank, int(settings["seed"])
@@ -30,6 +31,7 @@ class KSeed:
         named = {name: np.array(array, np.float32) for name, array in parameters_of(start).items()}
         self._rebuilt = Rebuilt(named, self._seed, self._rate)
         self._chances = np.ones(int(settings["seeds"]))
+        self._is_masked = bool(settings.get("masked", False))
 
     def begin(self, download: Download) -> Factors:
         """The start, moved by the table that came."""
@@ -46,6 +48,9 @@ class KSeed:
             _step(named, loss, number, direction(self._seed, index), self._rate, self._apart)
             for number, index in zip(steps, indices.tolist(), strict=True)
         ]
+        if self._is_masked:
+            sums = np.bincount(indices, slopes, len(self._chances))
+            return {"sums": sums.astype(np.float32)}
         return {"scalars": np.array(slopes, np.float32), "seeds": indices.astype(np.uint16)}
 
 
