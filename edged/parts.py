@@ -123,7 +123,7 @@ def compose(home: Home) -> Parts:
     bearing = Bearing(profile, home.cache, device, supervisor, next(iter(fits), ""))
     peers = Peers(identity, home, profile, host, health)
     aggregators, data = host.registrations("edged_aggregators"), DataStore(home, supervisor)
-    kinds = host.registrations("edged_trainings", aggregators=aggregators)
+    kinds = host.registrations("edged_trainings")
     lending = Lending()
     transfers = Transfers(home, profile, models, lending, peers, supervisor, engines)
     roles = Roles(

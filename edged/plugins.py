@@ -26,6 +26,7 @@ from .types import Candidate, ModelDescription, NodeView, PlanRequest, Strategy
 
 GROUP = "edged"
 log = logging.getLogger(__name__)
+NEEDS = {"edged_trainings": {"aggregators": "edged_aggregators"}}  # of a hook: what other hooks brought
 
 
 @dataclass(slots=True)
@@ -116,9 +117,9 @@ class Host:
 
     # --- calling ---
 
-    def registrations(self, hook: str, **values: Any) -> dict[str, Any]:
-        """All entries of a register hook by name; PluginError on a clash or an exception. `values`: its
-        arguments beside the plugin's settings."""
+    def registrations(self, hook: str) -> dict[str, Any]:
+        """All entries of a register hook by name; PluginError on a clash or an exception."""
+        values = {name: self.registrations(other) for name, other in NEEDS.get(hook, {}).items()}
         found: dict[str, Any] = {}
         owners: dict[str, str] = {}
         for plugin, implementation in self._implementations(hook, "register"):
