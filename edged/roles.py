@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from . import sizes, wire
-from .adapters import AdapterMeta, AdapterStore
+from .adapters import NAME_CHARS_MAX, AdapterMeta, AdapterStore
 from .config import Profile
 from .datasets import DataStore
 from .device import Device
@@ -43,6 +43,7 @@ from .watching import Watch, Watched
 log = logging.getLogger(__name__)
 LOAD_S = 60.0  # plus the time to read the weights
 LOAD_BYTES_S = 20e6  # a slow SD card
+PERSONAL = "-personal"  # after the job's name for an adapter, of one that stays here
 STOPPED_MAX = 64  # a stop overtakes its offer by microseconds
 
 
@@ -237,7 +238,7 @@ class Roles:
             known = ", ".join(sorted(self._trainings)) or "none"
             raise EngineError(
                 f"{self._peers.identity.name} has no training {offered.kind!r}; loaded: {known}",
-                remedy='add "split_learning" to `plugins` there',
+                remedy="add the plugin that brings it to `plugins` there",
             )
         try:
             training.check(offered.settings)
@@ -477,7 +478,8 @@ class Roles:
         if offered is None:
             return
         made = self._state_of(held.coordinator, held.offer, offered) / "kept"
-        name = f"{offered.settings.get('adapter') or offered.job}-personal"
+        stem = str(offered.settings.get("adapter") or offered.job)
+        name = stem[: NAME_CHARS_MAX - len(PERSONAL)] + PERSONAL
         provenance = {"job_id": offered.job, "kind": offered.kind, "steps": body.step, **body.values}
         offer = held.offer
         meta = AdapterMeta(offer.model_sha256, offer.model_name, scope="personal", provenance=provenance)

@@ -609,6 +609,8 @@ class AggregatorEntry:
     load: "package.module:attribute", in a worker: load(settings, start, members) -> Aggregator, where
         `settings` are the job's and `start` the Factors that it begins with, at the largest r of any member
     keys: of a job's file that only it reads
+    check(options): those keys' values, pure; ConfigError names the one that is wrong
+    least(options) -> updates without which there is no round
     is_sum: is what it makes a weighted sum of the updates? Then members may mask them: of all it gets one
         update, their mean. A LocalPart that sends no factors then makes one extra, "sums" (seeds,) F32,
         where the settings say `masked`.
@@ -628,6 +630,8 @@ class AggregatorEntry:
     name: str
     load: str
     keys: Sequence[TrainingKey] = ()
+    check: Callable[[Mapping[str, Any]], None] | None = None
+    least: Callable[[Mapping[str, Any]], int] | None = None
     is_sum: bool = False
     unlike_ranks: bool = False
     local: str = ""
@@ -660,6 +664,7 @@ class Training:
         count, which stands against what the submitter says; None: nothing to count
     load: "package.module:attribute", in a worker: load(spec: TrainingSpec, loaded, channel) -> Trainer, where
         `loaded` is what `engine`'s own `load` made of the model
+    steps_key: of the file, what `steps` of the settings are counted by; a job that goes on may have more
 
     A job's file has `model`, and a list `clients` of tables whose `node` is a member's name or id and whose
     `data` is a data set that its owner offers.
@@ -673,6 +678,7 @@ class Training:
     load: str
     keys: Sequence[TrainingKey] = ()
     memory: Callable[[Mapping[str, Any], ModelDescription, Sequence[Role], int], int] | None = None
+    steps_key: str = "steps"
 
 
 @dataclass(frozen=True, slots=True)

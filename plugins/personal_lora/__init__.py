@@ -9,6 +9,7 @@ This module is light; torch and numpy are loaded by the underscore modules, in a
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -132,13 +133,30 @@ AGGREGATORS: tuple[AggregatorEntry, ...] = (
 )
 
 
+def _check(options: Mapping[str, Any]) -> None:
+    """Of every key that is one of ours; a file may bring those of a member's other method, too."""
+    for name in options:
+        if name in key.LIMITS:
+            key.number(options, TrainingKey(name, options[name], name))
+    key.graph_of(options)
+
+
+def _enough(options: Mapping[str, Any]) -> int:
+    """Krum's: a majority beside its neighbours."""
+    return 2 * int(options["liars"]) + 3
+
+
+def _checked(entry: AggregatorEntry) -> AggregatorEntry:
+    return replace(entry, check=_check, least=_enough if entry.name == "krum" else None)
+
+
 @hookimpl
 def edged_aggregators(settings: Mapping[str, Any]) -> Sequence[AggregatorEntry]:
     if settings:
         raise ConfigError(
             f"no setting plugin.personal_lora.{min(settings)}; it has none", remedy="remove the key"
         )
-    return AGGREGATORS
+    return [_checked(entry) for entry in AGGREGATORS]
 
 
 @hookimpl
@@ -153,5 +171,6 @@ def edged_trainings(aggregators: Mapping[str, AggregatorEntry]) -> Sequence[Trai
             LOAD,
             keys(aggregators),
             partial(memory, aggregators),
+            "rounds",
         )
     ]

@@ -71,6 +71,11 @@ class Products:
             A, B = self._sums.pop(name).pair(1.0 / self._weight)
             made[name] = _rounded(self.cut(name, A, B), self.dtype)
         self._open(self._round)
+        if not all(np.isfinite(one).all() for pair in made.values() for one in pair):
+            raise PolicyViolation(
+                f"{self.method}: expected a finite sum in round {self._round}",
+                remedy="bound what members count for: weight_most",
+            )
         self.use(made)
 
     def cut(self, name: str, A: Array, B: Array) -> tuple[Array, Array]:

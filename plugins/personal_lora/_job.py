@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from edged import AggregatorEntry, TrainingKey
+from edged import AggregatorEntry, TrainingKey, Travels
 
 from .._training import file
 from .._training.file import check, clients_of, key, server_of, texts_of, typed, unknown
@@ -118,8 +118,15 @@ OWN = ("options",)  # of the dataclass, and no key of a file
 def check_federated(aggregators: Mapping[str, AggregatorEntry], table: Mapping[str, Any]) -> dict[str, Any]:
     """The settings of a federated job's table; ConfigError names the key that is wrong."""
     job = read(table, aggregators)
-    entry = aggregators[job.method]
+    entry, ranks = aggregators[job.method], [job.r_of(rank) for rank in range(len(job.clients))]
+    travels = entry.travels(1, ranks) if entry.travels else Travels()
+    has_joined = any(job.joins(rank) for rank in range(len(job.clients)))
+    least = entry.least(job.options) if entry.least else 1
     joining = sorted(name for name, each in aggregators.items() if each.joins)
+    for name in {job.method, *(job.joins(rank) for rank in range(len(job.clients)))} & aggregators.keys():
+        look = aggregators[name].check
+        if look is not None:
+            look(job.options)
     check(
         [
             (job.clients, "at least one [[clients]] with node and data"),
@@ -129,8 +136,25 @@ def check_federated(aggregators: Mapping[str, AggregatorEntry], table: Mapping[s
                 f"clients with the job's method, or one of {', '.join(joining) or 'none that is loaded'}",
             ),
             (
-                not any(job.joins(rank) for rank in range(len(job.clients))) or not entry.local,
-                f"a job whose members take gradients for a client with another method; {job.method} has none",
+                not has_joined or not (entry.local or travels != Travels(travels.down, "AB", travels.stack)),
+                f"no client with another method in a job of {job.method}, whose members send more or less "
+                "than factors",
+            ),
+            (
+                not entry.local or not any(client.learning_rate for client in job.clients),
+                f"one learning_rate for all clients with {job.method}: what is sent counts by it",
+            ),
+            (
+                not travels.stack or job.weights == "f32",
+                f"weights f32 with {job.method}: what is merged into narrower ones is lost",
+            ),
+            (
+                not travels.stack or job.keeps == "none",
+                f"personal = none with {job.method}: it moves the weights under a personal adapter",
+            ),
+            (
+                not job.clients or len(job.clients) >= least,
+                f"at least {least} clients with {job.method}; {len(job.clients)} came",
             ),
             (all(client.data for client in job.clients), "data for every client"),
             (
@@ -161,7 +185,16 @@ def read(table: Mapping[str, Any], aggregators: Mapping[str, AggregatorEntry] | 
     """A table of TOML, or settings that were read before, as a Job. `aggregators`: the methods there are;
     None: of a job that was checked before."""
     table = dict(table)
-    table.pop("steps", None)  # as many as rounds: the daemon's word for them
+    steps = table.pop("steps", None)  # as many as rounds: the daemon's word for them
+    if steps is not None and steps != table.get("rounds"):
+        raise unknown("steps", ["rounds"])
+    check(
+        [
+            (isinstance(table.get("clients", []), list | tuple), "[[clients]] as tables"),
+            (isinstance(table.get("options", {}), Mapping), "options as a table"),
+            (isinstance(table.get("method", ""), str), "method as text"),
+        ]
+    )
     fields = {item.name: item for item in dataclasses.fields(Job)}
     options = dict(table.pop("options", {}))
     method = table.get("method", DEFAULTS.method)
@@ -169,7 +202,7 @@ def read(table: Mapping[str, Any], aggregators: Mapping[str, AggregatorEntry] | 
         known = sorted(aggregators)
         check([(method in known, f"method as one of {', '.join(known)}; {method!r} came")])
         joined = [entry.get("method") for entry in table.get("clients", ()) if isinstance(entry, Mapping)]
-        brought = [aggregators[name].keys for name in joined if name in aggregators]
+        brought = [aggregators[n].keys for n in joined if isinstance(n, str) and n in aggregators]
         own = {item.key: item for keys in (*brought, aggregators[method].keys) for item in keys}
         options = {name: item.default for name, item in own.items()} | options
         options |= {name: table.pop(name) for name in list(table) if name in own and name not in fields}
@@ -239,6 +272,7 @@ def _rules(job: Job) -> list[file.Rule]:
         least("fusion_tries", 3, 1000),
         (len(job.clients) <= CLIENTS_MAX, f"at most {CLIENTS_MAX} clients"),
         (job.target_modules, "target_modules with a name"),
+        (len(set(job.target_modules)) == len(job.target_modules), "each of target_modules once"),
         least("rounds", 1, 100_000),
         least("local_steps", 1, 100_000),
         least("r", 1, 4096),
@@ -258,8 +292,8 @@ def _rules(job: Job) -> list[file.Rule]:
             "r from 1 to 4096 and alpha above 0 for every client that has its own",
         ),
         (
-            all(0 <= client.learning_rate < 10 and client.weight >= 0 for client in job.clients),
-            "learning_rate from 0 to below 10, and weight of 0 or more, for every client",
+            all(0 <= client.learning_rate < 10 and 0 <= client.weight <= 1 << 40 for client in job.clients),
+            "learning_rate from 0 to below 10, and weight from 0 to 2^40, for every client",
         ),
     ]
 

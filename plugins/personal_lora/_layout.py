@@ -111,24 +111,35 @@ def memory_bytes(
     aggregators: Mapping[str, AggregatorEntry], job: Job, model: ModelDescription, rank: int
 ) -> int:
     """Most that the worker of a rank should take."""
+    clients = range(len(job.clients))
+    ranks = [job.r_of(client) for client in clients]
+    entry = aggregators[job.method]
+    height = job.rounds * (entry.travels(1, ranks).stack if entry.travels else 0)
     if rank >= len(job.clients):
         if rank > len(job.clients):
             return WORKER_BYTES + SERVER_BYTES
         values = _values(job, model, job.r_most)
         kept = aggregators[job.method].bytes_kept
         more = kept(len(job.clients), values) if kept else 0
-        more += MASKED_SERVER * values if job.masked else 0
+        more += F32 * _values(job, model, min(height, model.hidden))  # all stacks together
+        more += MASKED_SERVER * values if job.masked else F32 * len(job.clients) * values  # the residual's
         return round(WORKER_BYTES + SERVER_BYTES + 10 * F32 * values + more)
     positions = job.batch_size * job.max_length
     weight = 2 if job.weights == "bf16" else F32
     total = float(WORKER_BYTES)
     total += weight * (model.layers * block_values(model) + 2 * model.vocab * model.hidden)
     saved = saved_values(model)
-    saved = model.layers * model.hidden + saved if job.gradient_checkpointing else model.layers * saved
+    if (entry.local or job.joins(rank)) and job.keeps == "none":  # nothing is kept for a backward pass
+        saved += model.hidden
+    elif job.gradient_checkpointing:
+        saved += model.layers * model.hidden
+    else:
+        saved *= model.layers
     total += F32 * positions * saved
     total += 3 * F32 * positions * (ANSWER_PART if job.loss_on == "answer" else 1) * model.vocab
     of_value = 8 * F32 + (MASKED_MEMBER if job.masked else 0)
-    return round(total + of_value * _values(job, model, job.r_of(rank)))
+    total += of_value * _values(job, model, job.r_of(rank))
+    return round(total + F32 * _values(job, model, height))  # stacks, kept one by one
 
 
 def _values(job: Job, model: ModelDescription, r: int) -> int:

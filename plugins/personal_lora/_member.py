@@ -27,7 +27,6 @@ from ._masked import Left, MaskedMember, terms_of
 from ._rank import PREFIX, THIN_UP, Arrays, Rank, Report, own_words, resolve, write_adapter
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's own
-STACK_MOST = 1 << 16  # rank of what a server may have merged in one round
 
 
 class Member(Rank):
@@ -47,7 +46,8 @@ class Member(Rank):
         """Of this node's own plugins, where the method takes no gradients."""
         joins = self.job.joins(self.rank)
         dotted = self.spec.joins[joins][0] if joins else self.spec.locals.get(self.job.method)
-        settings = self.settings | {"learning_rate": self.job.rate_of(self.rank)}
+        rate = self.job.rate_of(self.rank) if joins else self.job.learning_rate
+        settings = self.settings | {"learning_rate": rate}
         return resolve(dotted)(settings, self._start, self.rank) if dotted else None
 
     def _span(self, times: int) -> Any:
@@ -62,7 +62,7 @@ class Member(Rank):
             dropout=job.dropout,
         )
         span.checkpointing = job.gradient_checkpointing
-        return span
+        return span.train(False)
 
     @property
     def weight(self) -> int:
@@ -136,12 +136,13 @@ class Member(Rank):
         if self._personal is not None:
             with self.computing():
                 if self.job.keeps == "dual":
-                    said = self._fuse(self._factors(), self._personal)
+                    said = self._fuse(self._factors(), self._personal, lambda: report("alive", number, {}))
                 else:
                     self._set(self._personal)
                 own, _ = self._evaluate()
             self._keep()
-            report("kept", number, {"own_loss": own / max(1.0, evaluated[1]), **said})
+            own_loss = {"own_loss": own / evaluated[1]} if evaluated[1] else {}
+            report("kept", number, own_loss | said)
         self._tell(number, [0.0, 0.0, 0.0, 0.0, *evaluated, own, 0.0])
 
     def _tell(self, number: int, figures: list[float]) -> None:
@@ -159,8 +160,9 @@ class Member(Rank):
             start, frozen, stack = header.get("start", ""), header.get("frozen", ""), header.get("stack", 0)
             if start not in ("", "A", "B", "AB", "none") or frozen not in ("", "A", "B"):
                 raise ProtocolError(f"expected sides of an adapter from {self.name(self.server)}")
-            if type(stack) is not int or not 0 <= stack <= STACK_MOST:
-                raise ProtocolError(f"expected a rank to merge up to {STACK_MOST}; {str(stack)[:20]} came")
+            most = sum(self.job.r_of(rank) for rank in range(self.server))
+            if type(stack) is not int or not 0 <= stack <= most:
+                raise ProtocolError(f"expected a rank to merge up to {most}; {str(stack)[:20]} came")
             if stack and self.job.masked:  # a server could give it to one alone
                 raise ProtocolError(f"expected nothing to merge from {self.name(self.server)}: it is masked")
             said.update(start=start, frozen=frozen, stack=stack, has=start != "none")
@@ -288,6 +290,7 @@ class Member(Rank):
                     tuned[layer, "AB".index(rest[0])] = parameter
         optimiser = self._optimiser(list(tuned.values()), is_plain)
         losses, targets, tokens = 0.0, 0, 0
+        self.span.train(True)  # dropout is for local steps alone
         for step in steps:
             self.look()
             torch.manual_seed(seed_of(job.seed, step, self.rank))
@@ -309,6 +312,7 @@ class Member(Rank):
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
             losses, targets, tokens = losses + loss.item() * count, targets + count, tokens + ids.numel()
+        self.span.train(False)
         return losses, float(targets), float(tokens), time.monotonic() - began
 
     def _optimiser(self, tuned: list[torch.nn.Parameter], is_plain: bool) -> torch.optim.Optimizer:
@@ -357,7 +361,7 @@ class Member(Rank):
             for name, (a, b) in factors.items()
         }
 
-    def _fuse(self, common: Arrays, personal: Arrays) -> dict[str, float]:
+    def _fuse(self, common: Arrays, personal: Arrays, tell: Callable[[], None]) -> dict[str, float]:
         """Weigh both adapters on a few of the rows that this member trains on; the span then has the best
         of what was tried, at twice the rank."""
         job = self.job
@@ -365,6 +369,7 @@ class Member(Rank):
         ids = [self.rows.batch(step) for step in range(-(-job.fusion_rows // job.batch_size))]
 
         def loss(weights: tuple[float, float]) -> float:
+            tell()  # this takes longer than a step, and has none
             self._set({name: joined(common[name], personal[name], weights) for name in self.layers})
             losses, targets = self._loss_of(ids)
             return losses / max(1.0, targets)

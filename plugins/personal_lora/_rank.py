@@ -205,7 +205,7 @@ class Rank(abc.ABC):
         other, (header, frames) = link.other, link.receive("extras", [round])
         try:
             found = {
-                str(name): np.frombuffer(frame, f"<{_dtype(dtype)}").reshape([int(n) for n in shape])
+                str(name): np.frombuffer(frame, f"<{_dtype(dtype)}").reshape(_shape(shape))
                 for (name, dtype, shape), frame in zip(header["arrays"], frames, strict=True)
             }
             if len(found) != count or not all(np.isfinite(each).all() for each in found.values()):
@@ -247,6 +247,12 @@ class Rank(abc.ABC):
                     found[name][letter] = values[at : at + size].reshape(shape)
                     at += size
         return found
+
+
+def _shape(sizes: Any) -> list[int]:
+    if not all(type(size) is int and 0 <= size < 1 << 40 for size in sizes):
+        raise ValueError(f"no shape of {str(sizes)[:30]}")
+    return list(sizes)
 
 
 def _dtype(name: Any) -> str:

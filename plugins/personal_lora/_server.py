@@ -35,7 +35,7 @@ from ._residual import Residual
 log = logging.getLogger(__name__)
 UPDATE_SLACK = 1 << 20  # bytes of an update beside its values
 MESSAGES_MOST = 1000  # of an update: values travel in pieces
-KEPT = "aggregator."  # before the names of its state in a checkpoint
+DRAINED_MOST = 16  # times the largest update, of one that is heard to its end and not kept
 
 
 class Server(Rank):
@@ -166,21 +166,26 @@ class Server(Rank):
 
     def _gather(self, number: int, rank: int) -> Gathered:
         """All that a member says in a round, up to its figures, so that what is wrong in it ends there. What
-        is of an earlier round is left out; PeerError where there is no end of it."""
-        link, messages, size = self.link(rank), [], 0
-        while True:
+        is of an earlier round is left out, and all of one that is too large: its end is waited for. PeerError
+        where there is none."""
+        link, messages, size, heard, is_much = self.link(rank), [], 0, 0, False
+        while heard < 2 * MESSAGES_MOST and size < DRAINED_MOST * self._most:
+            self.look()
             header, frames = link.next()
+            heard, size = heard + 1, size + sum(frame.nbytes for frame in frames)
+            is_much = is_much or size > self._most or heard > MESSAGES_MOST
+            if is_much:
+                messages.clear()
             if is_stale(header, number):
                 continue
-            size += sum(frame.nbytes for frame in frames)
-            messages.append((header, frames))
+            if not is_much:
+                messages.append((header, frames))
             if header.get("k") in ("told", "no"):
                 return Gathered(link, messages)
-            if size > self._most or len(messages) > MESSAGES_MOST:
-                raise PeerError(
-                    f"expected an update of at most {self._most} bytes of {self.name(rank)}; more came",
-                    remedy="look at what runs there",
-                )
+        raise PeerError(
+            f"expected an update of at most {self._most} bytes of {self.name(rank)}; more came, and no end",
+            remedy="look at what runs there",
+        )
 
     def _receive(self, number: int, member: Member, frozen: str) -> tuple[Update, dict[str, float]]:
         """A member's update of a round and its figures. ProtocolError where they are none."""
@@ -198,7 +203,7 @@ class Server(Rank):
             return of
 
         header, values = link.receive_values("up", [number], count_of, name)
-        weight = header.get("weight")
+        weight = self.job.clients[member.rank].weight or header.get("weight")
         if type(weight) is not int or weight < 1:
             raise ProtocolError(f"expected a number of rows above 0 of {name}; {str(weight)[:20]} came")
         if self.job.weight_most:
@@ -292,7 +297,8 @@ def collect(rank: Rank, report: Report) -> None:
             not isinstance(ranks, list)
             or len(ranks) != len(shapes)
             or not all(
-                type(r) is int and 1 <= r <= min(shape) for r, shape in zip(ranks, shapes, strict=True)
+                type(r) is int and 1 <= r <= max(min(shape), rank.job.r_most)
+                for r, shape in zip(ranks, shapes, strict=True)
             )
         ):
             raise ProtocolError(f"expected the ranks of {len(shapes)} layers from {name}")

@@ -50,7 +50,7 @@ def number(settings: Mapping[str, Any], key: TrainingKey) -> float:
     """A job's value, or the key's own; ConfigError, with the bounds, where it is none of them."""
     value = settings.get(key.key, key.default)
     least, most, is_closed = LIMITS[key.key]
-    kinds = (int,) if isinstance(key.default, int) else (int, float)
+    kinds = (int,) if isinstance(LIMITS[key.key][0], int) else (int, float)
     is_fit = (
         type(value) in kinds
         and least <= value <= most

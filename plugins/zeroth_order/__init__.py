@@ -9,10 +9,13 @@ This module is light; numpy is loaded by the underscore modules, in a worker onl
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from edged import AggregatorEntry, ConfigError, TrainingKey, Travels, hookimpl
 
+SEEDS_MAX = 1 << 16  # an index takes two bytes
+SAMPLINGS = ("uniform", "amplitude")
 PERTURBATION = TrainingKey(
     "perturbation", 2.0**-11, "how far the weights are moved to measure a slope: a power of two"
 )
@@ -55,10 +58,20 @@ AGGREGATORS: tuple[AggregatorEntry, ...] = (
 )
 
 
+def _check(options: Mapping[str, Any]) -> None:
+    seeds, apart = options.get("seeds", 4096), options.get("perturbation", PERTURBATION.default)
+    if not 1 <= seeds <= SEEDS_MAX:
+        raise ConfigError(f"seeds: expected 1 to {SEEDS_MAX}, got {seeds}", remedy="mend the job's file")
+    if not 1e-8 <= apart <= 1:
+        raise ConfigError(f"perturbation: expected 1e-8 to 1, got {apart}", remedy="2^-11, say")
+    if options.get("seed_sampling", "uniform") not in SAMPLINGS:
+        raise ConfigError(f"seed_sampling: expected {' or '.join(SAMPLINGS)}", remedy="mend the job's file")
+
+
 @hookimpl
 def edged_aggregators(settings: Mapping[str, Any]) -> Sequence[AggregatorEntry]:
     if settings:
         raise ConfigError(
             f"no setting plugin.zeroth_order.{min(settings)}; it has none", remedy="remove the key"
         )
-    return AGGREGATORS
+    return [replace(entry, check=_check) for entry in AGGREGATORS]

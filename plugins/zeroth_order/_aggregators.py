@@ -16,12 +16,10 @@ import numpy as np
 
 from edged import ConfigError, Download, Factors, Member, PolicyViolation, Update
 
+from . import SAMPLINGS, SEEDS_MAX
 from ._seeds import replay
 from ._stream import Array
 from ._table import Amplitudes, Rebuilt, SeedTable
-
-SEEDS_MAX = 1 << 16  # sums of so many are still exact; see SeedTable.sent
-SAMPLINGS = ("uniform", "amplitude")
 
 
 def parameters_of(factors: Factors) -> dict[str, Array]:
@@ -59,6 +57,7 @@ class FedKSeed:
         if sampling not in SAMPLINGS:
             raise ConfigError(f'seed_sampling: expected {" or ".join(SAMPLINGS)}, got "{sampling}"')
         self._scale = _alike(members, "seeds")
+        self._steps = int(settings.get("local_steps", self._seeds))
         self._rebuilt = Rebuilt(_copied(start), seed, rate)
         self._table = SeedTable(self._seeds)
         self._amplitudes = Amplitudes(self._seeds) if sampling == "amplitude" else None
@@ -77,6 +76,8 @@ class FedKSeed:
             indices, scalars = np.arange(self._seeds), extras["sums"]
         elif {"seeds", "scalars"} <= extras.keys():
             indices, scalars = extras["seeds"], extras["scalars"]
+            if len(indices) > self._steps:
+                raise ConfigError(f"expected {self._steps} steps at most in an update, got {len(indices)}")
         else:
             raise ConfigError(f"expected seeds and scalars in an update, got {sorted(extras)}")
         self._round.add(indices, scalars, update.weight)

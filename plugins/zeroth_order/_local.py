@@ -65,6 +65,8 @@ def replays(settings: Mapping[str, Any], factors: Factors, extras: Mapping[str, 
     """What factors became by a `Joined` member's steps, to F32 rounding; ConfigError where it has none."""
     if extras.keys() != {"scalars", "seeds"}:
         raise ConfigError(f"expected seeds and scalars in an update, got {sorted(extras)}")
+    if len(extras["seeds"]) > int(settings["local_steps"]):
+        raise ConfigError(f"expected {settings['local_steps']} steps at most, got {len(extras['seeds'])}")
     table = SeedTable(int(settings["seeds"]))
     table.add(extras["seeds"], extras["scalars"])
     made = {name: np.array(array, np.float32) for name, array in parameters_of(factors).items()}

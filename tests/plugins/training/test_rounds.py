@@ -217,6 +217,24 @@ def test_a_personal_adapter_is_no_worse_than_either_on_the_rows_that_weighed_the
         assert kept["own_loss"] > 0
 
 
+def test_dropout_is_of_local_steps_alone(tiny: Any, tmp_path: Path) -> None:
+    """Two evaluations of one adapter are one: the first of a job and that of another seed's."""
+    plans = [
+        federated(tiny("llama")[1], tmp_path / str(dropout), dropout=dropout, rounds=1)
+        for dropout in (0.0, 0.5)
+    ]
+    plain, dropped = (finished(run_threads(plan))[-1] for plan in plans)
+    assert plain.evals[0] == dropped.evals[0]
+    assert plain.losses != dropped.losses
+
+
+@pytest.mark.parametrize("submitter", ["server", "laptop", "client1"])
+def test_a_rank_above_a_layers_smaller_side_travels_too(submitter: str, tiny: Any, tmp_path: Path) -> None:
+    plan = federated(tiny("llama")[1], tmp_path, r=20, rounds=1, submitter=submitter)
+    finished(run_threads(plan))
+    assert adapter_of(plan.folders[plan.plan.collector])
+
+
 def test_gpt2s_transposed_layers_take_a_stack_too(tiny: Any, tmp_path: Path) -> None:
     plan = federated(tiny("gpt2")[1], tmp_path, method="flora", rounds=3, local_steps=4)
     server = finished(run_threads(plan))[-1]
@@ -325,6 +343,10 @@ def spoil(values: bytearray, value: float) -> None:
     values[:4] = np.float32(value).tobytes()
 
 
+def long(number: int, said: dict[str, Any], values: bytearray) -> None:
+    values.extend(bytes(2 << 20))
+
+
 WRONG: dict[str, Callable[[int, dict[str, Any], bytearray], None]] = {
     "not a number": lambda number, said, values: spoil(values, float("nan")),
     "infinite": lambda number, said, values: spoil(values, float("inf")),
@@ -333,6 +355,7 @@ WRONG: dict[str, Callable[[int, dict[str, Any], bytearray], None]] = {
     "no weight": lambda number, said, values: said.update(weight=0),
     "a weight of text": lambda number, said, values: said.update(weight="many"),
     "extras that never come": lambda number, said, values: said.update(extras=2),
+    "too large": long,
     "another kind": lambda number, said, values: said.update(k="upp"),
 }
 

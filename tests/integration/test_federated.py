@@ -80,6 +80,18 @@ def test_a_personal_adapter_stays_on_its_members_node(trio: list[Node]) -> None:
     assert "mine-personal" not in adapters(trio[2])
 
 
+def test_a_member_that_submits_keeps_both_adapters_and_goes_on_for_more_rounds(trio: list[Node]) -> None:
+    body = job(method="fedavg", personal="ditto", personal_steps=2, adapter="both", rounds=2)
+    document = rig.finetune(trio[0], body)
+    assert document["adapter"] == "both"
+    wait_until("the adapter to be kept", lambda: "both-personal" in adapters(trio[0]))
+    assert adapters(trio[0])["both"] == "global"
+    more = job(method="fedavg", personal="ditto", personal_steps=2, adapter="both", rounds=3)
+    longer = rig.finetune(trio[0], more | {"resume": document["job_id"]})
+    assert longer["loss"][:2] == document["loss"]
+    assert len(longer["rounds_log"]) == 3
+
+
 @pytest.mark.parametrize("method", ["fedkseed", "mezo"])
 def test_members_without_gradients_make_an_adapter_too(trio: list[Node], method: str) -> None:
     document = rig.finetune(trio[2], job(method=method, adapter=method, learning_rate=1e-4))
