@@ -614,8 +614,9 @@ class AggregatorEntry:
         one state, whatever the cohort
     local: "package.module:attribute", in a member's worker: local(settings, start, rank) -> LocalPart, where
         no gradient is taken; empty: local steps by gradients, which the member's trainer does
-    travels(round, ranks) -> Travels, from the r of every member; for the prediction of bytes. None: all
-        factors, both ways; before the first round nothing goes down, since everybody draws the same start.
+    travels(round, ranks) -> Travels, from the r of every member whose update is in what goes down; for the
+        prediction of bytes. None: all factors, both ways; before the first round nothing goes down, since
+        everybody draws the same start.
     """
 
     name: str

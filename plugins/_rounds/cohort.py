@@ -20,8 +20,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
-import numpy as np
-
 from edged import Battery, ConfigError, DeviceState, NodeView
 
 NEARLY = 1e-9  # a product of a fraction and a number of members, rounded, is not one more than it is
@@ -189,5 +187,13 @@ def local_steps(H: int, speeds: Mapping[int, float], percentile: float = 90.0) -
         raise ConfigError("expected speeds above 0, in steps a second")
     if not speeds:
         return {}
-    fast = float(np.percentile(list(speeds.values()), percentile))
+    fast = _percentile(sorted(speeds.values()), percentile)
     return {rank: max(1, math.floor(H * (speed / fast) + NEARLY)) for rank, speed in speeds.items()}
+
+
+def _percentile(ordered: Sequence[float], percent: float) -> float:
+    """Interpolated between the two nearest."""
+    place = (len(ordered) - 1) * percent / 100
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])

@@ -41,7 +41,10 @@ class Job:
         "[[clients]]: node and data of each member that brings rows; r and alpha where not the job's",
     )
     server: str = key("", "[server] node: who aggregates; it sees adapters, never rows")
-    rounds: int = key(4, "times that all clients train and the server aggregates")
+    rounds: int = key(4, "times that clients train and the server aggregates")
+    fraction: float = key(
+        1.0, "part of the clients that train in a round, drawn anew in each; the others rest"
+    )
     local_steps: int = key(4, "optimiser steps of each client in a round")
     batch_size: int = key(4, "rows of each client in a step")
     max_length: int = key(128, "tokens of a row; the rest is cut off")
@@ -210,6 +213,7 @@ def _rules(job: Job) -> list[file.Rule]:
         (len(job.clients) <= CLIENTS_MAX, f"at most {CLIENTS_MAX} clients"),
         (job.target_modules, "target_modules with a name"),
         least("rounds", 1, 100_000),
+        (0 < job.fraction <= 1, f"fraction above 0 and at most 1; {job.fraction!r} came"),
         least("local_steps", 1, 100_000),
         least("r", 1, 4096),
         least("batch_size", 1, 4096),

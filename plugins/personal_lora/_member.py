@@ -69,6 +69,8 @@ class Member(Rank):
         if self.job.keeps == "dual" and self._personal is None:
             self._personal = self._alone(0)
         frozen = self._load(number)
+        if frozen is None:
+            return
         with self.computing():
             evaluated = self._evaluate() if self._is_due(number) else (0.0, 0.0)
             trained = self._train(number, frozen)
@@ -95,7 +97,10 @@ class Member(Rank):
     def finish(self, report: Report) -> None:
         """What the last round made: loaded, evaluated, and weighed against what is this member's own."""
         number, said = self.job.rounds, {}
-        self._load(number)
+        if self._load(number) is None:
+            raise ProtocolError(f"expected the last adapter from {self.name(self.server)}; a rest came")
+        if self.job.keeps != "none" and self._personal is None:  # it was never drawn
+            self._personal = self._start
         with self.computing():
             evaluated = self._evaluate()
         own = 0.0
@@ -120,8 +125,9 @@ class Member(Rank):
         every = self.job.eval_every
         return number == 0 or bool(every and number % every == 0)
 
-    def _load(self, number: int) -> str:
-        """Take a round's download; the factor that is not to be trained. ProtocolError where it is none."""
+    def _load(self, number: int) -> str | None:
+        """Take a round's download; the factor that is not to be trained, or None where this member rests.
+        ProtocolError where it is none."""
         said: dict[str, Any] = {}
 
         def count_of(header: Mapping[str, Any]) -> int:
@@ -141,12 +147,17 @@ class Member(Rank):
 
         link = self.link(self.server)
         header, values = link.receive_values("down", [number], count_of, self.name(self.server))
+        rests = header.get("rests")
+        if rests not in (0, 1):
+            raise ProtocolError(f"expected whether to rest from {self.name(self.server)}")
         if header.get("thin"):
             values = self.fill(link, number, values, np.zeros(said["count"], "<f4"))
         extras = self.receive_extras(link, number, header.get("extras"))
         stacked = _messages.values_of("AB", said["stack"], self.shapes)
         if stacked:
             self._merge(said["stack"], values[:stacked])
+        if rests:
+            return None
         come = _come(said["start"])
         given = self.unflat(values[stacked:], come, self.r)
         self._loaded = {
