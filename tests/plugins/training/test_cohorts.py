@@ -54,8 +54,8 @@ def adapter_of(folder: Path) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(("count", "fraction"), [(1, 0.1), (4, 0.5), (5, 0.5), (10, 0.8), (1000, 0.8)])
 def test_a_cohort_is_the_part_of_the_clients_rounded_up(count: int, fraction: float) -> None:
     job = job_of(count, fraction=fraction)
-    for round in range(3):
-        found = cohort_of(job, round)
+    for number in range(3):
+        found = cohort_of(job, number)
         assert len(found) == math.ceil(round(fraction * count, 6))
         assert list(found) == sorted(set(found))
         assert set(found) <= set(range(count))
