@@ -1,7 +1,8 @@
 """The server of a federated job, or all of its members: `_runner_rounds.py server` and `... members`.
 
-The server is personal_lora's own trainer over FedAvg, unchanged but for the most clients that a job's file may
-name. Its members are of one process, and share one link: `Shared` writes into each header whose message it is.
+The server is personal_lora's own trainer over FedAvg, unchanged but for the most clients that a job's file
+may name. Its members are of one process, and share one link: `Shared` writes into each header whose message
+it is.
 """
 
 from __future__ import annotations
