@@ -97,9 +97,9 @@ class Layout:
         self.dtype = np.result_type(*(one for pair in start.values() for one in pair))
         self.size = sum(A.size + B.size for A, B in start.values())
 
-    def flat(self, factors: Factors, dtype: Any = np.float64) -> Array:
-        """(size,), a copy."""
-        row, at = np.empty(self.size, dtype), 0
+    def flat(self, factors: Factors, dtype: Any = np.float64, out: Array | None = None) -> Array:
+        """(size,), a copy; in `out` where that is given."""
+        row, at = np.empty(self.size, dtype) if out is None else out, 0
         for name in self.names:
             for one in factors[name]:
                 row[at : at + one.size] = one.reshape(-1)
