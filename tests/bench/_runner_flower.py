@@ -81,9 +81,10 @@ class Server:
         parameters, _, (results, failures) = found
         self._flower.parameters = parameters
         spent = [time.perf_counter() - began, time.process_time() - before]
-        assert not failures, failures[0]
+        if failures:
+            raise RuntimeError(f"{len(failures)} clients failed, the first with {failures[0]!r}")
         mean = parameters_to_ndarrays(parameters)
-        assert all(np.allclose(array, 0.5) for array in mean)  # what every client sends
+        assert all(np.allclose(array, 0.5, rtol=1e-3) for array in mean)  # of all; it sums in F32
         return [*spent, 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, float(len(results))]
 
     def held(self) -> int:
