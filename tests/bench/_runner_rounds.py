@@ -182,7 +182,7 @@ class Members:
         drawn = []
         for _ in range(self._clients):
             header, _ = self._link.receive(SERVER, PATIENCE_S)
-            if not header["rests"]:
+            if not header.get("rests"):
                 drawn.append(header[OTHER])
         for rank in drawn:
             self._link.send(SERVER, {**self._up, "at": [number], OTHER: rank}, [self._values])

@@ -98,7 +98,8 @@ def test_those_who_are_drawn_train_and_the_others_say_nothing(tiny: Any, tmp_pat
     ups = [(header["at"][0], source) for source, header, _ in outcomes[-1].received if header["k"] == "up"]
     assert sorted(ups) == [(round, rank) for round, ranks in enumerate(drawn(plan)) for rank in ranks]
     for rank, outcome in enumerate(outcomes[:-1]):
-        came = [(header["rests"], header["of"]) for _, header, _ in outcome.received if header["k"] == "down"]
+        downs = [header for _, header, _ in outcome.received if header["k"] == "down"]
+        came = [(header.get("rests", 0), header.get("of", 0)) for header in downs]
         assert [rests for rests, _ in came[:-1]] == [int(rank not in ranks) for ranks in drawn(plan)]
         assert all(of == 0 for rests, of in came if rests)  # of means nothing is merged
         assert came[-1][0] == 0  # at the end all load what was made
