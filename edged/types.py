@@ -623,8 +623,9 @@ class AggregatorEntry:
         and sends extras and no factors
     replays: "package.module:attribute", in the server's worker: replays(settings, factors, extras) ->
         Factors, what such a member's `factors` became by its extras
-    travels(round, ranks) -> Travels, from the r of every member; for the prediction of bytes. None: all
-        factors, both ways; before the first round nothing goes down, since everybody draws the same start.
+    travels(round, ranks) -> Travels, from the r of every member whose update is in what goes down; for the
+        prediction of bytes. None: all factors, both ways; before the first round nothing goes down, since
+        everybody draws the same start.
     """
 
     name: str

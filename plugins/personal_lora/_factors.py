@@ -15,6 +15,7 @@ import numpy as np
 from edged import ConfigError, Factors, Member, Update
 
 Array = np.ndarray
+RANK_AT_ONCE = 256  # of products that are summed in one
 BLOCK = 1 << 16  # values of many rows that are worked on at once: half a MiB in F64
 
 
@@ -96,9 +97,9 @@ class Layout:
         self.dtype = np.result_type(*(one for pair in start.values() for one in pair))
         self.size = sum(A.size + B.size for A, B in start.values())
 
-    def flat(self, factors: Factors, dtype: Any = np.float64) -> Array:
-        """(size,), a copy."""
-        row, at = np.empty(self.size, dtype), 0
+    def flat(self, factors: Factors, dtype: Any = np.float64, out: Array | None = None) -> Array:
+        """(size,), a copy; in `out` where that is given."""
+        row, at = np.empty(self.size, dtype) if out is None else out, 0
         for name in self.names:
             for one in factors[name]:
                 row[at : at + one.size] = one.reshape(-1)
@@ -129,49 +130,71 @@ class Layout:
 class Stack:
     """A sum of products, sum c B A, as one pair (A (R, in), B (out, R)): products side by side.
 
-    Exact while R stays at or below min(in, out). Above it the sum is kept as the matrix itself beside an
-    identity, whose rank is min(in, out): still no part of it is lost, and memory ends there.
+    Exact while R stays at or below min(in, out). Above it the sum is kept as the matrix itself, whose rank
+    is min(in, out): still no part of it is lost, and memory ends there.
     """
 
     def __init__(self, inputs: int, outputs: int) -> None:
         self.limit = min(inputs, outputs)
-        self._shape = (outputs, inputs)
+        self.rank = 0  # of what is kept, at most
+        self.shape = (outputs, inputs)
         self._parts: list[tuple[float, Array, Array]] = []
-        self._rank = 0
+        self._total: Array | None = None  # of the parts before those
 
     def add(self, coefficient: float, A: Array, B: Array) -> None:
         """A (r, in), B (out, r), kept as they are until the stack is too high."""
         self._parts.append((coefficient, A, B))
-        self._rank += len(A)
-        if self._rank > 2 * self.limit:  # not at each one above it: a fold costs in x out
+        self.rank += len(A)
+        if self.rank > self.limit + min(self.limit, RANK_AT_ONCE):  # not at each one: it costs in x out
             self._fold()
 
     def dense(self) -> Array:
         """(out, in), F64."""
-        total = np.zeros(self._shape)
-        for coefficient, A, B in self._parts:
-            total += coefficient * (B.astype(np.float64) @ A.astype(np.float64))
+        total = np.zeros(self.shape) if self._total is None else self._total.copy()
+        self._add_parts(total)
         return total
 
     def pair(self, factor: float = 1.0) -> tuple[Array, Array]:
         """A (R, in) and B (out, R) in F64, R <= min(in, out), with B A = factor x the sum."""
-        if self._rank > self.limit:
+        if self.rank > self.limit:
             self._fold()
-        outputs, inputs = self._shape
-        if not self._parts:
-            return np.zeros((0, inputs)), np.zeros((outputs, 0))
-        A, B, at = np.empty((self._rank, inputs)), np.empty((outputs, self._rank)), 0
-        for coefficient, part_A, part_B in self._parts:
-            ranks = slice(at, at + len(part_A))
-            np.multiply(part_A, factor * coefficient, out=A[ranks], dtype=np.float64)
-            B[:, ranks] = part_B
-            at += len(part_A)
-        return A, B
+        outputs, inputs = self.shape
+        if self._total is None:
+            return _side_by_side(self._parts, self.shape, factor)
+        total = factor * self._total
+        return (np.eye(inputs), total) if inputs <= outputs else (total, np.eye(outputs))
 
     def _fold(self) -> None:
-        total, (outputs, inputs) = self.dense(), self._shape
-        A, B = (np.eye(inputs), total) if inputs <= outputs else (total, np.eye(outputs))
-        self._parts, self._rank = [(1.0, A, B)], self.limit
+        if self._total is None:
+            self._total = np.zeros(self.shape)
+        self._add_parts(self._total)
+        self._parts, self.rank = [], self.limit
+
+    def _add_parts(self, total: Array) -> None:
+        """So many at once that a product is worth its time, and copies in F64 are few."""
+        at = 0
+        while at < len(self._parts):
+            end, rank = at, 0
+            while end < len(self._parts) and (end == at or rank < RANK_AT_ONCE):
+                rank, end = rank + len(self._parts[end][1]), end + 1
+            A, B = _side_by_side(self._parts[at:end], self.shape)
+            total += B @ A
+            at = end
+
+
+def _side_by_side(
+    parts: Sequence[tuple[float, Array, Array]], shape: tuple[int, int], factor: float = 1.0
+) -> tuple[Array, Array]:
+    """A (R, in) and B (out, R) in F64 of all parts; coefficients, times `factor`, in A."""
+    outputs, inputs = shape
+    rank = sum(len(A) for _, A, _ in parts)
+    A, B, at = np.empty((rank, inputs)), np.empty((outputs, rank)), 0
+    for coefficient, part_A, part_B in parts:
+        ranks = slice(at, at + len(part_A))
+        np.multiply(part_A, factor * coefficient, out=A[ranks], dtype=np.float64)
+        B[:, ranks] = part_B
+        at += len(part_A)
+    return A, B
 
 
 def svd_of_product(A: Array, B: Array) -> tuple[Array, Array, Array]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -47,7 +48,10 @@ class Job:
         "(fedkseed: it sends seeds alone) where not as the job says",
     )
     server: str = key("", "[server] node: who aggregates; it sees adapters, never rows")
-    rounds: int = key(4, "times that all clients train and the server aggregates")
+    rounds: int = key(4, "times that clients train and the server aggregates")
+    fraction: float = key(
+        1.0, "part of the clients that train in a round, drawn anew in each; the others rest"
+    )
     local_steps: int = key(4, "optimiser steps of each client in a round")
     batch_size: int = key(4, "rows of each client in a step")
     max_length: int = key(128, "tokens of a row; the rest is cut off")
@@ -122,6 +126,7 @@ def check_federated(aggregators: Mapping[str, AggregatorEntry], table: Mapping[s
     travels = entry.travels(1, ranks) if entry.travels else Travels()
     has_joined = any(job.joins(rank) for rank in range(len(job.clients)))
     least = entry.least(job.options) if entry.least else 1
+    drawn = math.ceil(job.fraction * len(job.clients))
     joining = sorted(name for name, each in aggregators.items() if each.joins)
     for name in {job.method, *(job.joins(rank) for rank in range(len(job.clients)))} & aggregators.keys():
         look = aggregators[name].check
@@ -153,8 +158,8 @@ def check_federated(aggregators: Mapping[str, AggregatorEntry], table: Mapping[s
                 f"personal = none with {job.method}: it moves the weights under a personal adapter",
             ),
             (
-                not job.clients or len(job.clients) >= least,
-                f"at least {least} clients with {job.method}; {len(job.clients)} came",
+                not job.clients or drawn >= least,
+                f"at least {least} clients in a round with {job.method}; {drawn} came",
             ),
             (all(client.data for client in job.clients), "data for every client"),
             (
@@ -274,6 +279,7 @@ def _rules(job: Job) -> list[file.Rule]:
         (job.target_modules, "target_modules with a name"),
         (len(set(job.target_modules)) == len(job.target_modules), "each of target_modules once"),
         least("rounds", 1, 100_000),
+        (0 < job.fraction <= 1, f"fraction above 0 and at most 1; {job.fraction!r} came"),
         least("local_steps", 1, 100_000),
         least("r", 1, 4096),
         least("batch_size", 1, 4096),
@@ -314,6 +320,7 @@ def _masked_rules(aggregators: Mapping[str, AggregatorEntry], job: Job) -> list[
             not any(job.joins(rank) for rank in range(len(job.clients))),
             "the job's method of every client with masked = true: all sums are of one kind",
         ),
+        (job.fraction == 1, "fraction = 1 with masked = true: all members mask in each round"),
         (
             job.options.get("seed_sampling") != "amplitude",
             "seed_sampling = uniform with masked = true; amplitudes are of single updates",

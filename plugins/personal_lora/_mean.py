@@ -27,6 +27,7 @@ class Rows:
     """
 
     least = 1  # updates without which there is no round
+    _spare: Array | None = None  # a row that `take` has done with: fresh memory costs as much as a sum
 
     def __init__(self, method: str, start: Factors, members: Sequence[Member]) -> None:
         self.layout = Layout(start)
@@ -53,7 +54,8 @@ class Rows:
             name: (own[0] if frozen == "A" else sent[0], own[1] if frozen == "B" else sent[1])
             for name, own, sent in ((n, self.factors[n], update.factors[n]) for n in self.layout.names)
         }
-        self.take(self.layout.flat(factors), weight, update)
+        row, self._spare = self.layout.flat(factors, out=self._spare), None
+        self.take(row, weight, update)
         self.count, self.weight = self.count + 1, self.weight + weight
 
     def finish(self) -> None:
@@ -112,6 +114,7 @@ class Mean(Rows):
             self._sum = row
         else:
             self._sum += row
+            self._spare = row
 
     def next(self) -> Array:
         assert self._sum is not None

@@ -77,14 +77,18 @@ class Member(Rank):
     def round(self, number: int, report: Report) -> None:
         if self.job.keeps == "dual" and self._personal is None:
             self._personal = self._alone(0)
+        is_drawn = True
         with contextlib.suppress(Left):
-            self._take_part(number)
-        if self.job.keeps == "ditto":
+            is_drawn = self._take_part(number)
+        if is_drawn and self.job.keeps == "ditto":
             self._personal = self._alone(number)
 
-    def _take_part(self, number: int) -> None:
-        """In the round of all; Left where its sum is masked, and this member is out of it."""
+    def _take_part(self, number: int) -> bool:
+        """In the round of all, if it is drawn for it; Left where its sum is masked, and this member is out of
+        it."""
         frozen, before = self._load(number), self.bytes_sent
+        if frozen is None:
+            return False
         masked = self._masked(number, frozen) if self.job.masked else None
         if masked is not None:
             masked.agree()
@@ -108,6 +112,7 @@ class Member(Rank):
         self._tell(number, [*trained, *evaluated, 0.0, float(self.bytes_sent - before)])
         if masked is not None:
             masked.reveal()
+        return True
 
     def _masked(self, number: int, frozen: str) -> MaskedMember:
         """Of a round, by what was loaded for it."""
@@ -129,7 +134,10 @@ class Member(Rank):
     def finish(self, report: Report) -> None:
         """What the last round made: loaded, evaluated, and weighed against what is this member's own."""
         number, said = self.job.rounds, {}
-        self._load(number)
+        if self._load(number) is None:
+            raise ProtocolError(f"expected the last adapter from {self.name(self.server)}; a rest came")
+        if self.job.keeps != "none" and self._personal is None:  # it was never drawn
+            self._personal = self._start
         with self.computing():
             evaluated = self._evaluate()
         own = 0.0
@@ -152,8 +160,9 @@ class Member(Rank):
         every = self.job.eval_every
         return number == 0 or bool(every and number % every == 0)
 
-    def _load(self, number: int) -> str:
-        """Take a round's download; the factor that is not to be trained. ProtocolError where it is none."""
+    def _load(self, number: int) -> str | None:
+        """Take a round's download; the factor that is not to be trained, or None where this member rests.
+        ProtocolError where it is none."""
         said: dict[str, Any] = {}
 
         def count_of(header: Mapping[str, Any]) -> int:
@@ -176,12 +185,17 @@ class Member(Rank):
 
         link = self.link(self.server)
         header, values = link.receive_values("down", [number], count_of, self.name(self.server))
+        rests = header.get("rests", 0)
+        if rests not in (0, 1):
+            raise ProtocolError(f"expected whether to rest from {self.name(self.server)}")
         if header.get("thin"):
             values = self.fill(link, number, values, np.zeros(said["count"], "<f4"))
         extras = self.receive_extras(link, number, header.get("extras"))
         stacked = _messages.values_of("AB", said["stack"], self.shapes)
         if stacked:
             self._merge(said["stack"], values[:stacked])
+        if rests:
+            return None
         come = _come(said["start"])
         given = self.unflat(values[stacked:], come, self.r)
         self._loaded = {

@@ -1,6 +1,7 @@
 """What travels between the server and a member in a round, and how many bytes that is. Pure.
 
-    down   [round]   words `start`, `frozen`, `stack`, `of`; values: the stack to merge, then the factors
+    down   [round]   words `start`, `frozen`, `stack`, `of`; values: the stack to merge, then the factors.
+                     To one that `rests`: the stack alone; it neither trains nor answers in that round
     up     [round]   words `weight`, `of`; values: the factors that the member trained
     told   [round]   one frame: a member's `FIGURES` of the round; the last one has no `up`
     mask   [round]   one frame, a bit for each value: after values that say `thin`, which of them came; what
@@ -25,6 +26,7 @@ from typing import Any
 from edged import AggregatorEntry, Travels
 
 from .._training.sizes import HASH, message_bytes, values_bytes
+from ._cohort import cohort_of
 from ._job import Job
 
 FIGURES = ("loss", "targets", "tokens", "seconds", "eval_loss", "eval_targets", "own_loss", "sent")  # F64
@@ -49,11 +51,16 @@ def hello(job_hash: str, model_hash: str) -> dict[str, Any]:
 
 
 def down(
-    round: int, start: str, frozen: str, stack: int, count: int, extras: int, thin: int = 0
+    round: int, start: str, frozen: str, stack: int, count: int, extras: int, thin: int = 0, rests: int = 0
 ) -> dict[str, Any]:
     """`start`: the factors that are those of the start, and do not come; `frozen`: the one not to train."""
     words = {"start": start, "frozen": frozen, "stack": stack, "of": count, "extras": extras, "thin": thin}
-    return {"k": "down", "at": [round], **_said(words)}
+    return {"k": "down", "at": [round], **_said(words | {"rests": rests})}
+
+
+def rest(round: int, stack: int, count: int) -> dict[str, Any]:
+    """What one that is not of the cohort gets of a round: what it must merge for good, and no factor."""
+    return down(round, "none", "", stack, count, 0, rests=1)
 
 
 def up(round: int, weight: int, count: int, extras: int, thin: int = 0) -> dict[str, Any]:
@@ -92,6 +99,12 @@ def down_bytes(job: Job, round: int, travels: Travels, r: int, shapes: Shapes) -
     sent, more = _part(job, travels.down_part, round, count)
     header = down(round, start, frozen, travels.stack, sent, len(extras), int(more > 0))
     return values_bytes(header, sent) + more + extras_bytes(round, extras)
+
+
+def rest_bytes(round: int, travels: Travels, shapes: Shapes) -> int:
+    """Of a round's download of a member that rests."""
+    count = values_of("AB", travels.stack, shapes)
+    return values_bytes(rest(round, travels.stack, count), count)
 
 
 def up_bytes(job: Job, round: int, travels: Travels, r: int, weight: int, shapes: Shapes) -> int:
@@ -167,9 +180,12 @@ def bytes_sent(
     total = 2 * server * message_bytes(hello("0" * HASH, "0" * HASH))
     stacked = 0
     for round in range(job.rounds + 1):
-        travels = travels_of(entries[job.method], round, ranks)
+        former = cohort_of(job, max(0, round - 1))  # whose updates come down now
+        travels = travels_of(entries[job.method], round, [ranks[rank] for rank in former])
         stacked += travels.stack
-        for rank, r in enumerate(ranks):
+        cohort = cohort_of(job, round) if round < job.rounds else range(server)
+        total += (server - len(cohort)) * rest_bytes(round, travels, shapes)
+        for rank, r in ((rank, ranks[rank]) for rank in cohort):
             total += down_bytes(job, round, travels, r, shapes) + told_bytes(round)
             if round < job.rounds and job.masked:
                 total += masked_bytes(job, round, travels, r, shapes)

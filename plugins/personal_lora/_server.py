@@ -9,7 +9,7 @@ import logging
 import math
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,8 +28,10 @@ from edged import (
 
 from .._training.link import Gathered, Link
 from . import _messages
+from ._cohort import cohort_of
 from ._masked import MaskedServer, is_stale, terms_of, unmasked
-from ._rank import THIN_DOWN, THIN_UP, Arrays, Rank, Report, own_words, resolve, write_adapter
+from ._packing import Packing
+from ._rank import THIN_UP, Arrays, Rank, Report, own_words, resolve, write_adapter
 from ._residual import Residual
 
 log = logging.getLogger(__name__)
@@ -43,6 +45,7 @@ class Server(Rank):
         job = self.job
         self.members = [Member(rank, job.r_of(rank), job.scale_of(rank)) for rank in range(self.server)]
         self._start = self.start(job.r_most)
+        self._packing = Packing(self._start, self.flat)
         self.aggregator = self._aggregator()
         self._refused: Counter[int] = Counter()  # updates, by rank
         self._most = UPDATE_SLACK + 3 * 8 * _messages.values_of("AB", job.r_most, self.shapes)
@@ -64,14 +67,19 @@ class Server(Rank):
 
     def round(self, number: int, report: Report) -> None:
         began = time.monotonic()
-        self.aggregator.begin(number, self.members)
+        ranks = set(cohort_of(self.job, number))
+        cohort = [member for member in self.members if member.rank in ranks]
+        self.aggregator.begin(number, cohort)
         frozen = self.aggregator.frozen(number)
-        values: dict[str, float] = {
-            f"down_{m.rank}": float(self._send(number, m, frozen)) for m in self.members
-        }
+        values: dict[str, float] = {}
+        for member in self.members:
+            is_drawn = member.rank in ranks
+            sent = self._send(number, member, frozen) if is_drawn else self._rest(number, member)
+            values[f"down_{member.rank}"] = float(sent)
+        self._packing.forget()
         meter = Residual()
         take = self._take_masked if self.job.masked else self._take
-        told = take(number, frozen, meter)
+        told = take(number, frozen, meter, cohort)
         for rank, figures in told.items():
             values[f"up_{rank}"] = figures["sent"]
             values[f"down_{rank}"] += figures.get("said", 0.0)
@@ -94,10 +102,12 @@ class Server(Rank):
             raise EngineError(f"round {number}: expected finite losses of its members", code="nan-loss")
         report("step", number, values)
 
-    def _take(self, number: int, frozen: str, meter: Residual) -> dict[int, dict[str, float]]:
-        """Add every member's update; figures by rank."""
+    def _take(
+        self, number: int, frozen: str, meter: Residual, cohort: Sequence[Member]
+    ) -> dict[int, dict[str, float]]:
+        """Add every update of the cohort; figures by rank."""
         told = {}
-        for member in self.members:
+        for member in cohort:
             try:
                 update, figures = self._receive(number, member, frozen)
                 with self.computing():
@@ -110,7 +120,9 @@ class Server(Rank):
             told[member.rank] = figures
         return told
 
-    def _take_masked(self, number: int, frozen: str, meter: Residual) -> dict[int, dict[str, float]]:
+    def _take_masked(
+        self, number: int, frozen: str, meter: Residual, cohort: Sequence[Member]
+    ) -> dict[int, dict[str, float]]:
         """Add the mean of all members' updates, of which nobody sees one; figures by rank."""
         download = self.aggregator.download(self.members[0])
         loaded = download.factors
@@ -126,34 +138,23 @@ class Server(Rank):
     def _send(self, number: int, member: Member, frozen: str) -> int:
         """A member's download; bytes that it took."""
         download: Download = self.aggregator.download(member)
-        is_thin = any(word in download.extras for word in THIN_DOWN)
-        same = {
-            letter
-            for side, letter in enumerate("AB")
-            if not is_thin
-            and all(
-                np.array_equal(pair[side], _first(self._start[name], member.r)[side])
-                for name, pair in download.factors.items()
-            )
-        }
-        start = "".join(sorted(same)) if download.factors else "none"
-        come = "".join(side for side in "AB" if side not in same)
-        stack = max((a.shape[0] for a, _ in download.merged.values()), default=0)
-        merged = {name: _padded(pair, stack) for name, pair in download.merged.items()}
-        values = np.concatenate(
-            [
-                self.flat(merged, "AB") if stack else np.zeros(0, "<f4"),
-                self.flat(download.factors, come),
-            ]
+        packed = self._packing.whole(download, member.r)
+        values, mask, extras = packed.values, packed.mask, download.extras
+        words = _messages.down(
+            number, packed.start, frozen, packed.stack, values.size, len(extras), int(mask is not None)
         )
-        mask = values != 0
-        values = values[mask] if is_thin else values
-        words = _messages.down(number, start, frozen, stack, values.size, len(download.extras), int(is_thin))
         before = self.bytes_sent
         self.link(member.rank).send_values("down", [number], own_words(words), values)
-        if is_thin:
+        if mask is not None:
             self.send_mask(member.rank, number, mask)
-        self.send_extras(member.rank, number, download.extras)
+        self.send_extras(member.rank, number, extras)
+        return self.bytes_sent - before
+
+    def _rest(self, number: int, member: Member) -> int:
+        """The download of one that is not of the cohort; bytes that it took."""
+        stack, values = self._packing.merged(self.aggregator.download(member))
+        before, words = self.bytes_sent, _messages.rest(number, stack, values.size)
+        self.link(member.rank).send_values("down", [number], own_words(words), values)
         return self.bytes_sent - before
 
     def _refuse(self, number: int, rank: int, error: Exception) -> None:
@@ -271,6 +272,7 @@ class Server(Rank):
         number = self.job.rounds
         for member in self.members:
             self._send(number, member, "")
+        self._packing.forget()
         ranks = [member.rank for member in self.members]
         told = {rank: self._told(self._gather(number, rank), number) for rank in ranks}
         self._tell_eval(number, told, report)
@@ -313,13 +315,3 @@ def collect(rank: Rank, report: Report) -> None:
         at = end
     write_adapter(rank, "adapter", made)
     report("done", rank.job.rounds, {})
-
-
-def _padded(pair: tuple[np.ndarray, np.ndarray], r: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same product at a larger rank: all layers of a stack travel at one."""
-    more = r - pair[0].shape[0]
-    return np.pad(pair[0], ((0, more), (0, 0))), np.pad(pair[1], ((0, 0), (0, more)))
-
-
-def _first(pair: tuple[np.ndarray, np.ndarray], r: int) -> tuple[np.ndarray, np.ndarray]:
-    return pair[0][:r], pair[1][:, :r]

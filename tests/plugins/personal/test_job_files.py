@@ -35,7 +35,7 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "another sampling": ({"method": "fedkseed", "seed_sampling": "greedy"}, "seed_sampling: expected"),
     "a density of nothing": ({"method": "flasc", "upload_density": 0.0}, "upload_density: expected"),
     "a target twice": ({"target_modules": ["q_proj", "q_proj"]}, "each of target_modules once"),
-    "few for krum": ({"method": "krum"}, "at least 5 clients with krum; 2 came"),
+    "few for krum": ({"method": "krum"}, "at least 5 clients in a round with krum; 2 came"),
     "narrow weights": ({"method": "flora", "weights": "bf16"}, "weights f32 with flora"),
     "personal on moving weights": ({"method": "flora", "personal": "ditto"}, "personal = none with flora"),
     "a rate of its own": (

@@ -18,7 +18,8 @@ from aggregator_rig import (
     start_of,
     updates_of,
 )
-from edged_plugins.personal_lora._residual import Residual, residual
+from edged_plugins.personal_lora._factors import Stack
+from edged_plugins.personal_lora._residual import Residual, _target, _Written, residual
 
 from edged import ConfigError, Download, Update
 
@@ -46,6 +47,41 @@ def test_the_residual_is_that_of_matrices_written_out(cohort: str, merged: int) 
     members = members_of(len(rs), rs, scale if isinstance(scale, list) else float(scale))
     updates, downloads = updates_of(members), drawn(members, merged=merged)
     assert residual(updates, downloads) == pytest.approx(dense_residual(updates, downloads), rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("count", "is_written"), [(1, False), (3, False), (13, False), (14, True), (60, True)]
+)
+@pytest.mark.parametrize("merged", [0, 5])
+def test_a_sum_in_its_bases_and_one_written_out_have_the_same_residual(
+    count: int, is_written: bool, merged: int
+) -> None:
+    """Of 200 x 240 the bases cost more from rank 55 on."""
+    shapes = {"q_proj": (200, 240)}
+    members = members_of(count)
+    updates = updates_of(members, shapes=shapes)
+    stack = Stack(200, 240)
+    for update in updates:
+        stack.add(update.weight * update.member.scale, *update.factors["q_proj"])
+    assert isinstance(_target(stack, 1.0), _Written) == is_written
+    more = updates_of(members_of(1, merged), 8, shapes=shapes)[0].factors if merged else {}
+    other = updates_of(members[:1], 9, shapes=shapes)[0].factors
+    downloads = [(members[0], Download(other, more))]
+    assert residual(updates, downloads) == pytest.approx(dense_residual(updates, downloads), rel=1e-12)
+
+
+def test_a_stack_is_its_sum_whatever_was_added_up_before() -> None:
+    """Looked at after each of so many parts that it is added up several times."""
+    shapes, stack, total = {"q_proj": (20, 24)}, Stack(20, 24), np.zeros((24, 20))
+    for seed, update in enumerate(updates_of(members_of(30), 3, shapes=shapes)):
+        A, B = update.factors["q_proj"]
+        stack.add(0.5 + seed, A, B)
+        total += (0.5 + seed) * B @ A
+        np.testing.assert_allclose(stack.dense(), total, rtol=0, atol=1e-12 * np.abs(total).max())
+        if seed % 7 == 6:
+            A, B = stack.pair(2.0)
+            assert A.shape[0] <= 20
+            np.testing.assert_allclose(B @ A, 2 * total, rtol=0, atol=1e-12 * np.abs(total).max())
 
 
 @pytest.mark.parametrize("dtype", ["f4", "f8"])
