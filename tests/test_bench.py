@@ -81,14 +81,7 @@ def test_a_ratio_is_taken_round_by_round(record: Any) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(2 * RUN_S)
 @pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(
-            name,
-            marks=[pytest.mark.xdist_group(name), *([pytest.mark.network] if name in NEED_ROOT else [])],
-        )
-        for name in NAMES
-    ],
+    "name", [pytest.param(name, marks=pytest.mark.network) if name in NEED_ROOT else name for name in NAMES]
 )
 def test_a_benchmark_runs_through_with_tiny_settings(name: str, tmp_path: Path) -> None:
     smol_or_skip()
