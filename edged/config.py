@@ -32,6 +32,8 @@ DEFAULT_PLUGINS = (
     "energy",
     "torch_blocks",
     "split_learning",
+    "personal_lora",
+    "zeroth_order",
 )
 
 

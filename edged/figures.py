@@ -9,7 +9,7 @@ from typing import Any
 from .types import TrainingPlan
 from .wire import Trained
 
-VALUES_MAX = 16  # figures in one report
+VALUES_MAX = 128  # figures in one report: a server tells two of each of its members
 KEY_CHARS_MAX = 40
 OWN_WORDS = ("event", "step", "steps", "bytes_sent", "joules")  # of an event, which no report may set
 
@@ -53,4 +53,27 @@ def with_spent(done: Mapping[str, float], surveys: Sequence[Mapping[str, Any]]) 
         for key, value in list(spent.items())[:VALUES_MAX] if isinstance(spent, Mapping) else ():
             if isinstance(key, str) and type(value) in (int, float) and value >= 0:  # not NaN
                 found[key[:KEY_CHARS_MAX]] = max(found.get(key[:KEY_CHARS_MAX], 0.0), float(value))
+    return found
+
+
+def rounds_log(
+    steps: Sequence[tuple[int, str, Mapping[str, float]]], nodes: Sequence[str]
+) -> list[dict[str, Any]]:
+    """A row for each round of a federated training, from what its server told: "down_3" and "up_3" are bytes
+    to and from rank 3, whose update counted where it has an "up". `nodes` by rank. Empty of other kinds."""
+    found = []
+    for step, kind, values in steps:
+        if kind != "step" or not any(key.startswith("down_") for key in values):
+            continue
+        sent = {
+            way: {
+                node: int(values[f"{way}_{rank}"])
+                for rank, node in enumerate(nodes)
+                if f"{way}_{rank}" in values
+            }
+            for way in ("up", "down")
+        }
+        row: dict[str, Any] = {"round": step, "loss": values["loss"], "residual": values.get("residual")}
+        row |= {"bytes_up": sent["up"], "bytes_down": sent["down"], "members": list(sent["up"])}
+        found.append(row)
     return found

@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 import pluggy
 
 from .types import (
+    AggregatorEntry,
     Candidate,
     DiscovererEntry,
     EngineEntry,
@@ -83,8 +84,18 @@ def edged_policies(settings: Mapping[str, Any]) -> Sequence[Policy]:  # type: ig
 
 
 @_spec("register")
-def edged_trainings(settings: Mapping[str, Any]) -> Sequence[Training]:  # type: ignore[empty-body]
-    """Kinds of training jobs, by name. Called in: daemon, and by `edged config --explain`."""
+def edged_aggregators(settings: Mapping[str, Any]) -> Sequence[AggregatorEntry]:  # type: ignore[empty-body]
+    """Ways to aggregate client updates, by name. Called in: daemon, and by `edged config --explain`."""
+
+
+@_spec("register")
+def edged_trainings(  # type: ignore[empty-body]
+    settings: Mapping[str, Any], aggregators: Mapping[str, AggregatorEntry]
+) -> Sequence[Training]:
+    """Kinds of training jobs, by name. Called in: daemon, and by `edged config --explain`.
+
+    :param aggregators: all that plugins brought, by name.
+    """
 
 
 # --- decide ---------------------------------------------------------------------------------------

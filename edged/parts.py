@@ -122,10 +122,24 @@ def compose(home: Home) -> Parts:
     fits = sorted({policy.fit for policy in policies.values() if policy.fit})
     bearing = Bearing(profile, home.cache, device, supervisor, next(iter(fits), ""))
     peers = Peers(identity, home, profile, host, health)
-    kinds, data = host.registrations("edged_trainings"), DataStore(home, supervisor)
-    adapters, lending = AdapterStore(home), Lending()
+    aggregators, data = host.registrations("edged_aggregators"), DataStore(home, supervisor)
+    kinds = host.registrations("edged_trainings")
+    lending = Lending()
     transfers = Transfers(home, profile, models, lending, peers, supervisor, engines)
-    roles = Roles(profile, peers, host, device, supervisor, transfers, engines, kinds, data, home.training)
+    roles = Roles(
+        profile,
+        peers,
+        host,
+        device,
+        supervisor,
+        transfers,
+        engines,
+        kinds,
+        aggregators,
+        data,
+        adapters,
+        home.training,
+    )
     probing = Probing(profile, peers, supervisor, device)
     viewer = Viewer(peers, device, bearing, probing, models, engines)
     viewer.memory_taken = lambda: roles.memory_taken

@@ -26,6 +26,7 @@ from .types import Candidate, ModelDescription, NodeView, PlanRequest, Strategy
 
 GROUP = "edged"
 log = logging.getLogger(__name__)
+NEEDS = {"edged_trainings": {"aggregators": "edged_aggregators"}}  # of a hook: what other hooks brought
 
 
 @dataclass(slots=True)
@@ -118,11 +119,12 @@ class Host:
 
     def registrations(self, hook: str) -> dict[str, Any]:
         """All entries of a register hook by name; PluginError on a clash or an exception."""
+        values = {name: self.registrations(other) for name, other in NEEDS.get(hook, {}).items()}
         found: dict[str, Any] = {}
         owners: dict[str, str] = {}
         for plugin, implementation in self._implementations(hook, "register"):
             try:
-                answer = self._call(plugin, implementation, {"settings": plugin.settings})
+                answer = self._call(plugin, implementation, {"settings": plugin.settings, **values})
                 entries = [(entry.name, entry) for entry in answer or ()]
             except EdgedError:  # it says by itself what to mend: its settings, say
                 raise

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from . import sizes, wire
+from .adapters import NAME_CHARS_MAX, AdapterMeta, AdapterStore
 from .config import Profile
 from .datasets import DataStore
 from .device import Device
@@ -28,12 +29,21 @@ from .peers import Peers
 from .plugins import Host
 from .supervisor import Supervisor, WorkerHandle
 from .transfers import Transfers
-from .types import EngineEntry, EngineSpec, ModelDescription, PlanRequest, Training, TrainingSpec
+from .types import (
+    AggregatorEntry,
+    EngineEntry,
+    EngineSpec,
+    ModelDescription,
+    PlanRequest,
+    Training,
+    TrainingSpec,
+)
 from .watching import Watch, Watched
 
 log = logging.getLogger(__name__)
 LOAD_S = 60.0  # plus the time to read the weights
 LOAD_BYTES_S = 20e6  # a slow SD card
+PERSONAL = "-personal"  # after the job's name for an adapter, of one that stays here
 STOPPED_MAX = 64  # a stop overtakes its offer by microseconds
 
 
@@ -72,12 +82,15 @@ class Roles:
         transfers: Transfers,
         engines: Mapping[str, EngineEntry],
         trainings: Mapping[str, Training],
+        aggregators: Mapping[str, AggregatorEntry],
         data: DataStore,
+        adapters: AdapterStore,
         training_folder: Path,
     ) -> None:
         self._profile, self._peers, self._host = profile, peers, host
         self._device, self._supervisor, self._transfers = device, supervisor, transfers
-        self._engines, self._trainings, self._data = engines, trainings, data
+        self._engines, self._data, self._adapters = engines, data, adapters
+        self._trainings, self._aggregators = trainings, aggregators
         self._watch = Watch(device)
         self._training_folder = training_folder
         self._held: dict[str, _Held] = {}
@@ -225,7 +238,7 @@ class Roles:
             known = ", ".join(sorted(self._trainings)) or "none"
             raise EngineError(
                 f"{self._peers.identity.name} has no training {offered.kind!r}; loaded: {known}",
-                remedy='add "split_learning" to `plugins` there',
+                remedy="add the plugin that brings it to `plugins` there",
             )
         try:
             training.check(offered.settings)
@@ -363,7 +376,7 @@ class Roles:
     ) -> dict[str, Any]:
         """What a worker is told to load a trainer. Checkpoints are a coordinator's own."""
         collector = next((role.rank for role in offer.roles if role.node_id == coordinator), 0)
-        folder = self._training_folder / f"{coordinator[:16]}-{offered.job}" / f"rank-{offer.rank}"
+        folder = self._state_of(coordinator, offer, offered)
         spec = TrainingSpec(
             offered.job,
             offered.settings,
@@ -375,8 +388,15 @@ class Roles:
             offer.model_name,
             offer.model_sha256,
             self._device.threads,
+            {name: entry.load for name, entry in self._aggregators.items()},
+            {name: entry.local for name, entry in self._aggregators.items() if entry.local},
+            {name: (entry.joins, entry.replays) for name, entry in self._aggregators.items() if entry.joins},
         )
         return {"trainer": self._trainings[offered.kind].load, "training": wire.to_map(spec)}
+
+    def _state_of(self, coordinator: str, offer: wire.Offer, offered: wire.TrainingOffer) -> Path:
+        """Of a rank of a job: its checkpoints, and what it makes."""
+        return self._training_folder / f"{coordinator[:16]}-{offered.job}" / f"rank-{offer.rank}"
 
     def tidy(self, before: float) -> None:
         """Delete what trainings that did not go on since `before` (Unix time) left for going on."""
@@ -447,7 +467,38 @@ class Roles:
                 self._give_back(group, reason)
         elif message.kind in ("tokens", "finished", "trained"):
             body = wire.read_body(wire.BODIES[message.kind], message.body)
+            if isinstance(body, wire.Trained) and body.kind == "kept":
+                self._keep(held, body)
+                return
             self._peers.tell_if_online(held.coordinator, message.kind, body)
+
+    def _keep(self, held: _Held, body: wire.Trained) -> None:
+        """Store the adapter that a trainer made for this node alone. Nobody else is told of it."""
+        offered = held.offer.training
+        if offered is None:
+            return
+        made = self._state_of(held.coordinator, held.offer, offered) / "kept"
+        stem = str(offered.settings.get("adapter") or offered.job)
+        name = stem[: NAME_CHARS_MAX - len(PERSONAL)] + PERSONAL
+        provenance = {"job_id": offered.job, "kind": offered.kind, "steps": body.step, **body.values}
+        offer = held.offer
+        meta = AdapterMeta(offer.model_sha256, offer.model_name, scope="personal", provenance=provenance)
+
+        def adopt() -> None:
+            try:
+                if made.is_dir() and not self._is_kept(offered.job, body.step):
+                    self._adapters.adopt(made, name, meta)
+            except EdgedError as error:
+                log.error("personal adapter not kept", extra={"job_id": offered.job, "reason": str(error)})
+
+        task = asyncio.get_running_loop().create_task(asyncio.to_thread(adopt))
+        self._stopping.add(task)
+        task.add_done_callback(self._stopping.discard)
+
+    def _is_kept(self, job: str, steps: int) -> bool:
+        """A job that went on after its end was near tells the same again."""
+        kept = [adapter.provenance for adapter in self._adapters.list() if adapter.scope == "personal"]
+        return any(each.get("job_id") == job and each.get("steps") == steps for each in kept)
 
     def _pop(self, group: str) -> _Held | None:
         held = self._held.pop(group, None)

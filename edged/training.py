@@ -155,17 +155,19 @@ class Trainings:
         former = self._request_of(job)
         before = self._check(former)
         kept = dict(settings) | ({"clients": before.get("clients")} if former.file_clients else {})
-        changed = sorted(key for key in kept if kept[key] != before.get(key) and key != "steps")
+        more = ("steps", self._trainings[request.kind].steps_key)
+        changed = sorted(key for key in kept if kept[key] != before.get(key) and key not in more)
         if changed or former.kind != request.kind:
             raise ConfigError(
                 f"expected the file of job {job.job_id}; it differs in {', '.join(changed) or 'kind'}",
-                remedy="go on with the same settings (steps may be more), or start a new job",
+                remedy=f"go on with the same settings ({more[1]} may be more), or start a new job",
             )
         if kept["steps"] < before["steps"] or (job.state == "done" and kept["steps"] == before["steps"]):
             raise ConfigError(
-                f"expected more than the {before['steps']} steps of job {job.job_id}", remedy="raise `steps`"
+                f"expected more than the {before['steps']} {more[1]} of job {job.job_id}",
+                remedy=f"raise `{more[1]}`",
             )
-        going_on = dataclasses.replace(former, settings=former.settings | {"steps": kept["steps"]})
+        going_on = dataclasses.replace(former, settings=former.settings | {more[1]: kept["steps"]})
         self._store.reopen(job.job_id, msgspec.to_builtins(going_on))
         try:
             return self._begin(job.job_id, going_on, self._store.get(job.job_id))
@@ -243,7 +245,7 @@ class Trainings:
         except (KeyError, TypeError, msgspec.ValidationError) as error:
             raise JobError(f"expected a plan that this version can read; {error}") from error
         steps = int(run.settings["steps"])
-        run.settings = dict(plan.settings) | {"steps": steps}
+        run.settings = dict(plan.settings) | {"steps": steps, run.training.steps_key: steps}
         run.plan = dataclasses.replace(plan, settings=run.settings, steps=steps)
         run.step = run.furthest = min(steps, len(run.losses))
         run.has_begun = True
@@ -507,7 +509,9 @@ class Trainings:
         elif body.kind == "done":
             if node_id == self._peers.identity.node_id and not run.finished.done():
                 run.finished.set_result(body.values)
-        elif run.plan is not None and figures.is_sound(body, run.plan):
+        elif body.kind == "alive":
+            run.patience.heard(time.monotonic())
+        elif body.kind in ("step", "eval") and run.plan is not None and figures.is_sound(body, run.plan):
             self._report(run, run.plan, body)
 
     def _error_of(self, node_id: str, body: wire.Trained) -> EdgedError:
@@ -626,7 +630,9 @@ class Trainings:
             "bytes_sent": run.bytes_sent,
             "joules": joules,
             "joules_source": source if joules is not None else None,
-            "rounds_log": [],
+            "rounds_log": figures.rounds_log(
+                self._store.steps(run.job_id), [role.node_id for role in run.plan.roles]
+            ),
             "plan": self._plan_row(run),
             "measured": {
                 "seconds": seconds,
@@ -653,6 +659,7 @@ class Trainings:
             if (
                 adapter.provenance.get("job_id") == run.job_id
                 and adapter.provenance.get("steps") == plan.steps
+                and adapter.scope == "global"
             ):
                 return adapter
         model = self._models.find(run.model_sha256)

@@ -466,6 +466,9 @@ class TrainingSpec:
     model_name: str
     model_sha256: str
     threads: int = 1
+    aggregators: Mapping[str, str] = field(default_factory=dict)  # `load` by name, of this node's own plugins
+    locals: Mapping[str, str] = field(default_factory=dict)  # likewise `local`, of those that have one
+    joins: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # likewise `joins` and `replays`
 
 
 Report = Callable[[str, int, Mapping[str, float]], None]  # kind ("step", "eval", "done"), step, values
@@ -487,6 +490,156 @@ class Trainer(Protocol):
     def run(self, step: int, report: Report, is_stopped: Callable[[], bool]) -> None: ...
 
     def close(self) -> None: ...
+
+
+# --- rounds ---------------------------------------------------------------------------------------
+
+# By module ("model.layers.3.self_attn.q_proj"): A (r, in) and B (out, r), F32 arrays of numpy, read only. The
+# layer computes W x + scale B A x.
+Factors = Mapping[str, tuple[Any, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """A client of a federated job, as its server knows it: its rank in the plan, and its adapter's r and
+    scale, alpha / r."""
+
+    rank: int
+    r: int
+    scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What a member ended a round's local steps with. `weight`: rows it trained on, above 0. `extras`: more
+    that the aggregator asked its members for, by name; arrays of numpy."""
+
+    member: Member
+    round: int
+    weight: float
+    factors: Factors
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Download:
+    """What a member loads before a round's local steps. `merged`, its scale in it, is added to the frozen
+    weights for good, first; then the member's adapter becomes `factors`. `extras`: more that its local steps
+    need. Without factors its `LocalPart` makes them, and its update has none either."""
+
+    factors: Factors
+    merged: Factors = field(default_factory=dict)
+    extras: Mapping[str, Any] = field(default_factory=dict)
+
+
+class Aggregator(Protocol):
+    """Makes one next state of a round's client updates; in the server's worker, with numpy and without torch.
+
+    A round: `begin`, `add` for each update in the order of ranks, `finish`, then `download` for every member.
+    Before the first round `download` gives what the job starts from. `add` keeps no update where the state
+    does not need it, so that memory does not grow with members; `bytes_kept` says what it does keep. It
+    measures nothing: the round loop compares what it made with what it was given.
+    """
+
+    def frozen(self, round: int) -> str:
+        """ "A" or "B": the factor that no member trains or sends in this round; "" for none."""
+        ...
+
+    def begin(self, round: int, members: Sequence[Member]) -> None: ...
+
+    def add(self, update: Update) -> None:
+        """ConfigError where the update cannot be used: unlike ranks with a mean of factors, say."""
+        ...
+
+    def finish(self) -> None:
+        """PolicyViolation where there are too few updates; the state is then that before `begin`."""
+        ...
+
+    def download(self, member: Member) -> Download: ...
+
+    def adapter(self) -> Mapping[str, tuple[Any, Any, float]]:
+        """All that was learned since the base, for everybody: by module A, B and scale."""
+        ...
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Arrays of numpy, from which `load_state_dict` goes on bit for bit."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class LocalPart(Protocol):
+    """A member's part of a method whose local steps take no gradient; in the member's worker, with numpy."""
+
+    def begin(self, download: Download) -> Factors:
+        """What the member's adapter becomes: the download's factors, or what its extras say of the start."""
+        ...
+
+    def train(
+        self, steps: range, parameters: Mapping[str, tuple[Any, Any]], loss: Callable[[int], float]
+    ) -> Mapping[str, Any]:
+        """The local steps of these numbers, on Factors that it changes in place; `loss(step)` is that of the
+        step's rows with them as they are. The extras of the update."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Travels:
+    """What goes to and from a member in a round.
+
+    `down`, `up`: the factors, "AB", "A", "B" or "". `stack`: the rank of what is merged, 0 for nothing.
+    Extras: name, dtype (numpy's, "f4") and shape of each array; in a shape the name of a key of the job's
+    file stands for its value, "values" for as many as an adapter has, "layers" and "r" for its own. Parts:
+    the key that says which part of the values is sent, with a bit for each of them all.
+    """
+
+    down: str = "AB"
+    up: str = "AB"
+    stack: int = 0
+    down_extras: Sequence[tuple[str, str, Sequence[str]]] = ()
+    up_extras: Sequence[tuple[str, str, Sequence[str]]] = ()
+    down_part: str = ""
+    up_part: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class AggregatorEntry:
+    """A way to aggregate client updates: a value of `method` in a federated job.
+
+    load: "package.module:attribute", in a worker: load(settings, start, members) -> Aggregator, where
+        `settings` are the job's and `start` the Factors that it begins with, at the largest r of any member
+    keys: of a job's file that only it reads
+    check(options): those keys' values, pure; ConfigError names the one that is wrong
+    least(options) -> updates without which there is no round
+    is_sum: is what it makes a weighted sum of the updates? Then members may mask them: of all it gets one
+        update, their mean. A LocalPart that sends no factors then makes one extra, "sums" (seeds,) F32,
+        where the settings say `masked`.
+    unlike_ranks: may members have adapters of unlike r?
+    bytes_kept(cohort, values): memory of the server for so many updates of so many values; None: that of
+        one state, whatever the cohort
+    local: "package.module:attribute", in a member's worker: local(settings, start, rank) -> LocalPart, where
+        no gradient is taken; empty: local steps by gradients, which the member's trainer does
+    joins: likewise, of a member that takes part so in a job with another method: it starts from factors,
+        and sends extras and no factors
+    replays: "package.module:attribute", in the server's worker: replays(settings, factors, extras) ->
+        Factors, what such a member's `factors` became by its extras
+    travels(round, ranks) -> Travels, from the r of every member whose update is in what goes down; for the
+        prediction of bytes. None: all factors, both ways; before the first round nothing goes down, since
+        everybody draws the same start.
+    """
+
+    name: str
+    load: str
+    keys: Sequence[TrainingKey] = ()
+    check: Callable[[Mapping[str, Any]], None] | None = None
+    least: Callable[[Mapping[str, Any]], int] | None = None
+    is_sum: bool = False
+    unlike_ranks: bool = False
+    local: str = ""
+    joins: str = ""
+    replays: str = ""
+    bytes_kept: Callable[[int, int], int] | None = None
+    travels: Callable[[int, Sequence[int]], Travels] | None = None
 
 
 # --- what plugins register ----------------------------------------------------------------------
@@ -512,6 +665,7 @@ class Training:
         count, which stands against what the submitter says; None: nothing to count
     load: "package.module:attribute", in a worker: load(spec: TrainingSpec, loaded, channel) -> Trainer, where
         `loaded` is what `engine`'s own `load` made of the model
+    steps_key: of the file, what `steps` of the settings are counted by; a job that goes on may have more
 
     A job's file has `model`, and a list `clients` of tables whose `node` is a member's name or id and whose
     `data` is a data set that its owner offers.
@@ -525,6 +679,7 @@ class Training:
     load: str
     keys: Sequence[TrainingKey] = ()
     memory: Callable[[Mapping[str, Any], ModelDescription, Sequence[Role], int], int] | None = None
+    steps_key: str = "steps"
 
 
 @dataclass(frozen=True, slots=True)

@@ -342,12 +342,14 @@ class Train:
 
 @dataclass(frozen=True, slots=True)
 class Trained:
-    """`values`: loss, tokens and the like of a step or an evaluation. `error`: code, message and remedy."""
+    """`values`: loss, tokens and the like of a step or an evaluation. `error`: code, message and remedy.
+    "kept", an adapter that is this node's alone, is from a worker to its own daemon and goes no further;
+    "alive": a rank works on what has no steps."""
 
     job: str
     epoch: int
     rank: int
-    kind: Literal["step", "eval", "done", "error"]
+    kind: Literal["step", "eval", "done", "error", "kept", "alive"]
     step: int
     values: dict[str, float] = field(default_factory=dict)
     error: dict[str, str] = field(default_factory=dict)

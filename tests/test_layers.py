@@ -88,17 +88,21 @@ PLUGIN_DOORS = {
     "transformers": ("torch_blocks", "one engine builds blocks"),
     "peft": ("torch_blocks", "one engine puts LoRA on them"),
     "safetensors": (
-        "torch_blocks _tensors split_learning",
+        "torch_blocks _tensors _training split_learning",
         "weights, adapters and checkpoints that run no code",
     ),
     "tokenizers": ("torch_blocks", "one engine reads vocabularies"),
     "jinja2": ("torch_blocks", "a template is a program of the model's author"),
     "numpy": (
         "shard torch_blocks energy _grouping _paths _placing _pool _ring _search _staging _sweep _tables "
-        "_sampling _llama_engine _tensors split_learning",
+        "_sampling _llama_engine _tensors _training _rounds split_learning personal_lora zeroth_order",
         "arrays live in an engine's worker",
     ),
-    "torch": ("torch_blocks _tensors split_learning", "tensors with gradients live in a training's worker"),
+    "torch": (
+        "torch_blocks _tensors _training split_learning personal_lora",
+        "tensors with gradients live in a training's worker",
+    ),
+    "cryptography": ("_rounds", "masks are made in one way, in a worker"),
     "opacus": ("_tensors", "one accountant decides what a privacy budget allows"),
     "llama_cpp": (
         "shard _tokenizer _libllama _llama_describe _llama_engine _llama_rpc_engine",
@@ -110,6 +114,7 @@ PLUGIN_DOORS = {
         "ggml and libllama through their C headers; malloc_trim where blocks are let go of",
     ),
 }
+SHARED = {"_tensors", "_rounds"}  # by plugins' workers
 HEAVY = (
     "torch numpy llama_cpp gguf transformers peft safetensors tokenizers scipy opacus".split()  # noqa: SIM905
 )
@@ -316,14 +321,14 @@ def test_a_plugins_own_module_is_light(file: Path) -> None:
 def test_shared_numerical_code_uses_no_plugin_and_is_loaded_by_none_directly() -> None:
     """It lives in workers: what a daemon imports of a plugin must not reach it."""
     for file in plugin_files():
-        is_shared = module_of(file) == "_tensors"
+        is_shared = module_of(file) in SHARED
         parts = file.relative_to(PLUGINS).with_suffix("").parts
         is_light = not any(part.startswith("_") and part != "__init__" for part in parts)
         for found in imports(file):
             if found.library == "edged_plugins":
                 modules = found.module.split(".")[1:2] or found.names
                 assert not is_shared or all(module.startswith("_") for module in modules), found
-                assert not is_light or "_tensors" not in modules, found
+                assert not is_light or not SHARED & set(modules), found
 
 
 def test_a_fresh_daemon_loads_nothing_heavy_and_no_plugin_that_was_not_named() -> None:

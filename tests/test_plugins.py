@@ -13,6 +13,7 @@ import pytest
 from edged_plugins import echo
 
 from edged import (
+    AggregatorEntry,
     Announcement,
     Candidate,
     DeviceState,
@@ -381,9 +382,17 @@ def test_edged_strategies() -> None:
     assert all(isinstance(entry, Strategy) for entry in found.values())
 
 
+def test_edged_aggregators() -> None:
+    found = first_party("edged_aggregators", "personal_lora", "zeroth_order")
+    assert {"fedavg", "ffa", "flora", "flexlora", "fdlora", "fedkseed"} <= set(found)
+    assert all(isinstance(entry, AggregatorEntry) for entry in found.values())
+
+
 def test_edged_trainings() -> None:
-    found = first_party("edged_trainings", "split_learning")
-    assert set(found) == {"split", "local"}
+    found = first_party("edged_trainings", "split_learning", "personal_lora", "zeroth_order")
+    asked = {"clients": [{"node": "a", "data": "d"}], "server": {"node": "b"}}
+    assert found["federated"].check(asked | {"method": "fedkseed"})["method"] == "fedkseed"
+    assert set(found) == {"split", "local", "federated"}
     assert all(isinstance(training, Training) for training in found.values())
 
 

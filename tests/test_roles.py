@@ -13,6 +13,7 @@ import pytest
 from edged_plugins import echo
 
 from edged import models, planning, sizes, wire
+from edged.adapters import AdapterStore
 from edged.config import Budget, Network, Profile
 from edged.datasets import DataStore
 from edged.device import Device
@@ -105,7 +106,7 @@ class Rig:
         self.trainings = {"sums": TRAINING, "abacus": counting}
         self.roles = Roles(
             profile, peers, Host(), self.device, self.supervisor, transfers, engines, self.trainings,
-            self.data, home.training,
+            {}, self.data, AdapterStore(home), home.training,
         )  # fmt: skip
         [role] = planning.whole(NodeView("me", "phone"), self.manifest.model, "local").roles
         self.role = role

@@ -40,7 +40,7 @@ COMMANDS = {  # name: (module of this package, what it does)
     "chat": ("chat", "A conversation in the terminal."),
     "jobs": ("jobs", "The job table; one job; `jobs rm ID`."),
     "cancel": ("jobs", "Cancel a job."),
-    "finetune": ("finetune", "Training jobs: split, local."),
+    "finetune": ("finetune", "Training jobs: split, federated, local."),
     "adapters": ("adapters", "LoRA adapters: ls, add, export, rm."),
     "simulate": ("simulate", "Scheduling over simulated devices and time."),
     "bench": ("bench", "Benchmarks, from a checkout."),

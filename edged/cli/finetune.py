@@ -30,7 +30,7 @@ WIDTH = 60
 
 
 def finetune(
-    kind: Annotated[str, typer.Argument(metavar="split|local")],
+    kind: Annotated[str, typer.Argument(metavar="split|federated|local")],
     settings: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="The job's file.")],
     resume: Annotated[str | None, typer.Option(metavar="JOB", help="Go on with an ended job.")] = None,
     plot: Annotated[Path | None, typer.Option(metavar="FILE", help="Draw the loss, as .png or .svg.")] = None,
@@ -39,7 +39,7 @@ def finetune(
     home: HomeOption = None,
     as_json: JsonOption = False,
 ) -> int:
-    """Train an adapter together with other nodes (split), or on this one (local).
+    """Train an adapter together with other nodes (split, federated), or on this one (local).
 
     Ctrl-C cancels the job, which --resume goes on with. A job whose terminal is closed goes on.
     """

@@ -35,9 +35,10 @@ def _training_keys(profile: profiles.Profile) -> list[dict[str, Any]]:
     """Of the files that `edged finetune` takes, by kind of training: the default, and what it is."""
     host = Host()
     host.load(profile.plugins, profile.plugin)
+    kinds = host.registrations("edged_trainings")
     return [
         {"key": f"finetune.{name}.{key.key}", "value": _plain(key.default), "origin": key.text}
-        for name, training in sorted(host.registrations("edged_trainings").items())
+        for name, training in sorted(kinds.items())
         for key in training.keys
     ]
 

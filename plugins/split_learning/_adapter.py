@@ -12,14 +12,13 @@ from pathlib import Path
 import numpy as np
 import safetensors.numpy
 
-from edged import ConfigError, EngineError
+from edged import EngineError
 
 from .._tensors import adapters
+from .._training.adapter_folder import write_lora
 from ._job import Job
 
 CONFIG, TENSORS, META = "adapter_config.json", "adapter_model.safetensors", "meta.json"
-GGUF = "adapter.gguf"
-GGUF_MAGIC = b"GGUF"
 PROMPTS = "prompt_embeddings"  # PEFT's name of them
 
 
@@ -36,23 +35,16 @@ def write(
     if job.topology == "parallel-adapters":
         _write_parallel(folder, tensors, job, model)
         return
-    adapters.write_peft(
+    write_lora(
         folder,
         tensors,
         r=job.r,
         alpha=job.alpha,
         targets=job.target_modules,
-        base_name=model,
-        fan_in_fan_out=is_transposed,
+        is_transposed=is_transposed,
+        base=base,
+        model=model,
     )
-    with open(base, "rb") as file:
-        if file.read(len(GGUF_MAGIC)) != GGUF_MAGIC:
-            return
-    try:
-        adapters.to_gguf(folder, base, folder / GGUF)
-    except ConfigError as error:
-        if error.code != "no-gguf-adapter":
-            raise
 
 
 def _write_parallel(folder: Path, tensors: Mapping[str, np.ndarray], job: Job, model: str) -> None:

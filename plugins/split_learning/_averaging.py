@@ -11,7 +11,7 @@ from torch import nn
 
 from edged import ProtocolError
 
-from ._link import Link
+from .._training.link import Link
 from ._places import Places
 
 VALUES_MAX = 1 << 29  # of a client's adapter, 2 GiB: a server cannot know what its client tunes

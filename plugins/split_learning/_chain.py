@@ -24,9 +24,9 @@ from torch import Tensor, nn
 
 from edged import ProtocolError
 
+from .._training.link import int_frame, ints
+from .._training.loss import summed, targets_of
 from ._cost import EVAL_DONE, divided
-from ._link import int_frame, ints
-from ._loss import summed, targets_of
 from ._rank import Report
 from ._serving import Serving
 

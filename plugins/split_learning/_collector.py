@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ._link import Stopped
+from .._training.link import Stopped
 from ._rank import Rank, Report
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from edged import ConfigError, TrainingKey
+
+from .._training import file
+from .._training.file import check, clients_of, key, server_of, texts_of, typed, unknown
 
 TOPOLOGIES = (
     "label-sharing",
@@ -46,10 +49,6 @@ LOCAL_KEYS = [  # the others are of no use to a job on one node
 ]
 
 
-def _key(default: Any, text: str) -> Any:
-    return field(default=default, metadata={"text": text})
-
-
 @dataclass(frozen=True, slots=True)
 class Client:
     """A member that brings data. `node`: its name or id, "" for the node that the job is submitted to."""
@@ -62,57 +61,57 @@ class Client:
 class Job:
     """A training job. The text after a default is what `edged config --explain` says of the key."""
 
-    model: str = _key("smollm2-135m-instruct-q4_1", "a stored model's name or hash")
-    topology: str = _key(
+    model: str = key("smollm2-135m-instruct-q4_1", "a stored model's name or hash")
+    topology: str = key(
         "label-sharing",
         "who holds what: label-sharing, u-shape, pipeline, remote-blocks, private-lora or parallel-adapters",
     )
-    clients: tuple[Client, ...] = _key((), "[[clients]]: node and data of each member that brings rows")
-    server: str = _key("", "[server] node: who holds the rest of the model")
-    stages: tuple[str, ...] = _key((), "pipeline: nodes between the client and the server, in order")
-    cut: int | str | tuple[int, ...] = _key(
+    clients: tuple[Client, ...] = key((), "[[clients]]: node and data of each member that brings rows")
+    server: str = key("", "[server] node: who holds the rest of the model")
+    stages: tuple[str, ...] = key((), "pipeline: nodes between the client and the server, in order")
+    cut: int | str | tuple[int, ...] = key(
         3, 'blocks of the client (0: with prompts only); "auto": the planner\'s choice; of a pipeline a list'
     )
-    tail: int = _key(1, "u-shape: last blocks, with norm and head, on the client")
-    steps: int = _key(100, "optimiser steps")
-    batch_size: int = _key(4, "rows of each client in a step")
-    micro_batches: int = _key(1, "parts of a batch that are under way at once; a pipeline takes 8")
-    max_length: int = _key(128, "tokens of a row; the rest is cut off")
-    learning_rate: float = _key(5e-4, "of AdamW")
-    weight_decay: float = _key(0.0, "of AdamW")
-    r: int = _key(8, "rank of the adapter")
-    alpha: float = _key(16.0, "the adapter counts alpha / r times")
-    target_modules: tuple[str, ...] = _key(("q_proj", "v_proj"), "linear layers that get an adapter")
-    dropout: float = _key(0.0, "before the adapter")
-    seed: int = _key(0, "of the adapter's start, the order of rows, and noise")
-    loss_on: str = _key("answer", '"all": on the prompt\'s tokens, too')
-    schedule: str = _key("sequential", "several clients: sequential, client-batch or server-hierarchical")
-    average_every: int = _key(100, "steps between two means of the clients' adapters")
-    codec: str = _key(
+    tail: int = key(1, "u-shape: last blocks, with norm and head, on the client")
+    steps: int = key(100, "optimiser steps")
+    batch_size: int = key(4, "rows of each client in a step")
+    micro_batches: int = key(1, "parts of a batch that are under way at once; a pipeline takes 8")
+    max_length: int = key(128, "tokens of a row; the rest is cut off")
+    learning_rate: float = key(5e-4, "of AdamW")
+    weight_decay: float = key(0.0, "of AdamW")
+    r: int = key(8, "rank of the adapter")
+    alpha: float = key(16.0, "the adapter counts alpha / r times")
+    target_modules: tuple[str, ...] = key(("q_proj", "v_proj"), "linear layers that get an adapter")
+    dropout: float = key(0.0, "before the adapter")
+    seed: int = key(0, "of the adapter's start, the order of rows, and noise")
+    loss_on: str = key("answer", '"all": on the prompt\'s tokens, too')
+    schedule: str = key("sequential", "several clients: sequential, client-batch or server-hierarchical")
+    average_every: int = key(100, "steps between two means of the clients' adapters")
+    codec: str = key(
         "f32",
         "of what travels: f32, f16, int8, topk or adatopk; of parallel-adapters f32 or f16, and kept so",
     )
-    ratio: float = _key(10.0, "topk, adatopk: one of so many values is sent")
-    error_feedback: bool = _key(True, "topk, adatopk: what was not sent of a gradient is added to the next")
-    clip: float = _key(0.0, "most that a row's hidden states may be long (L2); 0: as they are")
-    noise: float = _key(0.0, "standard deviation of what is added to them, in parts of clip")
-    epsilon: float = _key(0.0, "privacy budget; a job that would pass it is refused; 0: none")
-    delta: float = _key(1e-5, "of the budget")
-    sparse: float = _key(1.0, "part of the adapter's values that is tuned, chosen by the first gradient")
-    tune: str = _key("adapter", "remote-blocks: adapter of the client's own blocks, or prompts")
-    prompt_tokens: int = _key(16, "remote-blocks with prompts: how many")
-    width: int = _key(64, "parallel-adapters: of the side network")
-    cache: int = _key(4 << 30, "parallel-adapters: bytes of kept activations on the client's disk")
-    gradient_checkpointing: bool = _key(False, "less memory, a third more time")
-    weights: str = _key("f32", "of the frozen model in memory: f32 or bf16")
-    eval_every: int = _key(
+    ratio: float = key(10.0, "topk, adatopk: one of so many values is sent")
+    error_feedback: bool = key(True, "topk, adatopk: what was not sent of a gradient is added to the next")
+    clip: float = key(0.0, "most that a row's hidden states may be long (L2); 0: as they are")
+    noise: float = key(0.0, "standard deviation of what is added to them, in parts of clip")
+    epsilon: float = key(0.0, "privacy budget; a job that would pass it is refused; 0: none")
+    delta: float = key(1e-5, "of the budget")
+    sparse: float = key(1.0, "part of the adapter's values that is tuned, chosen by the first gradient")
+    tune: str = key("adapter", "remote-blocks: adapter of the client's own blocks, or prompts")
+    prompt_tokens: int = key(16, "remote-blocks with prompts: how many")
+    width: int = key(64, "parallel-adapters: of the side network")
+    cache: int = key(4 << 30, "parallel-adapters: bytes of kept activations on the client's disk")
+    gradient_checkpointing: bool = key(False, "less memory, a third more time")
+    weights: str = key("f32", "of the frozen model in memory: f32 or bf16")
+    eval_every: int = key(
         50, 'steps between evaluations on rows with split "test"; 0: at the start and the end'
     )
-    eval_rows: int = _key(64, "at most, of all clients")
-    checkpoint_every: int = _key(10, "steps between checkpoints")
-    adapter: str = _key("", 'its name; "": the file\'s')
-    link_ratios: tuple[tuple[str, float], ...] = _key((), "adatopk: of each link; the planner's own")
-    patience_s: float = _key(600.0, "how long a lost node is waited for")
+    eval_rows: int = key(64, "at most, of all clients")
+    checkpoint_every: int = key(10, "steps between checkpoints")
+    adapter: str = key("", 'its name; "": the file\'s')
+    link_ratios: tuple[tuple[str, float], ...] = key((), "adatopk: of each link; the planner's own")
+    patience_s: float = key(600.0, "how long a lost node is waited for")
 
     @property
     def prompts(self) -> int:
@@ -149,7 +148,7 @@ def check_split(table: Mapping[str, Any]) -> dict[str, Any]:
             "micro_batches = 1 but for label-sharing and pipeline with one client",
         ),
     ]
-    _check(rules)
+    check(rules)
     return to_table(job)
 
 
@@ -160,13 +159,13 @@ def check_local(table: Mapping[str, Any]) -> dict[str, Any]:
     if data is not None:
         table["clients"] = [{"data": data}]
     complete = set(table) >= {item.name for item in dataclasses.fields(Job)}  # checked once already
-    for key in table:
-        if key not in LOCAL_KEYS and not complete:
-            raise _unknown(key, [*LOCAL_KEYS, "data"])
+    for name in table:
+        if name not in LOCAL_KEYS and not complete:
+            raise unknown(name, [*LOCAL_KEYS, "data"])
     job = read(table)
     is_parallel = job.topology == "parallel-adapters"
     alone = is_parallel or job.topology == "label-sharing"
-    _check(
+    check(
         [
             (alone, f"topology label-sharing or parallel-adapters on one node; {job.topology!r} came"),
             (len(job.clients) == 1 and job.clients[0].data, 'one data = "NAME"'),
@@ -180,25 +179,24 @@ def read(table: Mapping[str, Any]) -> Job:
     """A table of TOML, or settings that were read before, as a Job."""
     table = dict(table)
     fields = {item.name: item for item in dataclasses.fields(Job)}
-    for key in table:
-        if key not in fields:
-            raise _unknown(key, list(fields))
+    for name in table:
+        if name not in fields:
+            raise unknown(name, list(fields))
     if "server" in table:
-        table["server"] = _server(table["server"])
+        table["server"] = server_of(table["server"])
     if "clients" in table:
-        table["clients"] = _clients(table["clients"])
+        table["clients"] = tuple(Client(**entry) for entry in clients_of(table["clients"], ("node", "data")))
     if "link_ratios" in table:
         table["link_ratios"] = _ratios(table["link_ratios"])
-    for key in ("stages", "target_modules"):
-        if key in table:
-            table[key] = _texts(key, table[key])
+    for name in ("stages", "target_modules"):
+        if name in table:
+            table[name] = texts_of(name, table[name])
     if isinstance(table.get("cut"), list | tuple):
         table["cut"] = tuple(table["cut"])
     if table.get("topology") == "pipeline":
         table.setdefault("micro_batches", 8)
-    values = {key: _typed(key, fields[key].default, value) for key, value in table.items()}
-    job = Job(**values)
-    _check(_rules(job))
+    job = Job(**{name: _typed(name, fields[name].default, value) for name, value in table.items()})
+    check(_rules(job))
     return job
 
 
@@ -225,15 +223,7 @@ def keys(kind: str) -> list[TrainingKey]:
 
 
 def _rules(job: Job) -> list[tuple[Any, str]]:
-    def one_of(key: str, known: Sequence[str]) -> tuple[Any, str]:
-        value = getattr(job, key)
-        return value in known, f"{key} as one of {', '.join(known)}; {value!r} came"
-
-    def least(key: str, low: float, high: float = math.inf) -> tuple[Any, str]:
-        value = getattr(job, key)
-        most = f" to {high:g}" if high < math.inf else " or more"
-        return math.isfinite(value) and low <= value <= high, f"{key} of {low:g}{most}; {value!r} came"
-
+    one_of, least = partial(file.one_of, job), partial(file.least, job)
     return [
         one_of("topology", TOPOLOGIES),
         one_of("schedule", SCHEDULES),
@@ -301,59 +291,15 @@ def least_cut(job: Job) -> int:
     return 0 if job.prompts else 1
 
 
-def _check(rules: Sequence[tuple[Any, str]]) -> None:
-    for holds, expected in rules:
-        if not holds:
-            raise ConfigError(f"expected {expected}", remedy="mend the job's file")
-
-
-def _unknown(key: str, known: Sequence[str]) -> ConfigError:
-    near = difflib.get_close_matches(key, known, 1)
-    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(sorted(known))}"
-    return ConfigError(
-        f"no key {key!r} in a training job; {hint}",
-        remedy="mend or remove the key; `edged config --explain` lists all",
-    )
-
-
-def _typed(key: str, default: Any, value: Any) -> Any:
+def _typed(name: str, default: Any, value: Any) -> Any:
     """The value, if it is of its default's type."""
-    if key in ("clients", "stages", "target_modules", "server", "link_ratios"):
+    if name in ("clients", "stages", "target_modules", "server", "link_ratios"):
         return value
-    if key == "cut":
+    if name == "cut":
         numbers = value if isinstance(value, tuple) else (value,)
         if all(type(number) is int for number in numbers) or value == "auto":
             return value
-    elif isinstance(default, float) and type(value) in (int, float):
-        return float(value)
-    elif type(value) is type(default):
-        return value
-    words: dict[type, str] = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    raise ConfigError(
-        f"expected {words[type(default)]} for {key}; {value!r} came", remedy="mend the job's file"
-    )
-
-
-def _server(value: Any) -> str:
-    node = value.get("node") if isinstance(value, Mapping) else value
-    if not isinstance(node, str) or (isinstance(value, Mapping) and set(value) != {"node"}):
-        raise ConfigError('expected [server] with node = "NAME"', remedy="mend the job's file")
-    return node
-
-
-def _clients(value: Any) -> tuple[Client, ...]:
-    found = []
-    for number, entry in enumerate(value if isinstance(value, list | tuple) else [None]):
-        if not isinstance(entry, Mapping) or not all(isinstance(word, str) for word in entry.values()):
-            raise ConfigError(
-                f"expected [[clients]] as tables with node and data; {entry!r} came",
-                remedy="mend the job's file",
-            )
-        for key in entry:
-            if key not in ("node", "data"):
-                raise _unknown(f"clients[{number}].{key}", ["node", "data"])
-        found.append(Client(**entry))
-    return tuple(found)
+    return typed(name, default, value)
 
 
 def _ratios(value: Any) -> tuple[tuple[str, float], ...]:
@@ -365,9 +311,3 @@ def _ratios(value: Any) -> tuple[tuple[str, float], ...]:
                 f"expected link_ratios as pairs; {pair!r} came", remedy="leave them to the planner"
             )
     return tuple((str(link), float(ratio)) for link, ratio in pairs)
-
-
-def _texts(key: str, value: Any) -> tuple[str, ...]:
-    if not isinstance(value, list | tuple) or not all(isinstance(word, str) and word for word in value):
-        raise ConfigError(f"expected a list of texts for {key}; {value!r} came", remedy="mend the job's file")
-    return tuple(value)

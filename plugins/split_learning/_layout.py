@@ -8,10 +8,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from edged import ConfigError, ModelDescription, NodeView, PeerError, PolicyViolation, Role, TrainingPlan
+from edged import ConfigError, ModelDescription, NodeView, PolicyViolation, Role, TrainingPlan
 
 from .._codec_sizes import ada_ratios, payload_bytes
 from .._cut_layer import Cut
+from .._training import sizes
+from .._training.nodes import find, shortage
 from . import _cost
 from ._job import Job, least_cut, read, to_table
 from ._places import Places
@@ -37,7 +39,7 @@ def plan_split(
     """ConfigError where the file names what is not there, PeerError where a node is away."""
     job = read(settings)
     names = [*(client.node for client in job.clients), *job.stages, job.server]
-    chosen = [_node(nodes, name) for name in names]
+    chosen = [find(nodes, name) for name in names]
     ids = [node.node_id for node in chosen]
     for one, other in itertools.combinations(range(len(ids)), 2):
         if ids[one] == ids[other]:
@@ -79,7 +81,7 @@ def _plan(
         tells_loss,
         collector,
         _step_s(job, model, places, chosen),
-        _shortage(roles, chosen),
+        shortage(roles, chosen),
         tuple(notes),
     )
 
@@ -117,37 +119,13 @@ def memory(settings: Mapping[str, Any], model: ModelDescription, roles: Sequence
 
 def _check_frames(job: Job, model: ModelDescription) -> None:
     """ConfigError where a tensor that travels is larger than a link takes."""
-    largest, most = _cost.largest_frame(job, model), _cost.FRAME_BYTES_MAX - _cost.BOX_BYTES
+    largest, most = _cost.largest_frame(job, model), sizes.FRAME_BYTES_MAX - sizes.BOX_BYTES
     if largest > most:
         raise ConfigError(
             f"expected tensors of at most {most >> 20} MiB between nodes; a batch of {job.batch_size} rows "
             f"of {job.max_length + job.prompts} tokens makes {largest >> 20} MiB",
             remedy=f"lower batch_size or max_length, {-(-largest // most)} times or more",
         )
-
-
-def _shortage(roles: Sequence[Role], chosen: Sequence[NodeView]) -> str:
-    """The numbers, where a node's memory will not do."""
-    short = [
-        f"{node.name} needs {role.memory_bytes >> 20} MiB for blocks {role.layers[0]} to {role.layers[1]} "
-        f"and has {node.memory_budget >> 20} MiB"
-        for role, node in zip(roles, chosen, strict=True)
-        if node.memory_budget is not None and role.memory_bytes > node.memory_budget
-    ]
-    return "not enough memory: " + "; ".join(short) if short else ""
-
-
-def _node(nodes: Sequence[NodeView], name: str) -> NodeView:
-    """By name, id or a prefix of one; "" is the submitter."""
-    if not name:
-        return nodes[0]
-    found = [node for node in nodes if name in (node.name, node.node_id)]
-    found = found or [node for node in nodes if len(name) >= 8 and node.node_id.startswith(name)]
-    if len(found) == 1:
-        return found[0]
-    known = ", ".join(sorted(node.name for node in nodes))
-    what = f"{len(found)} nodes match {name!r}" if found else f"node {name!r} is not online"
-    raise PeerError(f"{what}; online: {known}", remedy="start it, or see `edged peers`", code="not-online")
 
 
 def _check_cut(job: Job, model: ModelDescription) -> None:
@@ -177,7 +155,7 @@ def _step_s(job: Job, model: ModelDescription, places: Places, chosen: Sequence[
     positions = job.batch_size * (job.max_length + job.prompts)
     times = []
     for rank, node in enumerate(chosen[: places.server + 1]):
-        speed = _cost.flops_s(node)
+        speed = sizes.flops_s(node)
         if speed is None:
             return None
         times.append(_cost.flops_of(job, model, places.parts(rank), positions) / speed)
@@ -192,7 +170,7 @@ def _step_s(job: Job, model: ModelDescription, places: Places, chosen: Sequence[
             for count, width in _cost.crossings(job, model):
                 shape = (job.batch_size, job.max_length + job.prompts, width)
                 size = payload_bytes(job.codec, shape, places.ratio(a, b))
-                each = _cost.link_s(by_id, chosen[a].node_id, chosen[b].node_id, size)
+                each = sizes.link_s(by_id, chosen[a].node_id, chosen[b].node_id, size)
                 if each is None:
                     return None
                 took += count * each
@@ -215,12 +193,12 @@ def _with_cut(job: Job, model: ModelDescription, chosen: Sequence[NodeView], not
     fitting = [
         cuts
         for cuts in _cuts(job, model, stages)
-        if not _shortage(_roles(_cut_at(job, cuts), model, chosen), chosen)
+        if not shortage(_roles(_cut_at(job, cuts), model, chosen), chosen)
     ]
     if not fitting:
         least = _cut_at(job, next(iter(_cuts(job, model, stages))))
         raise PolicyViolation(
-            f"no cut fits; at the first one, {_shortage(_roles(least, model, chosen), chosen)}",
+            f"no cut fits; at the first one, {shortage(_roles(least, model, chosen), chosen)}",
             remedy="lower batch_size or max_length, or set gradient_checkpointing",
         )
     price = _price(job, model, chosen)
@@ -270,7 +248,7 @@ def _refined(
             for other in near
             if all(a < b for a, b in itertools.pairwise(other))
             and all(cut in places for cut in other)
-            and not _shortage(_roles(_cut_at(job, other), model, chosen), chosen)
+            and not shortage(_roles(_cut_at(job, other), model, chosen), chosen)
         ]
         better = min(sound, key=price, default=cuts)
         if price(better) >= price(cuts):
@@ -303,7 +281,7 @@ def _price(
             battery = node.device.battery
             if battery is not None and battery.percent is not None and not battery.plugged:
                 flops = _cost.flops_of(cut, model, places.parts(rank), job.batch_size * job.max_length)
-                total += (BATTERY_WEIGHT - 1) * flops / (_cost.flops_s(node) or 1.0)
+                total += (BATTERY_WEIGHT - 1) * flops / (sizes.flops_s(node) or 1.0)
         return total + stability.cost(cuts[0])
 
     return price
@@ -317,7 +295,7 @@ def _with_ratios(job: Job, model: ModelDescription, chosen: Sequence[NodeView], 
     for client in places.clients:
         chain = places.chain if client == 0 else [client, places.server]
         for a, b in itertools.pairwise(chain):
-            took = _cost.link_s(by_id, chosen[a].node_id, chosen[b].node_id, size)
+            took = sizes.link_s(by_id, chosen[a].node_id, chosen[b].node_id, size)
             if took is None:
                 notes.append("adatopk: a link was never measured, so every link has the same ratio")
                 return job

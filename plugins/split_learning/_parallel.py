@@ -31,11 +31,11 @@ from torch import Tensor, nn
 from edged import ProtocolError
 
 from .._tensors.rows import Batches
+from .._training.link import Stopped, int_frame, ints, shape_of
+from .._training.loss import IGNORED
 from ._chain import report_eval
 from ._cost import divided, evaluations
 from ._kept import Kept
-from ._link import Stopped, int_frame, ints, shape_of
-from ._loss import IGNORED
 from ._rank import Rank, Report
 from ._side import Side
 

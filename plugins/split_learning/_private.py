@@ -32,9 +32,9 @@ from torch import Tensor, nn
 
 from edged import ProtocolError
 
+from .._training.link import Link
+from .._training.loss import summed, targets_of
 from ._chain import frame_of, report_eval, take_plain
-from ._link import Link
-from ._loss import summed, targets_of
 from ._middle import BACKWARD, FORWARD, adapt, drawn
 from ._places import shared_inputs
 from ._rank import Rank, Report

@@ -24,14 +24,15 @@ from torch import Tensor, nn
 from edged import Channel, Computed, ConfigError, EngineError, ProtocolError, TrainingSpec
 
 from .._tensors import codecs
-from .._tensors.rows import LENGTH_MULTIPLE, Batches, Encoded, encode, read_rows
+from .._tensors.rows import LENGTH_MULTIPLE
 from .._tensors.sparse import Scores, SparseMask
+from .._training.checkpoints import Checkpoints
+from .._training.link import Link, Stopped
+from .._training.rows import Rows, seed_of
+from .._training.sizes import packed_bytes
 from . import _adapter
 from ._averaging import VALUES_MAX
-from ._checkpoints import Checkpoints
-from ._cost import packed_bytes
 from ._job import Job, read
-from ._link import Link, Stopped
 from ._noise import Noise
 from ._places import Places
 
@@ -39,25 +40,6 @@ Report = Callable[[str, int, Mapping[str, float]], None]
 SCORED_STEPS = 4  # of all values, whose gradients choose those that are tuned: at first only B has any
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's own
 RESIDUAL_BYTES = 256 << 20  # of one link
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Rows:
-    """A client's data: what it trains on, and what it holds out."""
-
-    batches: Batches
-    held_out: list[Encoded]
-    count: int
-    dropped: int  # whose answers begin after `max_length`
-    digest: str  # of all of them, as they are encoded
-
-    def shapes(self, steps: int) -> list[list[int]]:
-        """[rows, length, how many] of the first batches."""
-        each = Counter()
-        for step, positions in enumerate(self.batches.positions(steps)):
-            rows = len(self.batches.indices(step))
-            each[rows, positions // rows] += 1
-        return [[*shape, count] for shape, count in sorted(each.items())]
 
 
 class Rank(abc.ABC):
@@ -168,7 +150,7 @@ class Rank(abc.ABC):
             self.evaluate(step, report)
         if self._is_stopped():
             raise Stopped
-        torch.manual_seed(_seed(job.seed, step, self.rank))
+        torch.manual_seed(seed_of(job.seed, step, self.rank))
         began = time.thread_time()
         self.step(step, report)
         done = step + 1
@@ -271,22 +253,12 @@ class Rank(abc.ABC):
 
     def _read_rows(self) -> Rows:
         job = self.job
-        read_ones = read_rows(self.spec.data_path)
-        found = encode(read_ones, self.blocks.tokenizer, job.max_length, job.loss_on)  # type: ignore[arg-type]
         share = max(1, job.eval_rows // len(job.clients)) if job.eval_rows else 0
-        held_out = [row for row in found if row.split == "test"][:share]
-        train = [row for row in found if row.split == "train"]
-        batches = Batches(train, job.batch_size, job.seed, job.max_length)
-        return Rows(batches, held_out, len(train), len(read_ones) - len(found), _digest([*train, *held_out]))
+        return Rows.read(self.spec.data_path, self.blocks.tokenizer, job, share)
 
     def eval_batches(self) -> list[tuple[Tensor, Tensor]]:
         """Held-out rows in batches, in order: ids and labels (B, S)."""
-        if self.rows is None or not self.rows.held_out:
-            return []
-        held_out, size = self.rows.held_out, self.job.batch_size
-        batches = Batches(held_out, size, 0, self.job.max_length)
-        firsts = range(0, len(held_out), size)
-        return [_tensors(batches.of(range(first, min(first + size, len(held_out))))) for first in firsts]
+        return self.rows.eval_batches() if self.rows is not None else []
 
     def eval_count(self, header: Mapping[str, Any]) -> int:
         """How many batches a client has to evaluate, as it says."""
@@ -298,7 +270,7 @@ class Rank(abc.ABC):
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Ids and labels of a step, (B, S) int64."""
         assert self.rows is not None
-        return _tensors(self.rows.batches.batch(step))
+        return self.rows.batch(step)
 
     # --- checkpoints ----------------------------------------------------------------------------
 
@@ -416,25 +388,5 @@ def _shapes_of(said: Mapping[str, Any], name: str) -> list[tuple[str, tuple[int,
     return found
 
 
-def _tensors(pair: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
-    ids, labels = pair
-    return torch.from_numpy(np.asarray(ids, np.int64)), torch.from_numpy(np.asarray(labels, np.int64))
-
-
-def _digest(rows: Sequence[Encoded]) -> str:
-    found = hashlib.sha256()
-    for row in rows:
-        for values in (row.ids, row.labels):
-            found.update(len(values).to_bytes(8, "little") + np.asarray(values, "<i4").tobytes())
-        found.update(row.split.encode())
-    return found.hexdigest()
-
-
 def _under(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-
-
-def _seed(seed: int, step: int, rank: int) -> int:
-    """A number of its own for each step of each rank."""
-    digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 1

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from .._tensors.streams import stream
+from .._training.loss import IGNORED
 from ._adapter import PROMPTS
-from ._loss import IGNORED
 from ._ushape import UShape
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from edged import ProtocolError
 
+from .._training.loss import summed, targets_of
 from ._chain import frame_of, report_eval, take_plain
-from ._loss import summed, targets_of
 from ._rank import Report
 from ._serving import Serving
 

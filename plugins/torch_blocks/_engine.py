@@ -13,7 +13,7 @@ from ._config import sizes_of
 from ._gguf_model import GgufModel
 from ._safetensors_head import is_safetensors
 from ._safetensors_model import SafetensorsModel
-from ._span import Source, Span, linear_shapes
+from ._span import Source, Span, linear_shapes, start_of
 from ._tokens import Tokenizer
 
 
@@ -53,6 +53,15 @@ class Blocks:
         """Full names of all blocks' linear layers that `targets` names, in the order in which they compute;
         how many values each gives and takes. Nothing is loaded. EngineError where a target is unknown."""
         return linear_shapes(self.source.family, self.source.config, targets)
+
+    def lora_start(
+        self, *, r: int, targets: Sequence[str], seed: int
+    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """What `Span.add_lora` puts on the layers of `linears`: A (r, in) and B (out, r), which is zero."""
+        return {
+            name: (start_of(seed, name, r, columns), torch.zeros(rows, r))
+            for name, (rows, columns) in self.linears(targets).items()
+        }
 
 
 def load(spec: EngineSpec, channel: Channel) -> Blocks:

@@ -262,8 +262,7 @@ class Span(nn.Module):
             for name in names:
                 layer = self.get_submodule(name)
                 down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-                bound = 1 / math.sqrt(down.weight.shape[1])
-                start = torch.empty(down.weight.shape).uniform_(-bound, bound, generator=_random(seed, name))
+                start = start_of(seed, name, *down.weight.shape)
                 down.weight = nn.Parameter(start.to(self.device))
                 up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=self.device))
 
@@ -283,6 +282,25 @@ class Span(nn.Module):
                     came = list(state[name].shape) if name in state else "nothing"
                     raise EngineError(f"expected {name!r} of shape {list(parameter.shape)}, {came} came")
                 parameter.copy_(state[name])
+
+    def merge(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Add B A to the frozen weights for good, by the full names of `linears`: A (r, in), B (out, r).
+
+        EngineError where a layer is not of this span, has another shape, or is not kept in F32: a narrower
+        weight would lose what is added.
+        """
+        with torch.no_grad():
+            for name, (down, up) in factors.items():
+                layer = self.get_submodule(name)
+                weight = getattr(layer, "base_layer", layer).weight
+                added = (up @ down).to(weight.device)
+                added = added.T if isinstance(getattr(layer, "base_layer", layer), Conv1D) else added
+                if weight.dtype != torch.float32 or weight.shape != added.shape:
+                    raise EngineError(
+                        f"expected F32 weights {list(added.shape)} of {name!r} to merge into; they are "
+                        f"{str(weight.dtype).removeprefix('torch.')} {list(weight.shape)}"
+                    )
+                weight.add_(added)
 
     def _lora(self) -> Iterator[tuple[str, nn.Parameter]]:
         for name, parameter in self.named_parameters():
@@ -377,6 +395,12 @@ def _inject(
     )
     with torch.random.fork_rng():  # PEFT draws values that are replaced
         peft.inject_adapter_in_model(config, span, adapter_name=ADAPTER)
+
+
+def start_of(seed: int, name: str, r: int, columns: int) -> torch.Tensor:
+    """LoRA's A (r, columns) that a layer starts with."""
+    bound = 1 / math.sqrt(columns)
+    return torch.empty(r, columns).uniform_(-bound, bound, generator=_random(seed, name))
 
 
 def _random(seed: int, name: str) -> torch.Generator:

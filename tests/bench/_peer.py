@@ -7,7 +7,6 @@ llama.cpp with its own settings for everything that is not named here. Both then
 from __future__ import annotations
 
 import json
-import os
 import select
 import subprocess
 import sys
@@ -15,6 +14,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from _serve import serve
 
 from edged.worker import bound_spinning
 
@@ -25,10 +26,8 @@ ANSWER_S = 600.0  # loading 6 GB from a cold disk and prefilling them takes minu
 class Peer:
     """The asking side. `call` raises RuntimeError with what went wrong on the other."""
 
-    def __init__(self, *command: str) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-        )
+    def __init__(self, *command: str, python: str = sys.executable) -> None:
+        self._process = subprocess.Popen([python, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def __enter__(self) -> Peer:
         return self
@@ -106,20 +105,6 @@ class Turns(ABC):
 def engine(which: str) -> Peer:
     """`ours` or `llama`, in a process of its own."""
     return Peer(str(Path(__file__)), which)
-
-
-def serve(runner: object) -> None:
-    """Answer requests until end of file. Standard output is for answers alone."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    for line in sys.stdin:
-        what, *arguments = json.loads(line)
-        try:
-            made: dict[str, Any] = {"answer": getattr(runner, what)(*arguments)}
-        except Exception as error:  # the outermost frame of this process: the asker raises it
-            made = {"error": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(made) + "\n")
-        answers.flush()
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from _nodes import Place
 
 from edged.cli.demo_nodes import Node
 
-PLUGINS = ("monitor", "shard", "torch_blocks", "split_learning")
+PLUGINS = ("monitor", "shard", "torch_blocks", "split_learning", "personal_lora", "zeroth_order")
 SILENCE_S = 1800.0
 WORDS = [
     "the",

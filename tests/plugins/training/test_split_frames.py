@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from edged_plugins._tensors.rows import encode, read_rows
+from edged_plugins._training import sizes
 from edged_plugins.split_learning import _cost
 from edged_plugins.split_learning._job import check_split, read
 from edged_plugins.split_learning._places import Places
@@ -361,7 +362,7 @@ def test_adapters_travel_in_pieces_that_are_counted(
     path, kinds = tiny("llama")[1], ("mine", "mean", "part")
     plan = planned(path, tmp_path / "whole", **settings)
     whole = finished(run_threads(plan))
-    monkeypatch.setattr(_cost, "PIECE_BYTES", 1000)
+    monkeypatch.setattr(sizes, "PIECE_BYTES", 1000)
     plan = planned(path, tmp_path / "pieces", **settings)
     outcomes = finished(run_threads(plan, keep="messages"))
     assert_same_bits(lora_of(outcomes), lora_of(whole))
@@ -380,7 +381,7 @@ def test_adapters_travel_in_pieces_that_are_counted(
     job, surveys = read(plan.plan.settings), [outcome.survey for outcome in outcomes]
     places = Places(job, plan.plan.roles, plan.model.layers, plan.plan.collector)
     predicted = _cost._averaging_bytes(job, places, surveys) + _cost._end_bytes(job, places, surveys)
-    assert predicted == pytest.approx(sum(_cost.message_bytes(*each) for each in sent), abs=len(sent))
+    assert predicted == pytest.approx(sum(sizes.message_bytes(*each) for each in sent), abs=len(sent))
 
 
 @pytest.mark.parametrize(
@@ -397,7 +398,7 @@ def test_tensors_that_no_link_takes_are_refused_with_figures(
 ) -> None:
     path = tiny("llama")[1]
     if table["max_length"] > 1 << 17:  # one row of this model's cannot be so long
-        monkeypatch.setattr(_cost, "FRAME_BYTES_MAX", 1 << 20)
+        monkeypatch.setattr(sizes, "FRAME_BYTES_MAX", 1 << 20)
         table = table | {"max_length": 1 << 14}
     with pytest.raises(
         ConfigError, match=r"at most \d+ MiB between nodes; .* rows .* makes \d+ MiB"

@@ -7,7 +7,8 @@ Waiting looks at `is_stopped` every half second, since a peer may take minutes f
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,11 @@ from torch import Tensor
 from edged import Channel, EngineError, ProtocolError
 
 from .._tensors.codecs import Codec
-from ._cost import pieces
-from ._loss import IGNORED
+from .loss import IGNORED
+from .sizes import pieces
 
 LOOK_S = 0.5
+_NONE = np.zeros(0, np.float32)
 
 
 class Stopped(Exception):
@@ -38,11 +40,15 @@ class Link:
         """`place`: step, micro-batch and the like, which the other end expects to be these."""
         self._channel.send(self.other, {"k": kind, "at": list(place), **words}, frames)
 
-    def receive(self, kind: str, place: Sequence[int]) -> tuple[dict[str, Any], list[memoryview]]:
+    def next(self) -> tuple[dict[str, Any], list[memoryview]]:
+        """Whatever comes."""
         while not self._channel.poll(self.other, LOOK_S):
             if self._is_stopped():
                 raise Stopped
-        header, frames = self._channel.receive(self.other, LOOK_S)
+        return self._channel.receive(self.other, LOOK_S)
+
+    def receive(self, kind: str, place: Sequence[int]) -> tuple[dict[str, Any], list[memoryview]]:
+        header, frames = self.next()
         if header.get("k") != kind or header.get("at") != list(place):
             got = f"{str(header.get('k'))[:16]} {str(header.get('at'))[:40]}"
             raise ProtocolError(f"expected {kind} {list(place)} of rank {self.other}, got {got}")
@@ -82,7 +88,7 @@ class Link:
         ends = list(itertools.accumulate(pieces(joined.nbytes), initial=0))
         for number, (first, last) in enumerate(itertools.pairwise(ends)):
             at = [*place, number] if number else place
-            self.send(kind, at, {} if number else words, [joined[first:last]])
+            self.send(kind, at, {} if number else words, [joined[first:last]] if last > first else [])
 
     def receive_values(
         self,
@@ -99,12 +105,12 @@ class Link:
         for number, size in enumerate(pieces(4 * count)):
             if number:
                 _, frames = self.receive(kind, [*place, number])
-            if [frame.nbytes for frame in frames] != [size]:
+            if [frame.nbytes for frame in frames] != ([size] if size else []):
                 raise ProtocolError(
                     f"expected {kind} of {name} in frames of {size} bytes, for {count} values"
                 )
-            joined += frames[0]
-        values = np.frombuffer(joined, "<f4").astype(np.float32, copy=False)
+            joined += b"".join(frames)
+        values = np.frombuffer(joined, "<f4").astype(np.float32, copy=False) if joined else _NONE
         if not np.isfinite(values).all():
             raise ProtocolError(f"expected {kind} of {name} in finite values; some are not")
         return said, values
@@ -121,6 +127,19 @@ class Link:
                 code="nan-gradient",
             )
         return gradient
+
+
+class Gathered(Link):
+    """Messages that came already, looked at as if they came now."""
+
+    def __init__(self, link: Link, messages: Iterable[tuple[dict[str, Any], list[memoryview]]]) -> None:
+        super().__init__(link._channel, link.other, link.codec, link._is_stopped)
+        self._messages = deque(messages)
+
+    def next(self) -> tuple[dict[str, Any], list[memoryview]]:
+        if not self._messages:
+            raise ProtocolError(f"expected more of rank {self.other}")
+        return self._messages.popleft()
 
 
 def shape_of(said: Mapping[str, Any], most: Sequence[int], is_exact: bool = False) -> tuple[int, ...]:

@@ -23,7 +23,7 @@ collect_ignore_glob = ["test_*.py"] if MISSING else []
 if MISSING:
 
     def pytest_report_header() -> str:
-        return f"tests of split learning are skipped: {', '.join(MISSING)} not installed (edged[train])"
+        return f"tests of trainings are skipped: {', '.join(MISSING)} not installed (edged[train])"
 
 
 @pytest.fixture(autouse=True)
@@ -50,10 +50,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Any,
 
 @pytest.fixture(scope="session")
 def processes() -> Iterator[Any]:
-    """Four that ranks run in, started once; `pytest_runtest_teardown` ends them."""
+    """Those that ranks run in, started once; `pytest_runtest_teardown` ends them."""
     from rig import Processes
 
-    pool = Processes(4)
+    pool = Processes(7)
     POOLS.append(pool)
     yield pool
     _end_pools()

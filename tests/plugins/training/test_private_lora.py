@@ -11,7 +11,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from edged_plugins.split_learning import _cost
+from edged_plugins._training.sizes import WORKER_BYTES
 from edged_plugins.split_learning._job import check_split, read
 from edged_plugins.split_learning._layout import plan_split
 from edged_plugins.split_learning._middle import drawn
@@ -354,7 +354,7 @@ def test_the_server_pays_for_a_and_b_and_the_client_for_m(tiny: Tiny) -> None:
             model,
             [NodeView("a", "a"), NodeView("b", "b")],
         )
-        sizes.append([role.memory_bytes - _cost.WORKER_BYTES for role in plan.roles])
+        sizes.append([role.memory_bytes - WORKER_BYTES for role in plan.roles])
     through = (
         4 * 2 * 8 * model.layers * 2 * 8
     )  # what passes: eight positions, both ways, two targets, 8 more r

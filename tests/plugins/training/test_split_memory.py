@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from edged_plugins._training import sizes
 from edged_plugins.split_learning import _cost, edged_trainings
 from edged_plugins.split_learning._job import read
 from edged_plugins.split_learning._places import Places
@@ -34,7 +35,7 @@ def test_a_stage_holds_the_activations_of_as_many_micro_batches_as_are_under_way
     for plan, windows in ((many, (3, 2, 1)), (two, (2, 2, 1))):
         for rank, window in enumerate(windows):
             first, last = plan.plan.roles[rank].layers
-            saved = (last - first) * _cost.saved_values(model) + 4 * model.hidden
+            saved = (last - first) * sizes.saved_values(model) + 4 * model.hidden
             assert memories(plan)[rank] - memories(one)[rank] == (window - 1) * 4 * 32 * saved
 
 
@@ -46,7 +47,7 @@ def test_rows_of_all_clients_are_in_the_servers_memory_alone(tiny: Tiny, tmp_pat
     }
     in_turn, together, apart = (memories(plan) for plan in plans.values())
     assert in_turn[:3] == together[:3] == apart[:3]
-    fixed = _cost.WORKER_BYTES
+    fixed = sizes.WORKER_BYTES
     assert together[3] > in_turn[3]
     assert together[3] - fixed < 3 * (in_turn[3] - fixed)
     outcomes = finished(run_threads(plans["server-hierarchical"]))

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from edged_plugins.split_learning import _checkpoints
+from edged_plugins._training import checkpoints as _checkpoints
 from rig import finished, kept_by, lora_of, planned, raised, run_threads
 from safetensors.numpy import load_file, save_file
 

@@ -30,10 +30,10 @@ import numpy as np
 import peft
 import torch
 from edged_plugins._tensors.rows import Batches, encode, read_rows
+from edged_plugins._training.link import Stopped
 from edged_plugins.split_learning._cost import cost
 from edged_plugins.split_learning._job import check_local, check_split, read
 from edged_plugins.split_learning._layout import plan_local, plan_split
-from edged_plugins.split_learning._link import Stopped
 from edged_plugins.split_learning._trainer import load
 from edged_plugins.torch_blocks._describe import describe
 from edged_plugins.torch_blocks._engine import open_blocks
@@ -77,6 +77,8 @@ class Planned:
     model: ModelDescription
     path: Path
     specs: tuple[TrainingSpec, ...]
+    load: Callable[..., Any] = load  # of a rank's trainer
+    cost: Callable[..., Any] = cost
 
     @property
     def folders(self) -> list[Path]:
@@ -89,7 +91,7 @@ class Planned:
         return dataclasses.replace(self, specs=tuple(specs))
 
     def predicted_bytes(self, outcomes: Sequence[Outcome]) -> int:
-        found = cost(self.plan, self.model, [outcome.survey for outcome in outcomes]).bytes_sent
+        found = self.cost(self.plan, self.model, [outcome.survey for outcome in outcomes]).bytes_sent
         assert found is not None
         return found
 
@@ -226,6 +228,7 @@ def drive(
     is_stopped: Callable[[], bool],
     keep: str,
     change: Change | None = None,
+    load: Callable[..., Any] = load,
 ) -> Outcome:
     """Run a rank to its end. `keep`: "messages", "history" (of LoRA, a step each), or nothing."""
     outcome = Outcome(spec.rank)
@@ -251,14 +254,17 @@ def drive(
 
 def adapter_of(trainer: Any) -> dict[str, np.ndarray]:
     """Every tuned tensor of a rank: of LoRA by PEFT's names, and others by number."""
-    named = {name: value.numpy().copy() for span in trainer.spans for name, value in span.lora().items()}
-    for number, parameter in enumerate(trainer.parameters[len(named) :]):
+    spans = getattr(trainer, "spans", ())
+    named = {name: value.numpy().copy() for span in spans for name, value in span.lora().items()}
+    for number, parameter in enumerate(getattr(trainer, "parameters", ())[len(named) :]):
         named[f"own.{number}"] = parameter.detach().numpy().copy()
     return named
 
 
 def _watch(trainer: Any, outcome: Outcome, with_history: bool) -> None:
-    update = trainer.update
+    update = getattr(trainer, "update", None)
+    if update is None:
+        return
 
     def watched(step: int) -> None:
         names = list(adapter_of(trainer))
@@ -388,7 +394,8 @@ def run_threads(
                 hall.at_work -= 1
                 return
             change = (changes or {}).get(rank)
-            outcome = drive(plan.specs[rank], plan.path, channel, step, lambda: hall.is_stopped, keep, change)
+            spec = plan.specs[rank]
+            outcome = drive(spec, plan.path, channel, step, lambda: hall.is_stopped, keep, change, plan.load)
             outcomes[rank] = outcome
             hall.at_work -= 1
             if outcome.error is not None:
@@ -479,7 +486,7 @@ def _serve(pipe: Any) -> None:
         task = pipe.recv()
         if task == "stop":  # for a rank that had ended already
             continue
-        spec, path, size, step, keep, change = task
+        spec, path, size, step, keep, change, load = task
         channel = ZmqChannel(spec.rank, size, LO, range(1))
         try:
             ports = channel.listen(list(range(spec.rank + 1, size)))
@@ -487,7 +494,7 @@ def _serve(pipe: Any) -> None:
             channel.open("group", pipe.recv())
             pipe.send("open")
             pipe.recv()
-            outcome = drive(spec, path, channel, step, lambda: bool(pipe.poll(0)), keep, change)
+            outcome = drive(spec, path, channel, step, lambda: bool(pipe.poll(0)), keep, change, load)
             pipe.send(outcome)
             while pipe.recv() != "close":
                 pass
@@ -530,7 +537,7 @@ class Processes:
         size = len(plan.specs)
         pipes, relays = self._pipes[:size], []
         for spec, pipe in zip(plan.specs, pipes, strict=True):
-            pipe.send((spec, plan.path, size, step, keep, change))
+            pipe.send((spec, plan.path, size, step, keep, change, plan.load))
         try:
             told = [_answer(pipe) for pipe in pipes]
             for rank, pipe in enumerate(pipes):

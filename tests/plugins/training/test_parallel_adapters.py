@@ -21,7 +21,8 @@ from support import wait_until
 torch = pytest.importorskip("torch", reason="training needs torch: pip install edged[train]")
 pytest.importorskip("transformers", reason="blocks need transformers: pip install edged[train]")
 
-from edged_plugins.split_learning import _cost  # noqa: E402 - after the guards
+from edged_plugins._training import sizes  # noqa: E402 - after the guards
+from edged_plugins.split_learning import _cost  # noqa: E402
 from edged_plugins.split_learning._job import check_local, check_split, read  # noqa: E402
 from edged_plugins.split_learning._kept import HEAD, Kept  # noqa: E402
 from edged_plugins.split_learning._parallel import Client  # noqa: E402
@@ -567,7 +568,7 @@ def test_the_price_knows_that_later_epochs_run_no_block(blocks: Blocks, tmp_path
     seconds = _cost.cost(plan, MODEL, [client.survey]).seconds
     parsed = read(client.spec.settings)
     every = _cost.flops_of(parsed, MODEL, Places(parsed, (), LAYERS).parts(0), 1.0)
-    later = every - 2 * LAYERS * _cost.block_values(MODEL)
+    later = every - 2 * LAYERS * sizes.block_values(MODEL)
     assert seconds == pytest.approx(400 * later / every, rel=0.1)
 
 

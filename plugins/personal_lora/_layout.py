@@ -1,0 +1,171 @@
+"""Roles of a federated job over the nodes there are, and what it costs. Pure.
+
+Ranks: the clients in the order of the file, the server, and last the node that the job was submitted to,
+where it has no other part: it collects the adapter.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from edged import (
+    AggregatorEntry,
+    ConfigError,
+    ModelDescription,
+    NodeView,
+    PolicyViolation,
+    Role,
+    TrainingCost,
+    TrainingPlan,
+)
+
+from .._training.nodes import find, shortage
+from .._training.sizes import F32, WORKER_BYTES, block_values, flops_s, saved_values
+from ._job import Job, read, to_table
+from ._messages import bytes_sent
+
+ANSWER_PART = 0.5  # of the positions, before the rows are known
+SERVER_BYTES = 64 << 20
+MASKED_SERVER, MASKED_MEMBER = 32, 40  # bytes of a value: integers of 8, their sum or mask, and F64 beside
+
+
+def plan(
+    aggregators: Mapping[str, AggregatorEntry],
+    settings: Mapping[str, Any],
+    model: ModelDescription,
+    nodes: Sequence[NodeView],
+) -> TrainingPlan:
+    """ConfigError where the file names what is not there, PeerError where a node is away."""
+    job = read(settings)
+    chosen = [find(nodes, name) for name in (*(client.node for client in job.clients), job.server)]
+    for one, other in itertools.combinations(chosen, 2):
+        if one.node_id == other.node_id:
+            raise ConfigError(
+                f"expected another node for each part; {one.name} has two", remedy="mend the job's file"
+            )
+    server = len(job.clients)
+    if nodes[0].node_id not in [node.node_id for node in chosen]:
+        chosen.append(nodes[0])
+    for node in chosen:
+        if node.refuses:
+            raise PolicyViolation(f"{node.name} takes no work now: {node.refuses}")
+    roles = tuple(_role(aggregators, job, model, node, rank) for rank, node in enumerate(chosen))
+    return TrainingPlan(
+        to_table(job),
+        roles,
+        tuple(job.clients[rank].data if rank < server else "" for rank in range(len(roles))),
+        job.rounds,
+        (server,),
+        next(role.rank for role in roles if role.node_id == nodes[0].node_id),
+        _round_s(job, model, chosen[:server]),
+        shortage(roles, chosen),
+        (),
+    )
+
+
+def _role(
+    aggregators: Mapping[str, AggregatorEntry], job: Job, model: ModelDescription, node: NodeView, rank: int
+) -> Role:
+    is_client = rank < len(job.clients)
+    layers, vocab = ((0, model.layers), (0, model.vocab)) if is_client else ((0, 0), (0, 0))
+    return Role(
+        rank,
+        node.node_id,
+        rank,
+        layers,
+        (0, model.heads),
+        (0, model.ffn),
+        vocab,
+        1.0 if is_client else 0.0,
+        memory_bytes(aggregators, job, model, rank),
+    )
+
+
+def memory(
+    aggregators: Mapping[str, AggregatorEntry],
+    settings: Mapping[str, Any],
+    model: ModelDescription,
+    roles: Sequence[Role],
+    rank: int,
+) -> int:
+    """Bytes of a rank's worker, from the settings of a plan and this node's own view of the model.
+    ConfigError where they are none that a plan has."""
+    job = read(settings)
+    if job.method not in aggregators:
+        raise ConfigError(
+            f"no method {job.method!r} here; loaded: {', '.join(sorted(aggregators)) or 'none'}",
+            remedy="load the plugin that brings it",
+        )
+    parts = len(job.clients) + 1
+    if not 0 <= rank < len(roles) or not parts <= len(roles) <= parts + 1:
+        raise ConfigError(
+            f"expected {parts} roles of this job or one more; {len(roles)} came",
+            remedy="submit it with the same version of edged",
+        )
+    return memory_bytes(aggregators, job, model, rank)
+
+
+def memory_bytes(
+    aggregators: Mapping[str, AggregatorEntry], job: Job, model: ModelDescription, rank: int
+) -> int:
+    """Most that the worker of a rank should take."""
+    clients = range(len(job.clients))
+    ranks = [job.r_of(client) for client in clients]
+    entry = aggregators[job.method]
+    height = job.rounds * (entry.travels(1, ranks).stack if entry.travels else 0)
+    if rank >= len(job.clients):
+        if rank > len(job.clients):
+            return WORKER_BYTES + SERVER_BYTES
+        values = _values(job, model, job.r_most)
+        kept = aggregators[job.method].bytes_kept
+        more = kept(len(job.clients), values) if kept else 0
+        more += F32 * _values(job, model, min(height, model.hidden))  # all stacks together
+        more += MASKED_SERVER * values if job.masked else F32 * len(job.clients) * values  # the residual's
+        return round(WORKER_BYTES + SERVER_BYTES + 10 * F32 * values + more)
+    positions = job.batch_size * job.max_length
+    weight = 2 if job.weights == "bf16" else F32
+    total = float(WORKER_BYTES)
+    total += weight * (model.layers * block_values(model) + 2 * model.vocab * model.hidden)
+    saved = saved_values(model)
+    if (entry.local or job.joins(rank)) and job.keeps == "none":  # nothing is kept for a backward pass
+        saved += model.hidden
+    elif job.gradient_checkpointing:
+        saved += model.layers * model.hidden
+    else:
+        saved *= model.layers
+    total += F32 * positions * saved
+    total += 3 * F32 * positions * (ANSWER_PART if job.loss_on == "answer" else 1) * model.vocab
+    of_value = 8 * F32 + (MASKED_MEMBER if job.masked else 0)
+    total += of_value * _values(job, model, job.r_of(rank))
+    return round(total + F32 * _values(job, model, height))  # stacks, kept one by one
+
+
+def _values(job: Job, model: ModelDescription, r: int) -> int:
+    """Of an adapter, every target taken as wide as the hidden state."""
+    return model.layers * len(job.target_modules) * r * 2 * model.hidden
+
+
+def _round_s(job: Job, model: ModelDescription, clients: Sequence[NodeView]) -> float | None:
+    """Seconds of the slowest client's local steps on full rows; None where one was never measured."""
+    share = ANSWER_PART if job.loss_on == "answer" else 1
+    positions = job.batch_size * job.max_length
+    flops = 4 * positions * (model.layers * block_values(model) + share * model.vocab * model.hidden)
+    speeds = [flops_s(node) for node in clients]
+    if not all(speeds):
+        return None
+    slowest = min(speed for speed in speeds if speed)
+    return job.local_steps * flops * (4 / 3 if job.gradient_checkpointing else 1) / slowest
+
+
+def cost(
+    aggregators: Mapping[str, AggregatorEntry],
+    plan: TrainingPlan,
+    model: ModelDescription,
+    surveys: Sequence[Mapping[str, Any]],
+) -> TrainingCost:
+    """Bytes that all ranks send from the first round to the last, and seconds as far as they are known."""
+    job = read(plan.settings)
+    seconds = None if plan.step_s is None else plan.step_s * job.rounds
+    return TrainingCost(bytes_sent(aggregators, job, plan.collector, surveys), seconds)

@@ -1,0 +1,446 @@
+"""A client of a federated job: it loads what the server made, trains on its own rows, and sends factors.
+
+No row, label, logit or gradient leaves it; what leaves is in `_messages`. A personal adapter (`keeps`: dual
+is FDLoRA's, ditto that of arXiv:2012.04221) is held by this class alone: nothing that sends can reach it but
+the figure of its held-out loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from edged import Download, EngineError, LocalPart, ProtocolError
+
+from .._training.loss import summed, targets_of
+from .._training.rows import Rows, seed_of
+from . import _messages
+from ._fusion import fuse, joined
+from ._local import Local
+from ._masked import Left, MaskedMember, terms_of
+from ._rank import PREFIX, THIN_UP, Arrays, Rank, Report, own_words, resolve, write_adapter
+
+BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's own
+
+
+class Member(Rank):
+    def build(self) -> None:
+        job = self.job
+        share = max(1, job.eval_rows // len(job.clients)) if job.eval_rows else 0
+        self.rows = Rows.read(self.spec.data_path, self.blocks.tokenizer, job, share)
+        self.r = job.r_of(self.rank)
+        self.span = self._span(1)
+        self._start = self.start(self.r)
+        self._merged: list[tuple[int, np.ndarray]] = []  # rank and values of every stack, in order
+        self._local = self._local_part()
+        self._own: Mapping[str, np.ndarray] = {}  # of the method, from round to round
+        self._personal: Arrays | None = None  # an adapter that never leaves this node
+
+    def _local_part(self) -> LocalPart | None:
+        """Of this node's own plugins, where the method takes no gradients."""
+        joins = self.job.joins(self.rank)
+        dotted = self.spec.joins[joins][0] if joins else self.spec.locals.get(self.job.method)
+        rate = self.job.rate_of(self.rank) if joins else self.job.learning_rate
+        settings = self.settings | {"learning_rate": rate}
+        return resolve(dotted)(settings, self._start, self.rank) if dotted else None
+
+    def _span(self, times: int) -> Any:
+        """The whole model, with an adapter of so many times this member's rank."""
+        job = self.job
+        span = self.blocks.span(0, self.blocks.layers, embed=True, head=True, dtype=job.weights)
+        span.add_lora(
+            r=times * self.r,
+            alpha=times * job.alpha_of(self.rank),
+            targets=job.target_modules,
+            seed=job.seed,
+            dropout=job.dropout,
+        )
+        span.checkpointing = job.gradient_checkpointing
+        return span.train(False)
+
+    @property
+    def weight(self) -> int:
+        """Of its updates."""
+        return self.job.clients[self.rank].weight or self.rows.count
+
+    def count(self) -> dict[str, Any]:
+        return {"weight": self.weight, "dropped": self.rows.dropped}
+
+    # --- a round ------------------------------------------------------------------------------------
+
+    def round(self, number: int, report: Report) -> None:
+        if self.job.keeps == "dual" and self._personal is None:
+            self._personal = self._alone(0)
+        is_drawn = True
+        with contextlib.suppress(Left):
+            is_drawn = self._take_part(number)
+        if is_drawn and self.job.keeps == "ditto":
+            self._personal = self._alone(number)
+
+    def _take_part(self, number: int) -> bool:
+        """In the round of all, if it is drawn for it; Left where its sum is masked, and this member is out of
+        it."""
+        frozen, before = self._load(number), self.bytes_sent
+        if frozen is None:
+            return False
+        masked = self._masked(number, frozen) if self.job.masked else None
+        if masked is not None:
+            masked.agree()
+        with self.computing():
+            evaluated = self._evaluate() if self._is_due(number) else (0.0, 0.0)
+            trained = self._train(number, frozen)
+        factors, sides = self._factors(), "".join(side for side in "AB" if side != frozen)
+        if self._local is None:
+            factors, extras, self._own = self._part.finish(
+                factors, self.job.local_steps, self.job.rate_of(self.rank)
+            )
+        else:
+            extras = self._found
+            sides = sides if self._has_factors and not self.job.joins(self.rank) else ""
+        if masked is None:
+            self._send(number, factors, sides, extras)
+        else:
+            arrays = [np.asarray(extras[name], "<f4").ravel() for name in sorted(extras)]
+            values = np.concatenate([self.flat(factors, sides), *arrays])
+            masked.send(values, float(min(self.weight, _messages.weight_most(self.job))))
+        self._tell(number, [*trained, *evaluated, 0.0, float(self.bytes_sent - before)])
+        if masked is not None:
+            masked.reveal()
+        return True
+
+    def _masked(self, number: int, frozen: str) -> MaskedMember:
+        """Of a round, by what was loaded for it."""
+        sides = "".join(side for side in "AB" if side != frozen) if self._has_factors else ""
+        terms = terms_of(self, number, sides, self._given, self._extras)
+        return MaskedMember(self, number, terms)
+
+    def _send(self, number: int, factors: Arrays, sides: str, extras: Mapping[str, np.ndarray]) -> None:
+        """This member's update."""
+        values = self.flat(factors, sides)
+        mask = values != self.flat(self._loaded, sides)
+        values = values[mask] if self._is_thin else values
+        words = _messages.up(number, self.weight, values.size, len(extras), int(self._is_thin))
+        self.link(self.server).send_values("up", [number], own_words(words), values)
+        if self._is_thin:
+            self.send_mask(self.server, number, mask)
+        self.send_extras(self.server, number, extras)
+
+    def finish(self, report: Report) -> None:
+        """What the last round made: loaded, evaluated, and weighed against what is this member's own."""
+        number, said = self.job.rounds, {}
+        if self._load(number) is None:
+            raise ProtocolError(f"expected the last adapter from {self.name(self.server)}; a rest came")
+        if self.job.keeps != "none" and self._personal is None:  # it was never drawn
+            self._personal = self._start
+        with self.computing():
+            evaluated = self._evaluate()
+        own = 0.0
+        if self._personal is not None:
+            with self.computing():
+                if self.job.keeps == "dual":
+                    said = self._fuse(self._factors(), self._personal, lambda: report("alive", number, {}))
+                else:
+                    self._set(self._personal)
+                own, _ = self._evaluate()
+            self._keep()
+            own_loss = {"own_loss": own / evaluated[1]} if evaluated[1] else {}
+            report("kept", number, own_loss | said)
+        self._tell(number, [0.0, 0.0, 0.0, 0.0, *evaluated, own, 0.0])
+
+    def _tell(self, number: int, figures: list[float]) -> None:
+        self.link(self.server).send("told", [number], {}, [np.array(figures, "<f8").tobytes()])
+
+    def _is_due(self, number: int) -> bool:
+        every = self.job.eval_every
+        return number == 0 or bool(every and number % every == 0)
+
+    def _load(self, number: int) -> str | None:
+        """Take a round's download; the factor that is not to be trained, or None where this member rests.
+        ProtocolError where it is none."""
+        said: dict[str, Any] = {}
+
+        def count_of(header: Mapping[str, Any]) -> int:
+            start, frozen, stack = header.get("start", ""), header.get("frozen", ""), header.get("stack", 0)
+            if start not in ("", "A", "B", "AB", "none") or frozen not in ("", "A", "B"):
+                raise ProtocolError(f"expected sides of an adapter from {self.name(self.server)}")
+            most = sum(self.job.r_of(rank) for rank in range(self.server))
+            if type(stack) is not int or not 0 <= stack <= most:
+                raise ProtocolError(f"expected a rank to merge up to {most}; {str(stack)[:20]} came")
+            if stack and self.job.masked:  # a server could give it to one alone
+                raise ProtocolError(f"expected nothing to merge from {self.name(self.server)}: it is masked")
+            said.update(start=start, frozen=frozen, stack=stack, has=start != "none")
+            come = _come(start)
+            count = _messages.values_of("AB", stack, self.shapes)
+            count += _messages.values_of(come, self.r, self.shapes)
+            of, said["count"] = header.get("of", 0), count
+            if type(of) is not int or not (0 <= of <= count if header.get("thin") else of == count):
+                raise ProtocolError(f"expected {count} values of an adapter; {str(of)[:20]} came")
+            return of
+
+        link = self.link(self.server)
+        header, values = link.receive_values("down", [number], count_of, self.name(self.server))
+        rests = header.get("rests", 0)
+        if rests not in (0, 1):
+            raise ProtocolError(f"expected whether to rest from {self.name(self.server)}")
+        if header.get("thin"):
+            values = self.fill(link, number, values, np.zeros(said["count"], "<f4"))
+        extras = self.receive_extras(link, number, header.get("extras"))
+        stacked = _messages.values_of("AB", said["stack"], self.shapes)
+        if stacked:
+            self._merge(said["stack"], values[:stacked])
+        if rests:
+            return None
+        come = _come(said["start"])
+        given = self.unflat(values[stacked:], come, self.r)
+        self._loaded = {
+            name: (given[name].get("A", start[0]), given[name].get("B", start[1]))
+            for name, start in self._start.items()
+        }
+        self._has_factors = bool(said["has"])
+        self._given, self._extras = self._loaded if self._has_factors else {}, extras
+        if self._local is not None:
+            self._loaded = dict(self._local.begin(Download(self._given, extras=extras)))
+        self._set(self._loaded)
+        self._is_thin = any(word in extras for word in THIN_UP)
+        self._part = Local(Download(self._loaded, extras=extras), self._own, str(said["frozen"]))
+        return str(said["frozen"])
+
+    def _set(self, factors: Arrays) -> None:
+        self.span.set_lora(
+            {
+                f"{PREFIX}{name}.lora_{letter}.weight": torch.from_numpy(np.ascontiguousarray(pair[side]))
+                for name, pair in factors.items()
+                for side, letter in enumerate("AB")
+            }
+        )
+
+    def _merge(self, stack: int, values: np.ndarray) -> None:
+        self._merged.append((stack, values.copy()))
+        found = self.unflat(values, "AB", stack)
+        self.span.merge(
+            {
+                name: (torch.from_numpy(pair["A"].copy()), torch.from_numpy(pair["B"].copy()))
+                for name, pair in found.items()
+            }
+        )
+
+    def _factors(self) -> Arrays:
+        found = self.span.lora()
+        return {
+            name: (
+                found[f"{PREFIX}{name}.lora_A.weight"].numpy(),
+                found[f"{PREFIX}{name}.lora_B.weight"].numpy(),
+            )
+            for name in self.layers
+        }
+
+    def _train(self, number: int, frozen: str) -> tuple[float, float, float, float]:
+        """The round's local steps: loss by targets summed, targets, tokens, and seconds."""
+        job, first = self.job, number * self.job.local_steps
+        if self._local is not None:
+            return self._without_gradients(range(first, first + job.local_steps))
+        correct = self._part.correction if self._part.corrects else None
+        steps = range(first, first + job.local_steps)
+        return self._steps(f"round {number}", steps, frozen, correct, self._part.is_plain)
+
+    def _without_gradients(self, steps: range) -> tuple[float, float, float, float]:
+        """The method's own local steps, on views of the adapter's values; its loss is the mean of all that
+        it looked at."""
+        assert self._local is not None
+        began, sums = time.monotonic(), [0.0, 0, 0]
+        tuned = self._tuned()
+        on_cpu = all(parameter.device.type == "cpu" for pair in tuned.values() for parameter in pair)
+        views = {
+            name: (_array(a), _array(b)) for name, (a, b) in tuned.items()
+        }  # their own memory, on the CPU
+
+        def loss(step: int) -> float:
+            self.look()
+            if not on_cpu:
+                self._set(views)
+            ids, labels = self.rows.batch(step)
+            with torch.no_grad():
+                found = summed(self.span, self.span(ids), labels).item()
+            count = targets_of(labels)
+            sums[0], sums[1], sums[2] = sums[0] + found, sums[1] + count, sums[2] + ids.numel()
+            return found / max(1, count)
+
+        self._found = dict(self._local.train(steps, views, loss))
+        self._set(views)
+        return sums[0], float(sums[1]), float(sums[2]), time.monotonic() - began
+
+    def _tuned(self) -> dict[str, tuple[torch.nn.Parameter, torch.nn.Parameter]]:
+        """A and B of each layer."""
+        found: dict[str, list[torch.nn.Parameter]] = {name: [] for name in self.layers}
+        for name, parameter in self.span.named_parameters():
+            layer, is_lora, _ = name.partition(".lora_")
+            if is_lora:
+                found[layer].append(parameter)
+        return {name: (a, b) for name, (a, b) in found.items()}
+
+    def _steps(
+        self,
+        where: str,
+        steps: range,
+        frozen: str = "",
+        correct: Callable[[Arrays], Arrays] | None = None,
+        is_plain: bool = False,
+    ) -> tuple[float, float, float, float]:
+        """Optimiser steps from the adapter as it is. `correct` gives what is added to the gradient at some
+        factors; `is_plain`: by SGD, without momentum."""
+        job, began = self.job, time.monotonic()
+        tuned: dict[tuple[str, int], torch.nn.Parameter] = {}
+        for name, parameter in self.span.named_parameters():
+            layer, found, rest = name.partition(".lora_")
+            if found:
+                parameter.requires_grad_(not frozen or not rest.startswith(frozen))
+                if parameter.requires_grad:
+                    tuned[layer, "AB".index(rest[0])] = parameter
+        optimiser = self._optimiser(list(tuned.values()), is_plain)
+        losses, targets, tokens = 0.0, 0, 0
+        self.span.train(True)  # dropout is for local steps alone
+        for step in steps:
+            self.look()
+            torch.manual_seed(seed_of(job.seed, step, self.rank))
+            ids, labels = self.rows.batch(step)
+            count = targets_of(labels)
+            loss = summed(self.span, self.span(ids), labels) / max(1, count)
+            if not math.isfinite(loss.item()):
+                raise EngineError(
+                    f"{where}, step {step}: the loss is {loss.item()}; nothing of this round is kept",
+                    remedy="lower learning_rate, or look at the rows of this step",
+                    code="nan-loss",
+                )
+            loss.backward()
+            if correct is not None:
+                more = correct(self._factors())
+                for (layer, side), parameter in tuned.items():
+                    added = torch.from_numpy(np.array(more[layer][side], np.float32))
+                    parameter.grad += added.to(parameter.device)
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            losses, targets, tokens = losses + loss.item() * count, targets + count, tokens + ids.numel()
+        self.span.train(False)
+        return losses, float(targets), float(tokens), time.monotonic() - began
+
+    def _optimiser(self, tuned: list[torch.nn.Parameter], is_plain: bool) -> torch.optim.Optimizer:
+        job = self.job
+        if is_plain:
+            return torch.optim.SGD(tuned, lr=job.rate_of(self.rank), weight_decay=job.weight_decay)
+        return torch.optim.AdamW(
+            tuned, lr=job.rate_of(self.rank), betas=BETAS, eps=EPSILON, weight_decay=job.weight_decay
+        )
+
+    def _evaluate(self) -> tuple[float, float]:
+        """The loss of what is held out, summed, and its targets."""
+        return self._loss_of(self.rows.eval_batches())
+
+    def _loss_of(self, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
+        losses, targets = 0.0, 0
+        with torch.no_grad():
+            for ids, labels in batches:
+                self.look()
+                losses += summed(self.span, self.span(ids), labels).item()
+                targets += targets_of(labels)
+        return losses, float(targets)
+
+    # --- what is this member's own ------------------------------------------------------------------
+
+    def _alone(self, number: int) -> Arrays:
+        """The personal adapter after its steps of a round, on rows of this member and for it alone; the
+        common adapter is put back afterwards."""
+        job, common = self.job, self._factors()
+        self._set(self._personal or self._start)
+        steps = range(number * job.personal_steps, (number + 1) * job.personal_steps)
+        with self.computing():
+            if job.keeps == "ditto":
+                self._steps("personal adapter", steps, correct=self._pull)
+            else:
+                self._steps("personal adapter", steps)
+        found = {name: (a.copy(), b.copy()) for name, (a, b) in self._factors().items()}
+        self._set(common)
+        return found
+
+    def _pull(self, factors: Arrays) -> Arrays:
+        """Ditto's: lambda (P - P_common)."""
+        pull = self.job.personal_pull
+        return {
+            name: (pull * (a - self._loaded[name][0]), pull * (b - self._loaded[name][1]))
+            for name, (a, b) in factors.items()
+        }
+
+    def _fuse(self, common: Arrays, personal: Arrays, tell: Callable[[], None]) -> dict[str, float]:
+        """Weigh both adapters on a few of the rows that this member trains on; the span then has the best
+        of what was tried, at twice the rank."""
+        job = self.job
+        self._widen(2)
+        ids = [self.rows.batch(step) for step in range(-(-job.fusion_rows // job.batch_size))]
+
+        def loss(weights: tuple[float, float]) -> float:
+            tell()  # this takes longer than a step, and has none
+            self._set({name: joined(common[name], personal[name], weights) for name in self.layers})
+            losses, targets = self._loss_of(ids)
+            return losses / max(1.0, targets)
+
+        alone = {"common_alone": loss((1.0, 0.0)), "personal_alone": loss((0.0, 1.0))}
+        weights, found = fuse(loss, job.fusion_tries)
+        loss(weights)
+        weighed = {"common_weight": weights[0], "personal_weight": weights[1], "fusion_loss": found}
+        return weighed | alone
+
+    def _widen(self, times: int) -> None:
+        """The model anew, with an adapter of so many times the rank and the same scale."""
+        merged, self._merged = self._merged, []
+        del self.span
+        self.span = self._span(times)
+        for stack, values in merged:
+            self._merge(stack, values)
+
+    def _keep(self) -> None:
+        """Write the adapter that stands, with all that was merged, where this node's daemon finds it."""
+        scale, made = self.job.scale_of(self.rank), {}
+        stacks = [self.unflat(values, "AB", stack) for stack, values in self._merged]
+        for name, (a, b) in self._factors().items():
+            made[name] = (
+                np.concatenate([a, *(stack[name]["A"] for stack in stacks)]),
+                np.concatenate([scale * b, *(stack[name]["B"] for stack in stacks)], 1),
+            )
+        write_adapter(self, "kept", made)
+
+    # --- checkpoints --------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What was merged into the frozen weights; the adapter itself comes down again."""
+        found = {f"merged.{i}.{r}": torch.from_numpy(values) for i, (r, values) in enumerate(self._merged)}
+        if self._personal is not None:
+            found["personal"] = torch.from_numpy(self.flat(self._personal, "AB"))
+        found |= {f"own.{name}": torch.from_numpy(np.array(value)) for name, value in self._own.items()}
+        return found | {"round": torch.zeros(1)}
+
+    def set_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        self._own = {
+            name.removeprefix("own."): value.numpy()
+            for name, value in state.items()
+            if name.startswith("own.")
+        }
+        if "personal" in state:
+            parts = self.unflat(state["personal"].numpy().copy(), "AB", self.r)
+            self._personal = {name: (pair["A"], pair["B"]) for name, pair in parts.items()}
+        stacks = [key.split(".") for key in state if key.startswith("merged.")]
+        for _, number, r in sorted(stacks, key=lambda parts: int(parts[1])):
+            self._merge(int(r), state[f"merged.{number}.{r}"].numpy())
+
+
+def _array(parameter: torch.nn.Parameter) -> np.ndarray:
+    return parameter.detach().cpu().numpy()
+
+
+def _come(start: str) -> str:
+    """The factors that a download brings, by what it says of the start; "none": there are none at all."""
+    return "" if start == "none" else "".join(side for side in "AB" if side not in start)

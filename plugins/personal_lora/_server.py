@@ -1,0 +1,317 @@
+"""The server of a federated job: it sends each member what to start from, takes updates, and aggregates.
+
+It measures what the aggregator made against what it was given (`_residual`), and never loads the model.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from edged import (
+    ConfigError,
+    Download,
+    EngineError,
+    Member,
+    PeerError,
+    PolicyViolation,
+    ProtocolError,
+    Update,
+)
+
+from .._training.link import Gathered, Link
+from . import _messages
+from ._cohort import cohort_of
+from ._masked import MaskedServer, is_stale, terms_of, unmasked
+from ._packing import Packing
+from ._rank import THIN_UP, Arrays, Rank, Report, own_words, resolve, write_adapter
+from ._residual import Residual
+
+log = logging.getLogger(__name__)
+UPDATE_SLACK = 1 << 20  # bytes of an update beside its values
+MESSAGES_MOST = 1000  # of an update: values travel in pieces
+DRAINED_MOST = 16  # times the largest update, of one that is heard to its end and not kept
+
+
+class Server(Rank):
+    def build(self) -> None:
+        job = self.job
+        self.members = [Member(rank, job.r_of(rank), job.scale_of(rank)) for rank in range(self.server)]
+        self._start = self.start(job.r_most)
+        self._packing = Packing(self._start, self.flat)
+        self.aggregator = self._aggregator()
+        self._refused: Counter[int] = Counter()  # updates, by rank
+        self._most = UPDATE_SLACK + 3 * 8 * _messages.values_of("AB", job.r_most, self.shapes)
+
+    def _aggregator(self) -> Any:
+        """Of this node's own plugins, by the job's word."""
+        dotted = self.spec.aggregators.get(self.job.method)
+        if dotted is None:
+            raise EngineError(
+                f"no method {self.job.method!r} here; loaded: {', '.join(sorted(self.spec.aggregators))}",
+                remedy="load the plugin that brings it",
+            )
+        return resolve(dotted)(self.settings, self._start, self.members)
+
+    def count(self) -> dict[str, Any]:
+        return {"shapes": [list(shape) for shape in self.shapes]}
+
+    # --- a round ------------------------------------------------------------------------------------
+
+    def round(self, number: int, report: Report) -> None:
+        began = time.monotonic()
+        ranks = set(cohort_of(self.job, number))
+        cohort = [member for member in self.members if member.rank in ranks]
+        self.aggregator.begin(number, cohort)
+        frozen = self.aggregator.frozen(number)
+        values: dict[str, float] = {}
+        for member in self.members:
+            is_drawn = member.rank in ranks
+            sent = self._send(number, member, frozen) if is_drawn else self._rest(number, member)
+            values[f"down_{member.rank}"] = float(sent)
+        self._packing.forget()
+        meter = Residual()
+        take = self._take_masked if self.job.masked else self._take
+        told = take(number, frozen, meter, cohort)
+        for rank, figures in told.items():
+            values[f"up_{rank}"] = figures["sent"]
+            values[f"down_{rank}"] += figures.get("said", 0.0)
+        with self.computing():
+            self.aggregator.finish()
+            residual = meter.of([(m, self.aggregator.download(m)) for m in self.members])
+        if math.isfinite(residual):  # there is none of sums of scalars, or where updates are masked
+            values["residual"] = residual
+        self._tell_eval(number, told, report)
+        targets = sum(figures["targets"] for figures in told.values())
+        values |= {
+            "loss": sum(figures["loss"] for figures in told.values()) / max(1.0, targets),
+            "targets": targets,
+            "tokens": sum(figures["tokens"] for figures in told.values()),
+            "seconds": time.monotonic() - began,
+        }
+        if self._refused:
+            values["refused"] = float(sum(self._refused.values()))
+        if not math.isfinite(values["loss"]):
+            raise EngineError(f"round {number}: expected finite losses of its members", code="nan-loss")
+        report("step", number, values)
+
+    def _take(
+        self, number: int, frozen: str, meter: Residual, cohort: Sequence[Member]
+    ) -> dict[int, dict[str, float]]:
+        """Add every update of the cohort; figures by rank."""
+        told = {}
+        for member in cohort:
+            try:
+                update, figures = self._receive(number, member, frozen)
+                with self.computing():
+                    self.aggregator.add(update)
+                    if update.factors:
+                        meter.add(update)
+            except (ConfigError, PolicyViolation, ProtocolError) as error:
+                self._refuse(number, member.rank, error)
+                continue
+            told[member.rank] = figures
+        return told
+
+    def _take_masked(
+        self, number: int, frozen: str, meter: Residual, cohort: Sequence[Member]
+    ) -> dict[int, dict[str, float]]:
+        """Add the mean of all members' updates, of which nobody sees one; figures by rank."""
+        download = self.aggregator.download(self.members[0])
+        loaded = download.factors
+        sides = "".join(side for side in "AB" if side != frozen) if loaded else ""
+        terms = terms_of(self, number, sides, loaded, download.extras)
+        masked = MaskedServer(self, number, terms, self._gather, self._told, self._refuse)
+        mean, weight = masked.mean()
+        with self.computing():
+            factors, extras = unmasked(self, sides, loaded, mean.astype("<f4"))
+            self.aggregator.add(Update(self.members[0], number, weight, factors, extras))
+        return masked.told
+
+    def _send(self, number: int, member: Member, frozen: str) -> int:
+        """A member's download; bytes that it took."""
+        download: Download = self.aggregator.download(member)
+        packed = self._packing.whole(download, member.r)
+        values, mask, extras = packed.values, packed.mask, download.extras
+        words = _messages.down(
+            number, packed.start, frozen, packed.stack, values.size, len(extras), int(mask is not None)
+        )
+        before = self.bytes_sent
+        self.link(member.rank).send_values("down", [number], own_words(words), values)
+        if mask is not None:
+            self.send_mask(member.rank, number, mask)
+        self.send_extras(member.rank, number, extras)
+        return self.bytes_sent - before
+
+    def _rest(self, number: int, member: Member) -> int:
+        """The download of one that is not of the cohort; bytes that it took."""
+        stack, values = self._packing.merged(self.aggregator.download(member))
+        before, words = self.bytes_sent, _messages.rest(number, stack, values.size)
+        self.link(member.rank).send_values("down", [number], own_words(words), values)
+        return self.bytes_sent - before
+
+    def _refuse(self, number: int, rank: int, error: Exception) -> None:
+        """An update that cannot be used costs itself: it is counted, and the round goes on."""
+        self._refused[rank] += 1
+        log.warning(
+            "update refused",
+            extra={"round": number, "member": self.name(rank), "reason": str(error)[:300]},
+        )
+
+    def _gather(self, number: int, rank: int) -> Gathered:
+        """All that a member says in a round, up to its figures, so that what is wrong in it ends there. What
+        is of an earlier round is left out, and all of one that is too large: its end is waited for. PeerError
+        where there is none."""
+        link, messages, size, heard, is_much = self.link(rank), [], 0, 0, False
+        while heard < 2 * MESSAGES_MOST and size < DRAINED_MOST * self._most:
+            self.look()
+            header, frames = link.next()
+            heard, size = heard + 1, size + sum(frame.nbytes for frame in frames)
+            is_much = is_much or size > self._most or heard > MESSAGES_MOST
+            if is_much:
+                messages.clear()
+            if is_stale(header, number):
+                continue
+            if not is_much:
+                messages.append((header, frames))
+            if header.get("k") in ("told", "no"):
+                return Gathered(link, messages)
+        raise PeerError(
+            f"expected an update of at most {self._most} bytes of {self.name(rank)}; more came, and no end",
+            remedy="look at what runs there",
+        )
+
+    def _receive(self, number: int, member: Member, frozen: str) -> tuple[Update, dict[str, float]]:
+        """A member's update of a round and its figures. ProtocolError where they are none."""
+        name, link = self.name(member.rank), self._gather(number, member.rank)
+        download = self.aggregator.download(member)
+        loaded, is_thin = download.factors, any(word in download.extras for word in THIN_UP)
+        joins = self.job.joins(member.rank)
+        sides = "" if joins or not loaded else "".join(side for side in "AB" if side != frozen)
+        count = _messages.values_of(sides, member.r, self.shapes)
+
+        def count_of(header: Mapping[str, Any]) -> int:
+            of = header.get("of", 0)
+            if type(of) is not int or not (0 <= of <= count if is_thin else of == count):
+                raise ProtocolError(f"expected {count} values of {name}'s adapter; {str(of)[:20]} came")
+            return of
+
+        header, values = link.receive_values("up", [number], count_of, name)
+        weight = self.job.clients[member.rank].weight or header.get("weight")
+        if type(weight) is not int or weight < 1:
+            raise ProtocolError(f"expected a number of rows above 0 of {name}; {str(weight)[:20]} came")
+        if self.job.weight_most:
+            weight = min(weight, self.job.weight_most)
+        if is_thin:
+            values = self.fill(link, number, values, self.flat(loaded, sides))
+        given = self.unflat(values, sides, member.r)
+        factors: Arrays = {
+            layer: (given[layer].get("A", pair[0]), given[layer].get("B", pair[1]))
+            for layer, pair in loaded.items()
+        }
+        extras = self.receive_extras(link, number, header.get("extras"))
+        if joins:
+            settings = self.settings | {"learning_rate": self.job.rate_of(member.rank)}
+            factors, extras = dict(resolve(self.spec.joins[joins][1])(settings, loaded, extras)), {}
+        update = Update(member, number, float(weight), factors, extras)
+        return update, self._told(link, number)
+
+    def _told(self, link: Link, number: int) -> dict[str, float]:
+        (_, frames), rank = link.receive("told", [number]), link.other
+        size = 8 * len(_messages.FIGURES)
+        if [frame.nbytes for frame in frames] != [size]:
+            raise ProtocolError(f"expected figures of {self.name(rank)} in {size} bytes")
+        found = np.frombuffer(frames[0], "<f8")
+        if not (np.isfinite(found).all() and (found >= 0).all()):
+            raise ProtocolError(f"expected finite figures of {self.name(rank)}, of 0 or more")
+        return dict(zip(_messages.FIGURES, map(float, found), strict=True))
+
+    def _tell_eval(self, number: int, told: Mapping[int, dict[str, float]], report: Report) -> None:
+        targets = sum(figures["eval_targets"] for figures in told.values())
+        if targets:
+            loss = sum(figures["eval_loss"] for figures in told.values()) / targets
+            values = {"loss": loss, "targets": targets}
+            if number == self.job.rounds and self.job.keeps != "none":
+                values["own_loss"] = sum(figures["own_loss"] for figures in told.values()) / targets
+            for rank, figures in told.items():
+                if figures["eval_targets"]:
+                    values[f"loss_{rank}"] = figures["eval_loss"] / figures["eval_targets"]
+                    if "own_loss" in values:
+                        values[f"own_loss_{rank}"] = figures["own_loss"] / figures["eval_targets"]
+            report("eval", number, values)
+
+    # --- checkpoints --------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, torch.Tensor]:
+        found = {
+            key: torch.from_numpy(np.asarray(value)) for key, value in self.aggregator.state_dict().items()
+        }
+        return {f"aggregator.{key}": value for key, value in found.items()} | {"round": torch.zeros(1)}
+
+    def set_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        prefix = "aggregator."
+        self.aggregator.load_state_dict(
+            {
+                key.removeprefix(prefix): value.numpy()
+                for key, value in state.items()
+                if key.startswith(prefix)
+            }
+        )
+
+    # --- the end ------------------------------------------------------------------------------------
+
+    def finish(self, report: Report) -> None:
+        """Have every member load and evaluate what the last round made; give the adapter away."""
+        number = self.job.rounds
+        for member in self.members:
+            self._send(number, member, "")
+        self._packing.forget()
+        ranks = [member.rank for member in self.members]
+        told = {rank: self._told(self._gather(number, rank), number) for rank in ranks}
+        self._tell_eval(number, told, report)
+        made = {
+            name: (np.asarray(a, "<f4"), np.asarray(b * scale, "<f4"))
+            for name, (a, b, scale) in self.aggregator.adapter().items()
+        }
+        if self.spec.collector == self.rank:
+            write_adapter(self, "adapter", made)
+            report("done", number, {})
+            return
+        values = self.flat(made, "AB")
+        words = {"r": [made[name][0].shape[0] for name in self.layers], "of": values.size}
+        self.link(self.spec.collector).send_values("part", [number], words, values)
+
+
+def collect(rank: Rank, report: Report) -> None:
+    """Take the adapter from the server and write it; of the rank whose node the job was submitted to."""
+    name, said = rank.name(rank.server), {}
+
+    def count_of(header: Mapping[str, Any]) -> int:
+        ranks, shapes = header.get("r"), rank.shapes
+        if (
+            not isinstance(ranks, list)
+            or len(ranks) != len(shapes)
+            or not all(
+                type(r) is int and 1 <= r <= max(min(shape), rank.job.r_most)
+                for r, shape in zip(ranks, shapes, strict=True)
+            )
+        ):
+            raise ProtocolError(f"expected the ranks of {len(shapes)} layers from {name}")
+        said["r"] = ranks
+        return sum(r * (rows + columns) for r, (rows, columns) in zip(ranks, shapes, strict=True))
+
+    _, values = rank.link(rank.server).receive_values("part", [rank.job.rounds], count_of, name)
+    made, at = {}, 0
+    for r, (layer, (rows, columns)) in zip(said["r"], rank.layers.items(), strict=True):
+        middle, end = at + r * columns, at + r * (rows + columns)
+        made[layer] = (values[at:middle].reshape(r, columns), values[middle:end].reshape(rows, r))
+        at = end
+    write_adapter(rank, "adapter", made)
+    report("done", rank.job.rounds, {})

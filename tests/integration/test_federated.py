@@ -1,0 +1,147 @@
+"""Federated training on real nodes: two members, and a desk that asks for the job and aggregates."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import training_rig as rig
+from support import Document, Node, Nodes, wait_no_workers, wait_online, wait_until
+
+for _name in rig.NEEDED:
+    pytest.importorskip(_name, reason="needs the extra train: make install")
+
+PHONE, JETSON, DESK = "phone", "jetson", "desk"
+HANDSHAKES = 8192  # bytes of three pairs' streams, which no prediction counts
+PLUGINS = (*rig.TRAINS, "personal_lora", "zeroth_order", "shard")
+
+
+@pytest.fixture(scope="module")
+def trio(shared_nodes: Nodes, tmp_path_factory: pytest.TempPathFactory) -> list[Node]:
+    """Paired nodes; the members have unlike rows, the model is the desk's."""
+    folder = tmp_path_factory.mktemp("files")
+    rig.write_tiny(folder / "tiny.gguf")
+    made = shared_nodes.group(PHONE, JETSON, DESK, plugins=PLUGINS, budget={"memory": "2GiB"})
+    for first, node in enumerate(made[:2]):
+        rig.add_rows(node, rig.write_rows(folder / f"rows{first}.jsonl", first))
+    made[2].add(folder / "tiny.gguf", rig.MODEL)
+    return made
+
+
+def job(**changes: Any) -> Document:
+    settings = {
+        "model": rig.MODEL,
+        "method": "flora",
+        "rounds": 3,
+        "local_steps": 2,
+        "batch_size": 2,
+        "max_length": 48,
+        "learning_rate": 0.01,
+        "r": 2,
+        "alpha": 4.0,
+        "eval_rows": 4,
+        "clients": [{"node": PHONE, "data": "sums"}, {"node": JETSON, "data": "sums"}],
+        "server": {"node": DESK},
+    }
+    return rig.asked(settings | changes, "federated")
+
+
+def adapters(node: Node) -> dict[str, str]:
+    """Their scopes by name."""
+    return {row["name"]: row["scope"] for row in node.call("adapters.ls")["adapters"]}
+
+
+def test_members_make_one_adapter_and_every_round_is_told(trio: list[Node]) -> None:
+    clients = [{"node": PHONE, "data": "sums", "r": 1}, {"node": JETSON, "data": "sums", "r": 3}]
+    document = rig.finetune(trio[2], job(clients=clients, adapter="together"))
+    ids = {node.node_id for node in trio[:2]}
+    assert [row["round"] for row in document["rounds_log"]] == [0, 1, 2]
+    for row in document["rounds_log"]:
+        assert 0 <= row["residual"] < 1e-6
+        assert set(row["members"]) == set(row["bytes_up"]) == set(row["bytes_down"]) == ids
+        assert row["bytes_up"][trio[0].node_id] < row["bytes_up"][trio[1].node_id]
+    assert document["loss"] == [row["loss"] for row in document["rounds_log"]]
+    assert len(document["eval_loss"]) == 4
+    assert document["plan"]["predicted"]["bytes_sent"] == pytest.approx(
+        document["bytes_sent"], abs=HANDSHAKES
+    )
+    assert adapters(trio[2])["together"] == "global"
+    asked = {"model": rig.MODEL, "prompt": "Add", "n": 4, "temperature": 0.0, "adapter": "together"}
+    assert trio[2].call("generate", asked | {"raw": True, "strategy": "local"})["tokens"]
+
+
+def test_a_personal_adapter_stays_on_its_members_node(trio: list[Node]) -> None:
+    document = rig.finetune(trio[2], job(method="fdlora", adapter="mine", personal_steps=4))
+    assert document["evals"][-1]["own_loss"] > 0
+    for node in trio[:2]:
+        wait_until("the adapter to be kept", lambda node=node: "mine-personal" in adapters(node))
+        assert adapters(node)["mine-personal"] == "personal"
+        assert "mine" not in adapters(node)
+    assert "mine-personal" not in adapters(trio[2])
+
+
+def test_a_member_that_submits_keeps_both_adapters_and_goes_on_for_more_rounds(trio: list[Node]) -> None:
+    body = job(method="fedavg", personal="ditto", personal_steps=2, adapter="both", rounds=2)
+    document = rig.finetune(trio[0], body)
+    assert document["adapter"] == "both"
+    wait_until("the adapter to be kept", lambda: "both-personal" in adapters(trio[0]))
+    assert adapters(trio[0])["both"] == "global"
+    more = job(method="fedavg", personal="ditto", personal_steps=2, adapter="both", rounds=3)
+    longer = rig.finetune(trio[0], more | {"resume": document["job_id"]})
+    assert longer["loss"][:2] == document["loss"]
+    assert len(longer["rounds_log"]) == 3
+
+
+@pytest.mark.parametrize("method", ["fedkseed", "mezo"])
+def test_members_without_gradients_make_an_adapter_too(trio: list[Node], method: str) -> None:
+    document = rig.finetune(trio[2], job(method=method, adapter=method, learning_rate=1e-4))
+    assert document["plan"]["predicted"]["bytes_sent"] == pytest.approx(
+        document["bytes_sent"], abs=HANDSHAKES
+    )
+    if method == "fedkseed":
+        assert all(sum(row["bytes_up"].values()) < 1000 for row in document["rounds_log"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"method": "fedmagic"}, "expected method as one of fdlora, .*; 'fedmagic' came"),
+        ({"mu": 1.0}, "no key 'mu' in a training job"),
+        ({"method": "fedprox", "mu": "much"}, "expected a number for mu; 'much' came"),
+        ({"method": "fedavg", "clients": [{"node": PHONE, "data": "sums", "r": 1},
+                                          {"node": JETSON, "data": "sums"}]},
+         "expected one r for all clients: fedavg averages factors; flexlora or flora take unlike ones"),
+        ({"server": {"node": PHONE}}, "expected a server that is no client"),
+        ({"batch_size": 256, "max_length": 4096, "local_steps": 1}, r"needs \d+ MiB .* and has 2048 MiB"),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_cannot_run_is_refused_before_anything_starts(
+    trio: list[Node], changes: dict[str, Any], says: str
+) -> None:
+    before = [node.workers() for node in trio]  # one that generated is still warm
+    with pytest.raises(rig.EdgedError, match=says):
+        rig.finetune(trio[2], job(**changes))
+    assert [node.workers() for node in trio] == before
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["flora", "fdlora", "fedkseed"])
+def test_killed_members_and_a_killed_server_change_no_byte(trio: list[Node], method: str) -> None:
+    more = {"method": method, "rounds": 12, "local_steps": 4, "personal_steps": 4}
+    if method == "fedkseed":
+        more["learning_rate"] = 1e-4
+    calm = rig.finetune(trio[2], job(**more))
+    lossy_job = rig.begun(trio[2], job(**more))
+    for struck, round in ((trio[0], 2), (trio[2], 5), (trio[1], 8)):
+        rig.until_step(trio[2], lossy_job, round)
+        for worker in struck.workers():
+            worker.kill()
+    lossy = rig.followed(trio[2], lossy_job).end()
+    assert lossy["plan"]["epoch"] >= 2
+    for key in ("loss", "eval_loss", "steps"):
+        assert lossy[key] == calm[key]
+    assert [row["members"] for row in lossy["rounds_log"]] == [row["members"] for row in calm["rounds_log"]]
+    assert rig.adapter_files(trio[2], lossy["adapter"]) == rig.adapter_files(trio[2], calm["adapter"])
+    wait_online(trio)
+    wait_no_workers(*trio)
