@@ -22,7 +22,6 @@ from .loss import IGNORED
 from .sizes import pieces
 
 LOOK_S = 0.5
-_NONE = np.zeros(0, np.float32)
 
 
 class Stopped(Exception):
@@ -101,7 +100,8 @@ class Link:
         ProtocolError otherwise, with the other's name."""
         said, frames = self.receive(kind, place)
         count = count_of(said)
-        joined = bytearray()
+        values = np.empty(count, "<f4")
+        joined, at = values.view(np.uint8), 0
         for number, size in enumerate(pieces(4 * count)):
             if number:
                 _, frames = self.receive(kind, [*place, number])
@@ -109,8 +109,10 @@ class Link:
                 raise ProtocolError(
                     f"expected {kind} of {name} in frames of {size} bytes, for {count} values"
                 )
-            joined += b"".join(frames)
-        values = np.frombuffer(joined, "<f4").astype(np.float32, copy=False) if joined else _NONE
+            for frame in frames:  # one, or none of no values
+                joined[at : at + size] = np.frombuffer(frame, np.uint8)
+            at += size
+        values = values.astype(np.float32, copy=False)
         if not np.isfinite(values).all():
             raise ProtocolError(f"expected {kind} of {name} in finite values; some are not")
         return said, values

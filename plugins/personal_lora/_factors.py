@@ -127,14 +127,31 @@ class Layout:
         return np.concatenate(list(kinds)) == letter
 
 
+class Scratch:
+    """F64 memory that is used again: the first touch of fresh pages costs as much as what is computed in
+    them."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Array] = {}
+
+    def take(self, what: str, rows: int, columns: int) -> Array:
+        """(rows, columns), of any values; what was taken for the same purpose before is gone."""
+        size = rows * columns
+        if what not in self._kept or self._kept[what].size < size:
+            self._kept[what] = np.empty(size)
+        return self._kept[what][:size].reshape(rows, columns)
+
+
 class Stack:
     """A sum of products, sum c B A, as one pair (A (R, in), B (out, R)): products side by side.
 
     Exact while R stays at or below min(in, out). Above it the sum is kept as the matrix itself, whose rank
-    is min(in, out): still no part of it is lost, and memory ends there.
+    is min(in, out): still no part of it is lost, and memory ends there. `scratch`: of several stacks that
+    are worked on in turn.
     """
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, scratch: Scratch | None = None) -> None:
+        self._scratch = scratch or Scratch()
         self.limit = min(inputs, outputs)
         self.rank = 0  # of what is kept, at most
         self.shape = (outputs, inputs)
@@ -160,7 +177,9 @@ class Stack:
             self._fold()
         outputs, inputs = self.shape
         if self._total is None:
-            return _side_by_side(self._parts, self.shape, factor)
+            A, B = np.empty((self.rank, inputs)), np.empty((outputs, self.rank))
+            _side_by_side(self._parts, A, B, factor)
+            return A, B
         total = factor * self._total
         return (np.eye(inputs), total) if inputs <= outputs else (total, np.eye(outputs))
 
@@ -177,24 +196,23 @@ class Stack:
             end, rank = at, 0
             while end < len(self._parts) and (end == at or rank < RANK_AT_ONCE):
                 rank, end = rank + len(self._parts[end][1]), end + 1
-            A, B = _side_by_side(self._parts[at:end], self.shape)
-            total += B @ A
+            outputs, inputs = self.shape
+            A, B = self._scratch.take("A", rank, inputs), self._scratch.take("B", outputs, rank)
+            _side_by_side(self._parts[at:end], A, B)
+            total += np.matmul(B, A, out=self._scratch.take("BA", outputs, inputs))
             at = end
 
 
 def _side_by_side(
-    parts: Sequence[tuple[float, Array, Array]], shape: tuple[int, int], factor: float = 1.0
-) -> tuple[Array, Array]:
-    """A (R, in) and B (out, R) in F64 of all parts; coefficients, times `factor`, in A."""
-    outputs, inputs = shape
-    rank = sum(len(A) for _, A, _ in parts)
-    A, B, at = np.empty((rank, inputs)), np.empty((outputs, rank)), 0
+    parts: Sequence[tuple[float, Array, Array]], A: Array, B: Array, factor: float = 1.0
+) -> None:
+    """All parts into A (R, in) and B (out, R), F64; coefficients, times `factor`, in A."""
+    at = 0
     for coefficient, part_A, part_B in parts:
         ranks = slice(at, at + len(part_A))
         np.multiply(part_A, factor * coefficient, out=A[ranks], dtype=np.float64)
         B[:, ranks] = part_B
         at += len(part_A)
-    return A, B
 
 
 def svd_of_product(A: Array, B: Array) -> tuple[Array, Array, Array]:

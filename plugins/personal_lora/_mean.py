@@ -16,7 +16,7 @@ import numpy as np
 from edged import Download, Factors, Member, PolicyViolation, Update
 
 from . import _settings
-from ._factors import Array, Layout, check_alike, check_update, packed, unpacked, weight_of
+from ._factors import Array, Layout, blocks, check_alike, check_update, packed, unpacked, weight_of
 
 
 class Rows:
@@ -109,12 +109,14 @@ class Mean(Rows):
         self._sum: Array | None = None
 
     def take(self, row: Array, weight: float, update: Update) -> None:
-        row *= weight
         if self._sum is None:
+            row *= weight
             self._sum = row
-        else:
-            self._sum += row
-            self._spare = row
+            return
+        for part in blocks(2, row.size):  # both stay near the processor
+            row[part] *= weight
+            self._sum[part] += row[part]
+        self._spare = row
 
     def next(self) -> Array:
         assert self._sum is not None

@@ -116,7 +116,11 @@ class Rank(abc.ABC):
         """Time of this thread within counts as computed, not as waited."""
         began = time.thread_time()
         yield
-        spent = self.computed.compute_s + time.thread_time() - began
+        self.count_computed(time.thread_time() - began)
+
+    def count_computed(self, seconds: float) -> None:
+        """Processor seconds of another thread, say."""
+        spent = self.computed.compute_s + seconds
         self.computed = dataclasses.replace(self.computed, compute_s=spent)
 
     def look(self) -> None:

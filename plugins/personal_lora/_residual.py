@@ -8,37 +8,59 @@ Frobenius, in F64; of all matrices and members the largest. Nothing here is know
 from __future__ import annotations
 
 import math
+import time
+from collections import deque
 from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from edged import Download, Member, Update
 
-from ._factors import Array, Stack, weight_of
+from ._factors import Array, Scratch, Stack, weight_of
 
+BEHIND_MOST = 8  # updates that wait for their sums
 Made = Sequence[tuple[float, Array, Array]]  # s, A and B of what a member makes of its download
 
 
 class Residual:
     """Fed update by update, then asked. Memory: the updates' factors while the rank of all together is not
-    far above min(in, out) of their matrix, and that matrix from then on, whatever the cohort."""
+    far above min(in, out) of their matrix, and that matrix from then on, whatever the cohort.
+
+    Sums are made in a thread of its own, in the order of the updates, while the next one comes. `compute_s`:
+    what that thread took of a processor.
+    """
 
     def __init__(self) -> None:
         self._sums: dict[str, Stack] = {}
+        self._scratch = Scratch()
         self._weight = 0.0
+        self._thread = ThreadPoolExecutor(1, "residual")
+        self._added: deque[Future[float]] = deque()
+        self.compute_s = 0.0
 
     def add(self, update: Update) -> None:
         """With both factors, the frozen one as its member has it. ConfigError for a weight not above 0."""
         weight = weight_of(update)
         self._weight += weight
+        self._added.append(self._thread.submit(self._sum, update, weight))
+        if len(self._added) > BEHIND_MOST:
+            self.compute_s += self._added.popleft().result()
+
+    def _sum(self, update: Update, weight: float) -> float:
+        began = time.thread_time()
         for name, (A, B) in update.factors.items():
-            total = self._sums.setdefault(name, Stack(A.shape[1], B.shape[0]))
+            total = self._sums.setdefault(name, Stack(A.shape[1], B.shape[0], self._scratch))
             total.add(weight * update.member.scale, A, B)
+        return time.thread_time() - began
 
     def of(self, downloads: Iterable[tuple[Member, Download]]) -> float:
         """The residual; 0 where T is zero and so is what is made of it, infinite where only T is. NaN before
         any update, and for values that are NaN."""
+        self.compute_s += sum(each.result() for each in self._added)
+        self._added.clear()
+        self._thread.shutdown()
         if not self._sums:
             return math.nan
         loads = list(downloads)  # held, so that a place in memory means one array

@@ -86,6 +86,7 @@ class Server(Rank):
         with self.computing():
             self.aggregator.finish()
             residual = meter.of([(m, self.aggregator.download(m)) for m in self.members])
+        self.count_computed(meter.compute_s)
         if math.isfinite(residual):  # there is none of sums of scalars, or where updates are masked
             values["residual"] = residual
         self._tell_eval(number, told, report)

@@ -87,6 +87,8 @@ class Blocks:
 class Unmeasured:
     """In place of the residual's meter."""
 
+    compute_s = 0.0
+
     def add(self, update: Any) -> None:
         pass
 
