@@ -6,19 +6,16 @@ nothing disturbed.
 
 from __future__ import annotations
 
-import random
-import signal
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import training_rig as rig
+from faults import Faults
 from support import Node, Nodes, wait_no_workers, wait_online
 
 NAMES = ("phone", "cloud", "desk")  # client, server, coordinator
 STEP_S = 0.05
-BETWEEN = (2, 9)  # steps between two faults
 
 
 @pytest.fixture
@@ -30,43 +27,18 @@ def trio(nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     wait_no_workers(*(node for node in made if node.process is not None))
 
 
-class Faults:
-    """Draws what happens next, and does it."""
-
-    def __init__(self, nodes: list[Node], seed: int, kinds: tuple[str, ...]) -> None:
-        self._nodes, self._random, self._kinds = nodes, random.Random(seed), kinds
-        self.done: Counter[str] = Counter()
-
-    def pause(self) -> int:
-        return self._random.randint(*BETWEEN)
-
-    def strike(self) -> None:
-        kind, node = self._random.choice(self._kinds), self._random.choice(self._nodes)
-        self.done[f"{kind} of {node.name}"] += 1
-        if kind == "worker":
-            for worker in node.workers():
-                worker.kill()
-        elif kind == "freeze":
-            for worker in node.workers():
-                worker.send_signal(signal.SIGSTOP)
-        elif kind == "daemon":
-            node.kill()
-            node.start().wait_ready()
-
-
 def survive(trio: list[Node], folder: Path, faults: Faults, count: int) -> None:
     """A job with `count` faults, one after the other, each when it has gone on for some steps."""
     desk, steps = trio[2], 40 * (count + 1)
     job = rig.begun(desk, rig.abacus(["phone"], "cloud", step_s=STEP_S, steps=steps, checkpoint_every=2))
     reached = 0
-    for _ in range(count):
+    while faults.count < count:
         stream = rig.followed(desk, job)
         reached = stream.until("step", step=min(reached + faults.pause(), steps - 2))["step"]
         stream.vanish()
         faults.strike()
         wait_online(trio)
     document = rig.followed(desk, job).end()
-    assert sum(faults.done.values()) == count
     told = {row[0] for row in rig.steps_told(desk, job)}
     assert sorted(set(range(steps)) - told) == []
     assert len(document["loss"]) == steps
