@@ -37,6 +37,7 @@ key `pair` is the only kind that is read.
     short       member -> coordinator   end my roles that no job uses; I have little memory
     probe       member -> member        let us measure our connection     answer: offered, or error
     probe_start member -> member        connect and exchange              answer: a LinkCost, or error
+    adapt       coordinator -> member   have an adapter beside the model  answer: {}, or error
     generate    coordinator -> rank 0   begin a job on a loaded group
     cancel      coordinator -> rank 0   end a job
     train       coordinator -> member   go on with a training from a step
@@ -46,7 +47,7 @@ key `pair` is the only kind that is read.
     manifest    member -> holder        the chunk hashes of a model       answer: manifest_of
     serve       member -> holder        open a transfer of a model        answer: serving
 
-`manifest` and `serve` give the adapter of an offer too, to the members of its plan alone, while it stands.
+`manifest` and `serve` give the adapters of a plan too, to its members alone, while it has them.
 
 Nothing here is ever unpickled, evaluated or handed to a shell.
 """
@@ -308,9 +309,22 @@ class Resting:
 
 
 @dataclass(frozen=True, slots=True)
+class Adapt:
+    """Have the coordinator's adapter `file` beside the model of a group, as `number`. Or give back those of
+    `forgets`, when the last sequences with them are over, or `undoes`, that no sequence was given."""
+
+    group: str
+    number: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
+    file: AdapterFile | None = None
+    forgets: tuple[int, ...] = ()
+    undoes: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Generate:
     """`history`: tokens that an earlier epoch of the job made; they go through the model after the prompt,
-    and the first new one has their number as its index."""
+    and the first new one has their number as its index. `adapter`: the number of one that the group was
+    told to have beside its model; 0: what it was loaded with."""
 
     group: str
     job: str
@@ -321,6 +335,7 @@ class Generate:
     sampling: Sampling
     ignore_eos: bool
     history: tuple[int, ...] = ()
+    adapter: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,6 +446,7 @@ BODIES: dict[str, type[Any]] = {
     "probe_start": ProbeStart,
     "usage": Usage,
     "lost": Lost,
+    "adapt": Adapt,
     "generate": Generate,
     "cancel": Cancel,
     "tokens": Tokens,
