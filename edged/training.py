@@ -242,6 +242,8 @@ class Trainings:
             run.model_sha256 = str(job.plan["model_sha256"])
             plan = msgspec.convert(job.plan["plan"], TrainingPlan)
             run.recoveries = list(job.plan["recoveries"])
+            run.egress_before = figures.egress_of(job.plan.get("egress", ()), run.bytes_before)
+            run.bytes_before = sum(size for _, size in run.egress_before.values())
         except (KeyError, TypeError, msgspec.ValidationError) as error:
             raise JobError(f"expected a plan that this version can read; {error}") from error
         steps = int(run.settings["steps"])
@@ -374,13 +376,7 @@ class Trainings:
         nodes = await self._viewer.views(measure=run.plan is None and "auto" in run.settings.values())
         plan = self._plan(run, model.sha256, nodes)
         run.epoch += 1
-        row = {
-            "strategy": run.training.name,
-            "plan": wire.to_map(plan),
-            "model_sha256": model.sha256,
-            "recoveries": run.recoveries,
-        }
-        self._store.begin_epoch(run.job_id, run.epoch, row)
+        self._store.begin_epoch(run.job_id, run.epoch, self._stored_plan(run, plan))
         candidate = Candidate(run.training.name, plan.roles, engine=run.training.engine)
         offers = tuple(
             wire.TrainingOffer(run.job_id, run.request.kind, dict(plan.settings), data) for data in plan.data
@@ -410,6 +406,16 @@ class Trainings:
         run.has_begun = True
         self._start(run, plan, run.group, manifest)
         return await self._until_finished(run)
+
+    def _stored_plan(self, run: TrainingRun, plan: TrainingPlan) -> dict[str, Any]:
+        """What a job goes on with after this daemon ended."""
+        return {
+            "strategy": run.training.name,
+            "plan": wire.to_map(plan),
+            "model_sha256": run.model_sha256,
+            "recoveries": run.recoveries,
+            "egress": figures.egress_rows(run.egress),
+        }
 
     def _plan(self, run: TrainingRun, sha256: str, nodes: Sequence[NodeView]) -> TrainingPlan:
         """The plan of the first epoch stays the job's: another would go another way."""
@@ -488,9 +494,12 @@ class Trainings:
         """The workers of a training serve nothing else."""
         if run.group is None:
             return
-        run.bytes_before = run.bytes_sent
+        run.bytes_before, run.egress_before = run.bytes_sent, run.egress
         run.joules_before = joules_with(run.joules_before, run.used) if run.used else run.joules_before
         run.used = ()
+        if run.plan is not None:
+            with contextlib.suppress(EdgedError):
+                self._store.keep_plan(run.job_id, self._stored_plan(run, run.plan))
         group, run.group = run.group, None
         group.jobs.discard(run.job_id)
         self._groups.end(group)
@@ -628,6 +637,7 @@ class Trainings:
             "eval_loss": [run.evals[step]["loss"] for step in sorted(run.evals)],
             "evals": [{"step": step} | run.evals[step] for step in sorted(run.evals)],
             "bytes_sent": run.bytes_sent,
+            "egress": figures.egress_rows(run.egress),
             "joules": joules,
             "joules_source": source if joules is not None else None,
             "rounds_log": figures.rounds_log(

@@ -87,6 +87,9 @@ CONTAINERS_MAX = 1 << 16  # a byte of msgpack makes 60 of Python; a model's tens
 NAME_CHARS_MAX = 64
 CERTIFICATE_BYTES_MAX = 2048  # DER of a P-256 key and two short names takes about 400
 PORT_MAX = 65535
+RANK_MAX = 1 << 16
+KIND_CHARS_MAX = 32  # of a message between workers
+SENT_MAX = 4096  # rows of what a worker sent: receivers times kinds
 PING_S = 1.0
 T = TypeVar("T")
 Certificate = Annotated[bytes, msgspec.Meta(max_length=CERTIFICATE_BYTES_MAX)]
@@ -277,14 +280,28 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Sent:
+    """What a worker handed to TCP for another rank in messages of a kind, framing and encryption included."""
+
+    to: Annotated[int, msgspec.Meta(ge=0, le=RANK_MAX)]
+    kind: Annotated[str, msgspec.Meta(max_length=KIND_CHARS_MAX)]
+    messages: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+    bytes: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+
+
+SentEach = Annotated[tuple[Sent, ...], msgspec.Meta(max_length=SENT_MAX)]
+
+
+@dataclass(frozen=True, slots=True)
 class Used:
     """`metered`: None where the node meters nothing. `sustained`: of the role's weight type, as in
-    EngineSpeed."""
+    EngineSpeed. `sent`: of a training's role, its bytes by receiver and kind."""
 
     bytes_sent: int
     memory_bytes: int
     metered: Metered | None = None
     sustained: float = 1.0
+    sent: SentEach = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,6 +311,7 @@ class Spent:
     bytes_sent: int
     memory_bytes: int
     computed: Computed | None = None
+    sent: SentEach = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -141,9 +141,15 @@ class Worker:
             self._inbox.put(message)
 
     def _usage(self) -> wire.Spent:
-        sent = self._channel.bytes_sent if self._channel is not None else 0
+        sent = 0
+        each: tuple[wire.Sent, ...] = ()
+        if self._channel is not None:
+            sent = self._channel.bytes_sent
+            if self._engine is None:  # a training's is one job's alone
+                each = _sent_of(self._channel)
+                sent = sum(row.bytes for row in each)
         sent += getattr(self._engine, "bytes_sent", 0)  # of one that sends beside the channel
-        return wire.Spent(sent, _peak_bytes(), self._computed())
+        return wire.Spent(sent, _peak_bytes(), self._computed(), each)
 
     def _computed(self) -> Computed | None:
         """As the engine counts it; else rank 0's time within it. None while it loads: that is work too."""
@@ -464,6 +470,13 @@ def _step(sequence: _Sequence) -> Step:
     tokens = tuple(sequence.pending[: sequence.given])
     is_all = sequence.given == len(sequence.pending)
     return Step(sequence.number, tokens, sequence.position, sequence.request.sampling if is_all else None)
+
+
+def _sent_of(channel: ZmqChannel) -> tuple[wire.Sent, ...]:
+    """What went out, by receiver and kind."""
+    most = wire.KIND_CHARS_MAX
+    rows = [wire.Sent(to, kind[:most], messages, size) for to, kind, messages, size in channel.sent]
+    return tuple(rows[: wire.SENT_MAX])
 
 
 def _is_out_of_memory(error: Exception) -> bool:

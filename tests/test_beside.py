@@ -1,4 +1,4 @@
-"""Adapters beside a group's model: who loads which, who makes room, what is undone; nodes that only answer."""
+"""Adapters beside a group's model: who loads which, who makes room, what is undone; nodes only answer."""
 
 from __future__ import annotations
 

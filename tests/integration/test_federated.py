@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,6 +92,25 @@ def test_a_member_that_submits_keeps_both_adapters_and_goes_on_for_more_rounds(t
     longer = rig.finetune(trio[0], more | {"resume": document["job_id"]})
     assert longer["loss"][:2] == document["loss"]
     assert len(longer["rounds_log"]) == 3
+    phone, jetson, desk = (node.node_id for node in trio)
+    for each in (document, longer):  # every byte that was sent is of a kind and way that the page names
+        assert sum(row["bytes"] for row in each["egress"]) == each["bytes_sent"]
+        assert {row["kind"] for row in each["egress"]} <= kinds_of_the_page()
+        up = {row["from"]: row for row in each["egress"] if row["kind"] == "up"}
+        assert set(up) == {phone, jetson}
+        assert {row["to"] for row in up.values()} == {desk}
+        log = {node: sum(row["bytes_up"][node] for row in each["rounds_log"]) for node in up}
+        assert {node: row["bytes"] for node, row in up.items()} == log
+        assert all(row["messages"] == len(each["rounds_log"]) for row in up.values())
+    [shown] = trio[0].call("jobs.show", {"job": document["job_id"], "follow": False})["jobs"]
+    assert shown["result"]["egress"] == longer["egress"]
+
+
+def kinds_of_the_page() -> set[str]:
+    """Of docs/security.md, the table of what travels in a federated job."""
+    page = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
+    return {kind for row in rows for kind in re.findall(r"`(\w+)`", row)}
 
 
 @pytest.mark.parametrize("method", ["fedkseed", "mezo"])
