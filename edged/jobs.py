@@ -112,8 +112,8 @@ class JobStore:
             )
 
     def keep_plan(self, job_id: str, plan: dict[str, Any]) -> None:
-        """The plan as it is now, whatever state the job is in."""
-        with self._durably():
+        """The plan as it is now, whatever state the job is in; a power cut may take it."""
+        with self._transaction("NORMAL"):
             self._db.execute("UPDATE jobs SET plan = ? WHERE job_id = ?", (json.dumps(plan), job_id))
 
     def add_tokens(self, job_id: str, first: int, tokens: Sequence[int], text: str) -> None:
