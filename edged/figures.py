@@ -91,6 +91,26 @@ def egress_of(rows: Sequence[Mapping[str, Any]], total: int) -> Egress:
     return found | ({("", "", UNKNOWN): (0, rest)} if rest > 0 else {})
 
 
+def made_of(
+    settings: Mapping[str, Any], log: Sequence[Mapping[str, Any]], names: Mapping[str, str]
+) -> dict[str, Any]:
+    """How an adapter of a federated training came to be, beside its job and steps: method, rounds, and each
+    member with the rounds in which its update counted. `log`: as `rounds_log`; `names`: of nodes. Empty of
+    other kinds."""
+    if not log:
+        return {}
+    counted: dict[str, int] = dict.fromkeys((node for row in log for node in row["bytes_down"]), 0)
+    for row in log:
+        for node in row["members"]:
+            counted[node] += 1
+    members = [
+        {"node": node, "name": names.get(node, node[:8]), "rounds": rounds}
+        for node, rounds in counted.items()
+    ]
+    told = {"method": settings.get("method"), "rounds": len(log), "members": members}
+    return told | {"masked": True} if settings.get("masked") else told
+
+
 def rounds_log(
     steps: Sequence[tuple[int, str, Mapping[str, float]]], nodes: Sequence[str]
 ) -> list[dict[str, Any]]:

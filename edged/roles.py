@@ -45,6 +45,7 @@ LOAD_S = 60.0  # plus the time to read the weights
 LOAD_BYTES_S = 20e6  # a slow SD card
 ADAPT_S = 60.0  # for a worker to be between two batches, plus the time to read the adapter
 BESIDE_MAX = 32  # adapters over one model; a coordinator keeps fewer
+PROVENANCE = ("method", "rounds")  # settings of a job that a personal adapter's provenance has
 PERSONAL = "-personal"  # after the job's name for an adapter, of one that stays here
 STOPPED_MAX = 64  # a stop overtakes its offer by microseconds
 
@@ -531,7 +532,8 @@ class Roles:
         made = self._state_of(held.coordinator, held.offer, offered) / "kept"
         stem = str(offered.settings.get("adapter") or offered.job)
         name = stem[: NAME_CHARS_MAX - len(PERSONAL)] + PERSONAL
-        provenance = {"job_id": offered.job, "kind": offered.kind, "steps": body.step, **body.values}
+        told = {key: offered.settings[key] for key in PROVENANCE if offered.settings.get(key)}
+        provenance = {"job_id": offered.job, "kind": offered.kind, "steps": body.step, **body.values, **told}
         offer = held.offer
         meta = AdapterMeta(offer.model_sha256, offer.model_name, scope="personal", provenance=provenance)
 

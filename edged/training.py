@@ -628,7 +628,10 @@ class Trainings:
             joules = estimated_training_joules([watts.get(r.node_id) for r in run.plan.roles], seconds)
             source = "estimated"
         done = figures.with_spent(done, [started.survey for started in run.group.started])
-        adapter = await asyncio.to_thread(self._adopt, run, run.plan, done)
+        log = figures.rounds_log(self._store.steps(run.job_id), [role.node_id for role in run.plan.roles])
+        names = {role.node_id: self._peers.name_of(role.node_id) for role in run.plan.roles}
+        made_by = figures.made_of(run.plan.settings, log, names)
+        adapter = await asyncio.to_thread(self._adopt, run, run.plan, done, made_by)
         return {
             "job_id": run.job_id,
             "adapter": adapter.name,
@@ -640,9 +643,7 @@ class Trainings:
             "egress": figures.egress_rows(run.egress),
             "joules": joules,
             "joules_source": source if joules is not None else None,
-            "rounds_log": figures.rounds_log(
-                self._store.steps(run.job_id), [role.node_id for role in run.plan.roles]
-            ),
+            "rounds_log": log,
             "plan": self._plan_row(run),
             "measured": {
                 "seconds": seconds,
@@ -663,7 +664,9 @@ class Trainings:
             if not run.silent and len(run.losses) >= plan.steps:
                 return
 
-    def _adopt(self, run: TrainingRun, plan: TrainingPlan, done: Mapping[str, float]) -> Adapter:
+    def _adopt(
+        self, run: TrainingRun, plan: TrainingPlan, done: Mapping[str, float], made_by: Mapping[str, Any]
+    ) -> Adapter:
         """Keep what the collector wrote; a job that ended between that and its own end has it already."""
         for adapter in self._adapters.list():
             if (
@@ -674,7 +677,7 @@ class Trainings:
                 return adapter
         model = self._models.find(run.model_sha256)
         made = self._state_of(run.job_id) / f"rank-{plan.collector}" / "adapter"
-        provenance = {"job_id": run.job_id, "kind": run.request.kind, "steps": plan.steps, **done}
+        provenance = {"job_id": run.job_id, "kind": run.request.kind, "steps": plan.steps, **done, **made_by}
         meta = AdapterMeta(model.sha256, model.name, kind=_kind_of(made), provenance=provenance)
         return self._adapters.adopt(made, str(run.settings["adapter"] or run.request.name), meta)
 

@@ -1,4 +1,4 @@
-"""What ranks say they sent: added up over epochs, stored, and read again."""
+"""What ranks say they sent: added up over epochs, stored, and read again; and who made an adapter."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import pytest
 
 from edged import wire
 from edged.errors import ProtocolError
-from edged.figures import UNKNOWN, Egress, egress_of, egress_rows, egress_with
+from edged.figures import UNKNOWN, Egress, egress_of, egress_rows, egress_with, made_of, rounds_log
 
 NODES = ("phone", "desk")
 
@@ -61,3 +61,25 @@ def test_counts_that_are_none_are_refused(wrong: dict[str, object]) -> None:
     many = {"to": 0, "kind": "up", "messages": 1, "bytes": 1}
     with pytest.raises(ProtocolError, match="Used body"):
         wire.read_body(wire.Used, body | {"sent": [many] * (wire.SENT_MAX + 1)})
+
+
+def test_a_member_counts_with_the_rounds_in_which_its_update_did() -> None:
+    """The third was refused once, and the second was not drawn in the last round."""
+    steps = [
+        (0, "step", {"loss": 1.0, "down_0": 5.0, "up_0": 4.0, "down_1": 5.0, "up_1": 4.0, "down_2": 5.0}),
+        (1, "step", {"loss": 1.0, "down_0": 5.0, "up_0": 4.0, "down_1": 1.0, "down_2": 5.0, "up_2": 4.0}),
+        (1, "eval", {"loss": 1.0}),
+    ]
+    nodes = ("pi", "tab", "mac", "desk")
+    made = made_of({"method": "flora"}, rounds_log(steps, nodes), {"pi": "the pi"})
+    assert made == {
+        "method": "flora",
+        "rounds": 2,
+        "members": [
+            {"node": "pi", "name": "the pi", "rounds": 2},
+            {"node": "tab", "name": "tab", "rounds": 1},
+            {"node": "mac", "name": "mac", "rounds": 1},
+        ],
+    }
+    assert made_of({"masked": True}, rounds_log(steps, nodes), {})["masked"] is True
+    assert made_of({"method": "split"}, [], {}) == {}

@@ -68,6 +68,12 @@ def test_members_make_one_adapter_and_every_round_is_told(trio: list[Node]) -> N
         document["bytes_sent"], abs=HANDSHAKES
     )
     assert adapters(trio[2])["together"] == "global"
+    [made] = [row for row in trio[2].call("adapters.ls")["adapters"] if row["name"] == "together"]
+    told = made["provenance"]
+    assert (told["job_id"], told["method"], told["rounds"]) == (document["job_id"], "flora", 3)
+    assert {(row["name"], row["rounds"]) for row in told["members"]} == {(PHONE, 3), (JETSON, 3)}
+    assert (made["stem"], made["version"]) == ("together", 1)
+    assert made["base_sha256"] == trio[2].call("models.ls")["models"][0]["sha256"]
     asked = {"model": rig.MODEL, "prompt": "Add", "n": 4, "temperature": 0.0, "adapter": "together"}
     assert trio[2].call("generate", asked | {"raw": True, "strategy": "local"})["tokens"]
 
@@ -79,6 +85,9 @@ def test_a_personal_adapter_stays_on_its_members_node(trio: list[Node]) -> None:
         wait_until("the adapter to be kept", lambda node=node: "mine-personal" in adapters(node))
         assert adapters(node)["mine-personal"] == "personal"
         assert "mine" not in adapters(node)
+        [kept] = [row for row in node.call("adapters.ls")["adapters"] if row["name"] == "mine-personal"]
+        told = kept["provenance"]
+        assert (told["job_id"], told["method"], told["rounds"]) == (document["job_id"], "fdlora", 3)
     assert "mine-personal" not in adapters(trio[2])
 
 
