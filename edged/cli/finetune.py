@@ -184,9 +184,10 @@ def egress_lines(document: Document) -> list[str]:
     lines = []
     for kind, rows in sorted(kinds.items(), key=lambda item: -sum(row["bytes"] for row in item[1])):
         ends = [_who({names.get(row[end], str(row[end])[:8]) for row in rows}) for end in ("from", "to")]
+        way = f"among {ends[0]}" if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
         count, size = (sum(row[key] for row in rows) for key in ("messages", "bytes"))
         told = f" in {count} message{'s' if count > 1 else ''}" if count else ""
-        lines.append(output.printable(f"sent {kind}: {sized(size)}{told}, {ends[0]} to {ends[1]}"))
+        lines.append(output.printable(f"sent {kind}: {sized(size)}{told}, {way}"))
     return lines
 
 

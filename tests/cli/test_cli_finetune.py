@@ -111,7 +111,8 @@ def test_a_person_sees_what_was_sent_by_kind(home: Any, daemon: Any, edged: Any,
     ]
     up = {"from": ids["pi"], "to": ids["desk"], "kind": "up", "messages": 1, "bytes": 3 << 20}
     tls = {"from": ids["pi"], "to": ids["desk"], "kind": "tls", "messages": 0, "bytes": 900}
-    done = DONE | {"plan": plan, "egress": [tls, *down, up]}
+    back = {"from": ids["desk"], "to": ids["pi"], "kind": "tls", "messages": 0, "bytes": 100}
+    done = DONE | {"plan": plan, "egress": [tls, back, *down, up]}
     daemon({"finetune": done, "jobs.show": {"jobs": [{"job_id": "j1", "result": done}]}})
     job = tmp_path / "job.toml"
     job.write_text(JOB)
@@ -120,7 +121,7 @@ def test_a_person_sees_what_was_sent_by_kind(home: Any, daemon: Any, edged: Any,
     assert lines == [
         "sent down: 4 MiB in 8 messages, desk to 4 nodes",
         "sent up: 3 MiB in 1 message, pi to desk",
-        "sent tls: 900 B, pi to desk",
+        "sent tls: 1000 B, among desk, pi",
     ]
     shown = edged("jobs", "j1", "--home", home.path).out
     assert all(line in shown for line in lines)
