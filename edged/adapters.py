@@ -67,7 +67,8 @@ class AdapterMeta:
 @dataclass(frozen=True, slots=True)
 class Adapter:
     """One stored adapter. `bytes` counts all its files; `path`, `sha256` and `gguf_bytes` are of
-    adapter.gguf, which engines load: "", "" and 0 where there is none. `created_at`: seconds, UNIX time."""
+    adapter.gguf, which engines load: "", "" and 0 where there is none. `created_at`: seconds, UNIX time.
+    `stem`, `version`: the name that was asked for, and the how-manieth of that name it is, from 1."""
 
     name: str
     base_sha256: str
@@ -83,6 +84,8 @@ class Adapter:
     path: str
     sha256: str
     gguf_bytes: int
+    stem: str = ""
+    version: int = 1
 
 
 class _File(msgspec.Struct, frozen=True):
@@ -110,6 +113,8 @@ class _Stored(msgspec.Struct, frozen=True):
     files: dict[str, _File]
     name: str = ""  # for a reader of the file: the folder's name is what counts
     bytes: int = 0
+    stem: str = ""
+    version: int = 1
 
 
 class AdapterStore:
@@ -152,7 +157,8 @@ class AdapterStore:
             stored = _describe(source, meta)
             with held(self._folder, wait=True):
                 chosen = name if replaces else self._free(name)
-                write_atomically(source / META, _packed(msgspec.structs.replace(stored, name=chosen)))
+                numbered = {"name": chosen, "stem": name, "version": self._next_version(name)}
+                write_atomically(source / META, _packed(msgspec.structs.replace(stored, **numbered)))
                 _publish(source, self._folder / chosen)
         except OSError as error:
             raise EngineError(
@@ -236,6 +242,9 @@ class AdapterStore:
             remedy="remove some with `edged adapters rm`",
         )
 
+    def _next_version(self, stem: str) -> int:
+        return 1 + max((each.version for each in self.list() if each.stem == stem), default=0)
+
     def _read(self, name: str) -> Adapter | None:
         adapter, fault = read_entry(self._folder / name)
         if fault and self._faults.get(name) != fault:
@@ -282,6 +291,8 @@ def read_entry(folder: Path) -> tuple[Adapter | None, str]:
         path=str(folder / GGUF) if gguf else "",
         sha256=gguf.sha256 if gguf else "",
         gguf_bytes=gguf.bytes if gguf else 0,
+        stem=meta.stem or folder.name,
+        version=meta.version,
     )
     return adapter, ""
 

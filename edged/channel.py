@@ -27,6 +27,8 @@ OPEN_S = 20.0  # for all ranks to reach each other
 SEND_S = 60.0  # for one message to be taken over by ZeroMQ
 QUEUE_MESSAGES = 64  # in flight per link; ranks run in lock-step, so few are
 BOX_BYTES = 33  # of a CURVE MESSAGE around a frame (RFC 26)
+KINDS_MAX = 64  # of messages that are counted apart; an engine's own code names them, and has a dozen
+OTHER, STREAM = "other", "tls"  # kinds that no message has: what is beyond KINDS_MAX, and a stream's bytes
 SHORT_BYTES_MAX = 255  # of a ZMTP frame whose head takes 2 bytes; a longer one's takes 9 (RFC 23)
 
 
@@ -59,6 +61,7 @@ class ZmqChannel:
         self.stream_ports: dict[int, int] = {}
         self._streams = streams
         self._zmq_bytes_sent = 0
+        self._sent: dict[tuple[int, str], tuple[int, int]] = {}  # messages and bytes, by rank and kind
         self._moves: dict[int, list[int]] = {}  # frames moved over ZeroMQ, per rank: out and in
         self._interfaces, self._ports = interfaces, ports
         self._context = zmq.Context()
@@ -84,6 +87,15 @@ class ZmqChannel:
         thread."""
         streams = self._streams  # read once: the main thread may do without them meanwhile
         return self._zmq_bytes_sent + (streams.bytes_sent if streams is not None else 0)
+
+    @property
+    def sent(self) -> list[tuple[int, str, int, int]]:
+        """Of `bytes_sent`: rank, kind of message, how many, and their bytes. A stream has no messages, and
+        its bytes are of kind STREAM. On any thread."""
+        streams, counted = self._streams, list(self._sent.items())
+        found = [(rank, kind, messages, size) for (rank, kind), (messages, size) in counted]
+        moved = streams.sent if streams is not None else []
+        return found + [(rank, STREAM, 0, size) for rank, size in moved if size]
 
     def listen(self, ranks: Sequence[int]) -> dict[int, int]:
         """Bind a socket for each rank that will dial; rank -> port. `stream_ports` are set with it."""
@@ -212,7 +224,13 @@ class ZmqChannel:
         except zmq.Again as error:
             text = f"rank {to} took no message for {int(sock.sndtimeo) / 1000:g} s"
             raise PeerError(text, rank=to) from error
-        self._zmq_bytes_sent += sum(_on_wire(memoryview(frame).nbytes) for frame in (packed, *frames))
+        size = sum(_on_wire(memoryview(frame).nbytes) for frame in (packed, *frames))
+        self._zmq_bytes_sent += size
+        key = (to, str(header.get("k", OTHER)))
+        if key not in self._sent and len(self._sent) >= KINDS_MAX * self.size:
+            key = (to, OTHER)
+        messages, before = self._sent.get(key, (0, 0))
+        self._sent[key] = messages + 1, before + size
 
     def receive(self, source: int, timeout_s: float) -> tuple[dict[str, Any], list[memoryview]]:
         sock = self._links[source]

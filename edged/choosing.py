@@ -129,6 +129,11 @@ class Chooser:
         adapter = self.check_adapter(request, model)
         return None if adapter is None else (await asyncio.to_thread(self._lending.hashed, adapter)).file
 
+    def swaps(self, candidate: Candidate, model: ModelDescription, request: PlanRequest) -> bool:
+        """May adapters come and go beside this plan's weights? Not where a window leaves them no room."""
+        entry = self._engines.get(candidate.engine)
+        return entry is not None and entry.swaps and not sizes.is_windowed(candidate, model, request)
+
     def asked(
         self,
         request: GenerateRequest,

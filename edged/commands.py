@@ -373,7 +373,7 @@ def _data_row(row: DataSet) -> Document:
 
 
 def _adapter_row(adapter: Adapter) -> Document:
-    names = ("name", "base_sha256", "base_name", "r", "alpha", "kind", "scope", "bytes")
+    names = ("name", "base_sha256", "base_name", "r", "alpha", "kind", "scope", "bytes", "stem", "version")
     row = {name: getattr(adapter, name) for name in names}
     return row | {"created_at": rfc3339(adapter.created_at), "provenance": dict(adapter.provenance)}
 

@@ -13,7 +13,7 @@ from typing import Any, NoReturn, TypeVar
 
 import msgspec
 
-from . import models, planning, wire
+from . import models, planning, sizes, wire
 from .accounting import Spent, estimated_joules, joules_of, pace, spent_between
 from .choosing import Chooser
 from .config import Profile
@@ -25,7 +25,7 @@ from .models import Model, ModelStore
 from .peers import Peers
 from .plugins import Host
 from .requests import GenerateRequest
-from .types import AdapterFile, Deferral, Outcome, Sampling
+from .types import AdapterFile, Deferral, Outcome, PlanRequest, Sampling
 from .viewing import Viewer
 
 log = logging.getLogger(__name__)
@@ -73,6 +73,7 @@ class _Run:
     spent_earlier: list[Spent] = field(default_factory=list)  # in earlier epochs
     seed: int = field(default_factory=lambda: secrets.randbits(32))  # where the request names none
     adapter: AdapterFile | None = None  # its content at the first plan; later epochs have the same
+    is_ordered: bool = False  # rank 0 of this epoch was told of it
 
 
 @dataclass(slots=True)
@@ -315,6 +316,7 @@ class Coordinator:
         """Plan, load and generate once. What binds the plan binds the first one, unless it is strict."""
         model = self._models.find(run.request.model)
         request = _unbound(run.request) if run.moves and not run.request.strict else run.request
+        run.is_ordered = False
         if run.epoch == 0:
             run.adapter = await self._chooser.adapter_of(run.request, model)
         may_leave = request is run.request or run.request.may_leave
@@ -327,12 +329,16 @@ class Coordinator:
         run.load_ms = await self._of_the_job(self._groups.loaded(run.group, run.job_id))
         if run.group.lost is not None:
             raise run.group.lost
+        beside = 0
+        if run.adapter is not None and run.group.load.adapter is None:
+            beside = await self._of_the_job(self._groups.adapt(run.group, run.job_id, run.adapter))
         if run.is_cancelled:
             raise JobError("the job was cancelled", code="cancelled")
         run.tokens_before = run.group.tokens
         run.used_before = asyncio.ensure_future(self._groups.used(run.group))
         await asyncio.sleep(0)  # the question goes out before the job does, and is not waited for
-        self._peers.tell(run.group.rank_0, "generate", self._order(run))
+        self._peers.tell(run.group.rank_0, "generate", self._order(run, beside))
+        run.is_ordered = True
         return await self._until_finished(run)
 
     def _begin_epoch(self, run: _Run) -> None:
@@ -356,6 +362,10 @@ class Coordinator:
         if chosen is None:
             raise planning.refusal(candidates)
         candidate = candidates[chosen]
+        swaps = self._chooser.swaps(candidate, manifest.model, wanted)
+        if swaps:  # its adapter comes beside the model, as other jobs' do
+            wanted = dataclasses.replace(wanted, adapter=None)
+            candidate = sizes.at_full_size(candidate, manifest.model, wanted)
         load = Load(
             candidate.roles,
             manifest,
@@ -368,7 +378,8 @@ class Coordinator:
             wanted.cache_type,
             adapter=wanted.adapter,
         )
-        return self._groups.begin(load, asked, candidate, {node.node_id: node for node in nodes})
+        by_id = {node.node_id: node for node in nodes}
+        return self._groups.begin(load, asked, candidate, by_id, swaps)
 
     async def _of_the_job(self, loading: Awaitable[T]) -> T:
         """Whatever class of error a peer sent: for whoever asked for the job it is the job that failed."""
@@ -379,7 +390,7 @@ class Coordinator:
                 raise
             raise JobError(str(error), remedy=error.remedy, code=error.code) from error
 
-    def _order(self, run: _Run) -> wire.Generate:
+    def _order(self, run: _Run, adapter: int) -> wire.Generate:
         request = run.request
         assert run.group is not None
         messages = tuple(request.messages or ())
@@ -396,6 +407,7 @@ class Coordinator:
             Sampling(request.temperature, request.top_k, request.top_p, seed),
             request.ignore_eos,
             tuple(run.tokens),
+            adapter,
         )
 
     async def _until_finished(self, run: _Run) -> wire.Finished:
@@ -508,7 +520,7 @@ class Coordinator:
 
     def _cancel_run(self, run: _Run) -> None:
         run.is_cancelled = True
-        if run.group is not None and run.group.is_made and run.group.lost is None:
+        if run.group is not None and run.is_ordered and run.group.lost is None:
             body = wire.Cancel(run.group.group_id, run.job_id)
             self._peers.tell_if_online(run.group.rank_0, "cancel", body)
         elif run.task is not None:
@@ -568,7 +580,17 @@ class Coordinator:
 
     def _plan_row(self, run: _Run) -> dict[str, Any]:
         assert run.group is not None
-        row = self._chooser.row_of(run.group.candidate)
+        load, candidate = run.group.load, run.group.candidate
+        if run.adapter is not None and load.adapter is None:
+            asked = PlanRequest(
+                context_tokens=load.context_tokens,
+                numerics=load.numerics,
+                cache_tokens=load.cache_tokens,
+                cache_type=load.cache_type,
+                adapter=run.adapter,
+            )
+            candidate = sizes.at_full_size(candidate, load.manifest.model, asked)
+        row = self._chooser.row_of(candidate)
         told = {"epoch": run.epoch, "adapter": run.request.adapter}
         return {key: row[key] for key in ("strategy", "roles", "predicted")} | told
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .types import TrainingPlan
-from .wire import Trained
+from .wire import Trained, Used
 
 VALUES_MAX = 128  # figures in one report: a server tells two of each of its members
 KEY_CHARS_MAX = 40
@@ -54,6 +54,61 @@ def with_spent(done: Mapping[str, float], surveys: Sequence[Mapping[str, Any]]) 
             if isinstance(key, str) and type(value) in (int, float) and value >= 0:  # not NaN
                 found[key[:KEY_CHARS_MAX]] = max(found.get(key[:KEY_CHARS_MAX], 0.0), float(value))
     return found
+
+
+Egress = dict[tuple[str, str, str], tuple[int, int]]  # by sender, receiver, kind: messages and bytes
+UNKNOWN = "unknown"  # kind of bytes whose kind a daemon forgot when it ended
+
+
+def egress_with(before: Egress, used: Sequence[Used | None], nodes: Sequence[str]) -> Egress:
+    """What was sent in earlier epochs, and what every rank says that it sent in this one. `nodes` by rank."""
+    found = dict(before)
+    for source, role in zip(nodes, used, strict=False):
+        for each in role.sent if role is not None else ():
+            if each.to >= len(nodes):
+                continue
+            key = (source, nodes[each.to], each.kind)
+            messages, size = found.get(key, (0, 0))
+            found[key] = messages + each.messages, size + each.bytes
+    return found
+
+
+def egress_rows(egress: Egress) -> list[dict[str, Any]]:
+    """As a job's document shows it, and `egress_of` reads it."""
+    return [
+        {"from": source, "to": to, "kind": kind, "messages": messages, "bytes": size}
+        for (source, to, kind), (messages, size) in sorted(egress.items())
+    ]
+
+
+def egress_of(rows: Sequence[Mapping[str, Any]], total: int) -> Egress:
+    """Of rows that were stored when a job had sent less than the `total` bytes that are known since."""
+    found = {
+        (str(row["from"]), str(row["to"]), str(row["kind"])): (int(row["messages"]), int(row["bytes"]))
+        for row in rows
+    }
+    rest = total - sum(size for _, size in found.values())
+    return found | ({("", "", UNKNOWN): (0, rest)} if rest > 0 else {})
+
+
+def made_of(
+    settings: Mapping[str, Any], log: Sequence[Mapping[str, Any]], names: Mapping[str, str]
+) -> dict[str, Any]:
+    """How an adapter of a federated training came to be, beside its job and steps: method, rounds, and each
+    member with the rounds in which its update counted. `log`: as `rounds_log`; `names`: of nodes. Empty of
+    other kinds."""
+    if not log:
+        return {}
+    counted: dict[str, int] = dict.fromkeys((node for row in log for node in row["bytes_down"]), 0)
+    for row in log:
+        for node in row["members"]:
+            counted[node] += 1
+    members = [
+        {"node": node, "name": names.get(node, node[:8]), "rounds": rounds}
+        for node, rounds in counted.items()
+    ]
+    told = {"method": settings.get("method"), "rounds": len(log), "members": members}
+    return told | {"masked": True} if settings.get("masked") else told
 
 
 def rounds_log(

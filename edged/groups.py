@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from . import wire
-from .errors import PeerError, ProtocolError
+from .errors import PeerError, PolicyViolation, ProtocolError
 from .peers import Peers
 from .types import AdapterFile, CacheType, Candidate, NodeView, Numerics, PlanRequest, Right, Role, Zone
 
@@ -26,6 +26,8 @@ OFFER_S = 330.0  # an engine's first self-check may take that long
 FETCH_BYTES_S = 0.5e6  # a model travels at least this fast, or its transfer ends by itself first
 START_S = 90.0
 GROUPS_MAX = 8
+BESIDE_MAX = 8  # adapters beside one group's model: as many as a node keeps of another's
+ADAPT_S = 120.0  # for a worker to have one beside its model, when it is here
 REASON_CHARS_MAX = 200  # of another node's words, which a person reads
 Listeners = Mapping[tuple[int, int], int]
 T = TypeVar("T")
@@ -74,6 +76,16 @@ class Asked:
 
 
 @dataclass(slots=True)
+class Beside:
+    """An adapter beside a group's model. `jobs`: that run with it."""
+
+    number: int
+    file: AdapterFile
+    jobs: set[str]
+    made: asyncio.Task[None] | None = None  # until every rank has it
+
+
+@dataclass(slots=True)
 class Group:
     group_id: str
     load: Load
@@ -89,6 +101,9 @@ class Group:
     sustained: tuple[float, ...] = ()  # what its nodes sustained when they were first asked; 0: unknown
     has_moved_rate: bool = False  # one of them sustains another part since
     started: tuple[wire.Started, ...] = ()  # what each rank said when it was loaded
+    swaps: bool = False  # its engine takes adapters beside the model
+    beside: dict[str, Beside] = field(default_factory=dict)  # these, by SHA-256, the longest unused first
+    freed: asyncio.Event = field(default_factory=asyncio.Event)  # a job left; somebody may wait for that
 
     @property
     def rank_0(self) -> str:
@@ -112,6 +127,7 @@ class Groups:
 
     def __init__(self, peers: Peers, idle_s: float) -> None:
         self._peers, self._idle_s = peers, idle_s
+        self._numbers = itertools.count(1)  # of adapters; none is used again
         self._groups: dict[str, Group] = {}
         self._by_key: dict[tuple[object, ...], Group] = {}
         self._when_lost: list[Callable[[Group], None]] = []
@@ -139,16 +155,30 @@ class Groups:
 
     def users_of(self, adapter_sha256: str) -> set[str]:
         """The nodes of the groups that run with this adapter, or are about to."""
-        loads = [group.load for group in self._groups.values()]
-        found = [load for load in loads if load.adapter and load.adapter.sha256 == adapter_sha256]
-        return {role.node_id for load in found for role in load.roles}
+        groups = [
+            group
+            for group in self._groups.values()
+            if adapter_sha256 in group.beside
+            or (group.load.adapter and group.load.adapter.sha256 == adapter_sha256)
+        ]
+        return {role.node_id for group in groups for role in group.load.roles}
 
-    def begin(self, load: Load, asked: Asked, candidate: Candidate, nodes: Mapping[str, NodeView]) -> Group:
-        """A standing group for this load, else a new one that begins to load; `enter` it at once."""
+    def begin(
+        self,
+        load: Load,
+        asked: Asked,
+        candidate: Candidate,
+        nodes: Mapping[str, NodeView],
+        swaps: bool = False,
+    ) -> Group:
+        """A standing group for this load, else a new one that begins to load; `enter` it at once. `swaps`: as
+        its engine's entry says."""
         group = self._by_key.get(load.key)
         if group is None:
             self._end_oldest()
-            group = Group(secrets.token_hex(8), load, asked, candidate, idle_since=time.monotonic())
+            group = Group(
+                secrets.token_hex(8), load, asked, candidate, idle_since=time.monotonic(), swaps=swaps
+            )
             self._groups[group.group_id] = self._by_key[load.key] = group
             group.made = asyncio.get_running_loop().create_task(self._make(group, nodes))
             group.made.add_done_callback(_looked_at)
@@ -172,8 +202,71 @@ class Groups:
             raise
         return (time.monotonic() - started) * 1000
 
+    async def adapt(self, group: Group, job: str, file: AdapterFile) -> int:
+        """Have an adapter beside a loaded group's model, for `job` until its `release`; its number.
+
+        Where there are as many as BESIDE_MAX, or a node has no room, those that no job runs with make some;
+        where all are used, this waits.
+        """
+        while file.sha256 not in group.beside and len(group.beside) >= BESIDE_MAX:
+            if group.lost is not None:
+                raise group.lost
+            if unused := _unused(group):
+                await self._unadapt(group, unused[:1])
+            else:
+                group.freed.clear()
+                await group.freed.wait()
+        beside = group.beside.pop(file.sha256, None)
+        if beside is None:
+            beside = Beside(next(self._numbers), file, set())
+            beside.made = asyncio.get_running_loop().create_task(self._adapt(group, beside))
+            beside.made.add_done_callback(_looked_at)
+        group.beside[file.sha256] = beside  # the last used
+        beside.jobs.add(job)
+        assert beside.made is not None
+        await asyncio.shield(beside.made)
+        return beside.number
+
+    async def _adapt(self, group: Group, beside: Beside) -> None:
+        try:
+            try:
+                await self._load_beside(group, beside)
+            except PolicyViolation as error:
+                unused = _unused(group)
+                if error.code != "no-room-for-adapter" or not unused:
+                    raise
+                await self._unadapt(group, unused)
+                beside.number = next(self._numbers)
+                await self._load_beside(group, beside)
+        except BaseException:
+            group.beside.pop(beside.file.sha256, None)
+            group.freed.set()
+            raise
+
+    async def _load_beside(self, group: Group, beside: Beside) -> None:
+        """On every rank; where one cannot, the others give it back."""
+        body = wire.Adapt(group.group_id, beside.number, beside.file)
+        timeout_s = ADAPT_S + beside.file.bytes / FETCH_BYTES_S
+        roles = group.load.roles
+        asked = [self._ask(role, "adapt", body, timeout_s) for role in roles]
+        answers = await asyncio.gather(*asked, return_exceptions=True)
+        errors = [answer for answer in answers if isinstance(answer, BaseException)]
+        if errors:
+            undo = wire.Adapt(group.group_id, undoes=beside.number)
+            asked = [self._ask(role, "adapt", undo, ADAPT_S) for role in roles]
+            await asyncio.gather(*asked, return_exceptions=True)
+            raise errors[0]
+
+    async def _unadapt(self, group: Group, unused: Sequence[str]) -> None:
+        """Give back what no job runs with."""
+        body = wire.Adapt(group.group_id, forgets=tuple(group.beside.pop(each).number for each in unused))
+        await self._each(group.load.roles, lambda role: self._ask(role, "adapt", body, ADAPT_S))
+
     def release(self, group: Group, job: str) -> None:
         group.jobs.discard(job)
+        for beside in group.beside.values():
+            beside.jobs.discard(job)
+        group.freed.set()
         group.idle_since = time.monotonic()
         if not group.jobs and group.load_ms and self._by_key.get(group.load.key) is not group:
             self.end(group)  # it was retired
@@ -187,6 +280,7 @@ class Groups:
     def end(self, group: Group) -> None:
         if self._groups.pop(group.group_id, None) is None:
             return
+        group.freed.set()  # who waits for an adapter to be free sees that it is lost
         self.retire(group)
         self._stop(group.group_id, group.load.roles)
 
@@ -404,10 +498,16 @@ def _listeners(roles: Sequence[Role], nodes: Mapping[str, NodeView]) -> dict[tup
     return found
 
 
+def _unused(group: Group) -> list[str]:
+    """The adapters beside its model that no job runs with, the longest unused first."""
+    return [sha256 for sha256, beside in group.beside.items() if not beside.jobs]
+
+
 def _answers(group: Group, asked: Asked) -> bool:
     """Was it planned for this question but for sizes, and is its context enough?"""
     return (
         not group.load.training
+        and (group.load.adapter == asked.request.adapter or (group.swaps and not group.load.adapter))
         and group.load.context_tokens >= asked.request.context_tokens
         and group.asked.model_sha256 == asked.model_sha256
         and _without_sizes(group.asked.request) == _without_sizes(asked.request)
@@ -415,7 +515,7 @@ def _answers(group: Group, asked: Asked) -> bool:
 
 
 def _without_sizes(request: PlanRequest) -> PlanRequest:
-    return dataclasses.replace(request, context_tokens=0, cache_tokens=0, prompt_tokens=0)
+    return dataclasses.replace(request, context_tokens=0, cache_tokens=0, prompt_tokens=0, adapter=None)
 
 
 def _pair(a: int, b: int) -> tuple[int, int]:

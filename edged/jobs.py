@@ -111,6 +111,11 @@ class JobStore:
                 (epoch, json.dumps(plan), job_id),
             )
 
+    def keep_plan(self, job_id: str, plan: dict[str, Any]) -> None:
+        """The plan as it is now, whatever state the job is in; a power cut may take it."""
+        with self._transaction("NORMAL"):
+            self._db.execute("UPDATE jobs SET plan = ? WHERE job_id = ?", (json.dumps(plan), job_id))
+
     def add_tokens(self, job_id: str, first: int, tokens: Sequence[int], text: str) -> None:
         """Tokens from position `first` on; the text belongs to the last one."""
         rows = [(job_id, first + i, t, text if i == len(tokens) - 1 else "") for i, t in enumerate(tokens)]

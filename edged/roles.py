@@ -14,7 +14,7 @@ import os
 import shutil
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,9 @@ from .watching import Watch, Watched
 log = logging.getLogger(__name__)
 LOAD_S = 60.0  # plus the time to read the weights
 LOAD_BYTES_S = 20e6  # a slow SD card
+ADAPT_S = 60.0  # for a worker to be between two batches, plus the time to read the adapter
+BESIDE_MAX = 32  # adapters over one model; a coordinator keeps fewer
+PROVENANCE = ("method", "rounds")  # settings of a job that a personal adapter's provenance has
 PERSONAL = "-personal"  # after the job's name for an adapter, of one that stays here
 STOPPED_MAX = 64  # a stop overtakes its offer by microseconds
 
@@ -58,6 +61,7 @@ class _Held:
     model: ModelDescription  # as this node's own store has it
     memory_bytes: int  # that it was admitted with
     adapter_path: str = ""  # likewise
+    beside: dict[int, int] = field(default_factory=dict)  # adapters that came later: bytes by number
 
 
 @dataclass(slots=True)
@@ -102,6 +106,7 @@ class Roles:
         for kind, answer in (
             ("offer", self._offer),
             ("start", self._start),
+            ("adapt", self._adapt),
             ("usage", self._usage),
         ):
             peers.answers(kind, answer)
@@ -408,6 +413,53 @@ class Roles:
                 if max(path.stat().st_mtime for path in (folder, *folder.glob("*/*"))) < before:
                     shutil.rmtree(folder)
 
+    async def _adapt(self, coordinator: str, body: wire.Adapt) -> wire.Empty:
+        """Have an adapter beside the model of a role, or give others back."""
+        held = self._of(coordinator, body.group)
+        told = {"number": 0, "path": "", "forgets": body.forgets, "undoes": body.undoes}
+        if body.file is None:
+            await held.worker.call("adapt", told, ADAPT_S)
+            for number in (*body.forgets, body.undoes):
+                held.memory_bytes -= held.beside.pop(number, 0)
+            return wire.Empty()
+        offer = dataclasses.replace(held.offer, adapter=body.file)
+        need = held.beside[body.number] = self._check_room(held, offer, body.number)
+        held.memory_bytes += need
+        try:
+            await self._transfers.ensure_adapter(offer, coordinator)
+            with contextlib.ExitStack() as stack:
+                file = self._transfers.open_adapter(offer, coordinator)
+                if file is not None:
+                    stack.callback(os.close, file)
+                # the content that was checked, whatever happens to its name
+                told |= {"number": body.number, "path": f"/proc/{os.getpid()}/fd/{file}"}
+                await held.worker.call("adapt", told, ADAPT_S + body.file.bytes / LOAD_BYTES_S)
+        except BaseException as error:
+            held.memory_bytes -= held.beside.pop(body.number, 0)
+            if isinstance(error, EngineError):
+                raise self._named(error) from error
+            raise
+        return wire.Empty()
+
+    def _check_room(self, held: _Held, offer: wire.Offer, number: int) -> int:
+        """Bytes that an adapter takes beside a role's model. PolicyViolation where they are not to be had."""
+        self._check_adapter(offer)
+        name = self._peers.identity.name
+        if held.offer.training is not None or not self._engines[offer.engine].swaps:
+            raise EngineError(f"{name}: its engine {offer.engine!r} takes no adapter beside a loaded model")
+        if number < 1 or number in held.beside or len(held.beside) >= BESIDE_MAX:
+            raise ProtocolError(f"expected a new number, and at most {BESIDE_MAX} adapters over one model")
+        need = round(sizes.adapter_bytes_of(offer.roles[offer.rank], held.model, _request_of(offer)))
+        budget = self._device.memory_budget(self.memory_taken)
+        if budget is not None and need > budget:
+            raise PolicyViolation(
+                f"{name}: the adapter needs {need >> 20} MiB beside the model, and the budget is "
+                f"{budget >> 20} MiB",
+                remedy="free memory there, or run fewer adapters at once",
+                code="no-room-for-adapter",
+            )
+        return need
+
     def _train(self, coordinator: str, body: wire.Train) -> None:
         self._of(coordinator, body.group).worker.send("train", body)
 
@@ -480,7 +532,8 @@ class Roles:
         made = self._state_of(held.coordinator, held.offer, offered) / "kept"
         stem = str(offered.settings.get("adapter") or offered.job)
         name = stem[: NAME_CHARS_MAX - len(PERSONAL)] + PERSONAL
-        provenance = {"job_id": offered.job, "kind": offered.kind, "steps": body.step, **body.values}
+        told = {key: offered.settings[key] for key in PROVENANCE if offered.settings.get(key)}
+        provenance = {"job_id": offered.job, "kind": offered.kind, "steps": body.step, **body.values, **told}
         offer = held.offer
         meta = AdapterMeta(offer.model_sha256, offer.model_name, scope="personal", provenance=provenance)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 
 from .types import Candidate, ModelDescription, PlanRequest, Role
 
@@ -131,6 +132,12 @@ def weights_room(role: Role, model: ModelDescription, request: PlanRequest) -> i
 def is_windowed(candidate: Candidate, model: ModelDescription, request: PlanRequest) -> bool:
     """Has some node less memory for its part's weights than they take?"""
     return any(weights_room(role, model, request) for role in candidate.roles)
+
+
+def at_full_size(candidate: Candidate, model: ModelDescription, request: PlanRequest) -> Candidate:
+    """The same candidate, no role of it windowed, with the memory that it takes for another request."""
+    roles = (replace(role, memory_bytes=memory_of(role, model, request)) for role in candidate.roles)
+    return replace(candidate, roles=tuple(roles))
 
 
 def is_sound(model: ModelDescription) -> bool:

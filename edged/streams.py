@@ -38,6 +38,11 @@ class Streams:
         """Everything handed to TCP: frames, their prefixes, TLS records and handshakes. On any thread."""
         return sum(stream.bytes_sent for stream in list(self._streams.values()))
 
+    @property
+    def sent(self) -> list[tuple[int, int]]:
+        """The same by rank."""
+        return [(rank, stream.bytes_sent) for rank, stream in list(self._streams.items())]
+
     def __contains__(self, rank: int) -> bool:
         return rank in self._streams
 

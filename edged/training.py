@@ -242,6 +242,8 @@ class Trainings:
             run.model_sha256 = str(job.plan["model_sha256"])
             plan = msgspec.convert(job.plan["plan"], TrainingPlan)
             run.recoveries = list(job.plan["recoveries"])
+            run.egress_before = figures.egress_of(job.plan.get("egress", ()), run.bytes_before)
+            run.bytes_before = sum(size for _, size in run.egress_before.values())
         except (KeyError, TypeError, msgspec.ValidationError) as error:
             raise JobError(f"expected a plan that this version can read; {error}") from error
         steps = int(run.settings["steps"])
@@ -374,13 +376,7 @@ class Trainings:
         nodes = await self._viewer.views(measure=run.plan is None and "auto" in run.settings.values())
         plan = self._plan(run, model.sha256, nodes)
         run.epoch += 1
-        row = {
-            "strategy": run.training.name,
-            "plan": wire.to_map(plan),
-            "model_sha256": model.sha256,
-            "recoveries": run.recoveries,
-        }
-        self._store.begin_epoch(run.job_id, run.epoch, row)
+        self._store.begin_epoch(run.job_id, run.epoch, self._stored_plan(run, plan))
         candidate = Candidate(run.training.name, plan.roles, engine=run.training.engine)
         offers = tuple(
             wire.TrainingOffer(run.job_id, run.request.kind, dict(plan.settings), data) for data in plan.data
@@ -410,6 +406,16 @@ class Trainings:
         run.has_begun = True
         self._start(run, plan, run.group, manifest)
         return await self._until_finished(run)
+
+    def _stored_plan(self, run: TrainingRun, plan: TrainingPlan) -> dict[str, Any]:
+        """What a job goes on with after this daemon ended."""
+        return {
+            "strategy": run.training.name,
+            "plan": wire.to_map(plan),
+            "model_sha256": run.model_sha256,
+            "recoveries": run.recoveries,
+            "egress": figures.egress_rows(run.egress),
+        }
 
     def _plan(self, run: TrainingRun, sha256: str, nodes: Sequence[NodeView]) -> TrainingPlan:
         """The plan of the first epoch stays the job's: another would go another way."""
@@ -488,9 +494,12 @@ class Trainings:
         """The workers of a training serve nothing else."""
         if run.group is None:
             return
-        run.bytes_before = run.bytes_sent
+        run.bytes_before, run.egress_before = run.bytes_sent, run.egress
         run.joules_before = joules_with(run.joules_before, run.used) if run.used else run.joules_before
         run.used = ()
+        if run.plan is not None:
+            with contextlib.suppress(EdgedError):
+                self._store.keep_plan(run.job_id, self._stored_plan(run, run.plan))
         group, run.group = run.group, None
         group.jobs.discard(run.job_id)
         self._groups.end(group)
@@ -619,7 +628,10 @@ class Trainings:
             joules = estimated_training_joules([watts.get(r.node_id) for r in run.plan.roles], seconds)
             source = "estimated"
         done = figures.with_spent(done, [started.survey for started in run.group.started])
-        adapter = await asyncio.to_thread(self._adopt, run, run.plan, done)
+        log = figures.rounds_log(self._store.steps(run.job_id), [role.node_id for role in run.plan.roles])
+        names = {role.node_id: self._peers.name_of(role.node_id) for role in run.plan.roles}
+        made_by = figures.made_of(run.plan.settings, log, names)
+        adapter = await asyncio.to_thread(self._adopt, run, run.plan, done, made_by)
         return {
             "job_id": run.job_id,
             "adapter": adapter.name,
@@ -628,11 +640,10 @@ class Trainings:
             "eval_loss": [run.evals[step]["loss"] for step in sorted(run.evals)],
             "evals": [{"step": step} | run.evals[step] for step in sorted(run.evals)],
             "bytes_sent": run.bytes_sent,
+            "egress": figures.egress_rows(run.egress),
             "joules": joules,
             "joules_source": source if joules is not None else None,
-            "rounds_log": figures.rounds_log(
-                self._store.steps(run.job_id), [role.node_id for role in run.plan.roles]
-            ),
+            "rounds_log": log,
             "plan": self._plan_row(run),
             "measured": {
                 "seconds": seconds,
@@ -653,7 +664,9 @@ class Trainings:
             if not run.silent and len(run.losses) >= plan.steps:
                 return
 
-    def _adopt(self, run: TrainingRun, plan: TrainingPlan, done: Mapping[str, float]) -> Adapter:
+    def _adopt(
+        self, run: TrainingRun, plan: TrainingPlan, done: Mapping[str, float], made_by: Mapping[str, Any]
+    ) -> Adapter:
         """Keep what the collector wrote; a job that ended between that and its own end has it already."""
         for adapter in self._adapters.list():
             if (
@@ -664,7 +677,7 @@ class Trainings:
                 return adapter
         model = self._models.find(run.model_sha256)
         made = self._state_of(run.job_id) / f"rank-{plan.collector}" / "adapter"
-        provenance = {"job_id": run.job_id, "kind": run.request.kind, "steps": plan.steps, **done}
+        provenance = {"job_id": run.job_id, "kind": run.request.kind, "steps": plan.steps, **done, **made_by}
         meta = AdapterMeta(model.sha256, model.name, kind=_kind_of(made), provenance=provenance)
         return self._adapters.adopt(made, str(run.settings["adapter"] or run.request.name), meta)
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import wire
+from . import figures, wire
 from .errors import EdgedError
 from .groups import Group
 from .patience import Patience
@@ -43,6 +43,7 @@ class TrainingRun:
     failures: int = 0  # losses since then
     recoveries: list[dict[str, Any]] = field(default_factory=list)
     bytes_before: int = 0  # that earlier epochs sent
+    egress_before: figures.Egress = field(default_factory=dict)  # the same by sender, receiver and kind
     joules_before: float | None = 0.0
     used: tuple[wire.Used | None, ...] = ()
     silent: tuple[str, ...] = ()  # nodes that did not answer the last time
@@ -56,6 +57,11 @@ class TrainingRun:
     @property
     def bytes_sent(self) -> int:
         return self.bytes_before + sum(used.bytes_sent for used in self.used if used is not None)
+
+    @property
+    def egress(self) -> figures.Egress:
+        nodes = [role.node_id for role in self.plan.roles] if self.plan is not None else []
+        return figures.egress_with(self.egress_before, self.used, nodes)
 
     @property
     def patience_s(self) -> float:

@@ -415,6 +415,28 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 
+class SwappingEngine(Engine, Protocol):
+    """An engine whose adapters come and go beside its weights, each by a number from 1 that is not used
+    again; 0 is what it was loaded with."""
+
+    def open(self, sequence: int, prompt: Sequence[int], positions: int, adapter: int = 0) -> int | None:
+        """As Engine's, for a sequence that runs with an adapter. EngineError where there is no such."""
+        ...
+
+    def adapt(self, adapter: int, path: str) -> None:
+        """Load an adapter's file; every rank is asked. EngineError where it does not fit the model."""
+        ...
+
+    def forget(self, adapter: int) -> None:
+        """Rank 0: an adapter is not wanted any more. Its memory is given back, on every rank, when the last
+        sequence that runs with it is over. EngineError where there is no such."""
+        ...
+
+    def undo(self, adapter: int) -> None:
+        """Give back on this rank alone what no sequence was given."""
+        ...
+
+
 # --- training -----------------------------------------------------------------------------------
 
 
@@ -706,7 +728,8 @@ class EngineEntry:
     `stated`: what a token costs with an engine that computes outside the group: by the strategy `cloud`
     alone, for this node's own jobs that are not private, in a role that holds no part of the model. None:
     it computes here, and the core knows the price.
-    `adapters`: does it apply the LoRA adapter of `EngineSpec.adapter_path`?
+    `adapters`: does it apply the LoRA adapter of `EngineSpec.adapter_path`? `swaps`: is what it loads a
+    SwappingEngine, so that jobs with unlike adapters, and without one, share its weights?
     """
 
     name: str
@@ -726,6 +749,7 @@ class EngineEntry:
     adapt: str = ""
     pack: str = ""
     adapters: bool = False
+    swaps: bool = False
 
 
 class Propose(Protocol):

@@ -62,6 +62,7 @@ class Watch:
             spent.memory_bytes,
             self._device.meter.of(group, time.monotonic()),
             self._device.sustained(watched.model.weight_type),
+            spent.sent,
         )
 
     async def close(self) -> None:

@@ -37,6 +37,7 @@ key `pair` is the only kind that is read.
     short       member -> coordinator   end my roles that no job uses; I have little memory
     probe       member -> member        let us measure our connection     answer: offered, or error
     probe_start member -> member        connect and exchange              answer: a LinkCost, or error
+    adapt       coordinator -> member   have an adapter beside the model  answer: {}, or error
     generate    coordinator -> rank 0   begin a job on a loaded group
     cancel      coordinator -> rank 0   end a job
     train       coordinator -> member   go on with a training from a step
@@ -46,7 +47,7 @@ key `pair` is the only kind that is read.
     manifest    member -> holder        the chunk hashes of a model       answer: manifest_of
     serve       member -> holder        open a transfer of a model        answer: serving
 
-`manifest` and `serve` give the adapter of an offer too, to the members of its plan alone, while it stands.
+`manifest` and `serve` give the adapters of a plan too, to its members alone, while it has them.
 
 Nothing here is ever unpickled, evaluated or handed to a shell.
 """
@@ -86,6 +87,9 @@ CONTAINERS_MAX = 1 << 16  # a byte of msgpack makes 60 of Python; a model's tens
 NAME_CHARS_MAX = 64
 CERTIFICATE_BYTES_MAX = 2048  # DER of a P-256 key and two short names takes about 400
 PORT_MAX = 65535
+RANK_MAX = 1 << 16
+KIND_CHARS_MAX = 32  # of a message between workers
+SENT_MAX = 4096  # rows of what a worker sent: receivers times kinds
 PING_S = 1.0
 T = TypeVar("T")
 Certificate = Annotated[bytes, msgspec.Meta(max_length=CERTIFICATE_BYTES_MAX)]
@@ -276,14 +280,28 @@ class Usage:
 
 
 @dataclass(frozen=True, slots=True)
+class Sent:
+    """What a worker handed to TCP for another rank in messages of a kind, framing and encryption included."""
+
+    to: Annotated[int, msgspec.Meta(ge=0, le=RANK_MAX)]
+    kind: Annotated[str, msgspec.Meta(max_length=KIND_CHARS_MAX)]
+    messages: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+    bytes: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
+
+
+SentEach = Annotated[tuple[Sent, ...], msgspec.Meta(max_length=SENT_MAX)]
+
+
+@dataclass(frozen=True, slots=True)
 class Used:
     """`metered`: None where the node meters nothing. `sustained`: of the role's weight type, as in
-    EngineSpeed."""
+    EngineSpeed. `sent`: of a training's role, its bytes by receiver and kind."""
 
     bytes_sent: int
     memory_bytes: int
     metered: Metered | None = None
     sustained: float = 1.0
+    sent: SentEach = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +311,7 @@ class Spent:
     bytes_sent: int
     memory_bytes: int
     computed: Computed | None = None
+    sent: SentEach = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -308,9 +327,22 @@ class Resting:
 
 
 @dataclass(frozen=True, slots=True)
+class Adapt:
+    """Have the coordinator's adapter `file` beside the model of a group, as `number`. Or give back those of
+    `forgets`, when the last sequences with them are over, or `undoes`, that no sequence was given."""
+
+    group: str
+    number: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
+    file: AdapterFile | None = None
+    forgets: tuple[int, ...] = ()
+    undoes: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Generate:
     """`history`: tokens that an earlier epoch of the job made; they go through the model after the prompt,
-    and the first new one has their number as its index."""
+    and the first new one has their number as its index. `adapter`: the number of one that the group was
+    told to have beside its model; 0: what it was loaded with."""
 
     group: str
     job: str
@@ -321,6 +353,7 @@ class Generate:
     sampling: Sampling
     ignore_eos: bool
     history: tuple[int, ...] = ()
+    adapter: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,6 +464,7 @@ BODIES: dict[str, type[Any]] = {
     "probe_start": ProbeStart,
     "usage": Usage,
     "lost": Lost,
+    "adapt": Adapt,
     "generate": Generate,
     "cancel": Cancel,
     "tokens": Tokens,

@@ -10,6 +10,7 @@ process when the daemon is gone. A request is one of
     load      {group, load, spec, ends, may_spin}   connect, load the engine; answer {wire.Started}; with
               {trainer, training} too, load a trainer that has the engine's model
     probe     {group, ends, may_spin}   connect to one other rank, measure, answer {LinkCost}, end
+    adapt     {number, path, forgets, undoes}   load an adapter beside the model, or give others back
     generate  {wire.Generate}        rank 0 only: begin a sequence; events tokens, finished follow
     cancel    {job}
     train     {wire.Train}           a trainer only: run it to its end; events trained follow
@@ -32,7 +33,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -53,6 +54,7 @@ from .types import (
     NodeView,
     PlanRequest,
     Step,
+    SwappingEngine,
     Trainer,
     TrainingSpec,
 )
@@ -101,6 +103,7 @@ class Worker:
         self._waiting: deque[_Sequence] = deque()
         self._flights: deque[list[_Sequence]] = deque()  # begun and not finished, the oldest first
         self._numbers = 0
+        self._adapters: set[int] = set()  # beside the model, for new jobs
         self._busy_s = 0.0  # on rank 0 within the engine
         self._stopped = False
 
@@ -138,9 +141,15 @@ class Worker:
             self._inbox.put(message)
 
     def _usage(self) -> wire.Spent:
-        sent = self._channel.bytes_sent if self._channel is not None else 0
+        sent = 0
+        each: tuple[wire.Sent, ...] = ()
+        if self._channel is not None:
+            sent = self._channel.bytes_sent
+            if self._engine is None:  # a training's is one job's alone
+                each = _sent_of(self._channel)
+                sent = sum(row.bytes for row in each)
         sent += getattr(self._engine, "bytes_sent", 0)  # of one that sends beside the channel
-        return wire.Spent(sent, _peak_bytes(), self._computed())
+        return wire.Spent(sent, _peak_bytes(), self._computed(), each)
 
     def _computed(self) -> Computed | None:
         """As the engine counts it; else rank 0's time within it. None while it loads: that is work too."""
@@ -188,6 +197,8 @@ class Worker:
             case "probe":
                 self._stopped = True
                 return self._probe(body)
+            case "adapt":
+                return self._adapt(**body)
             case "generate":
                 return self._begin(wire.read_body(wire.Generate, body))
             case "cancel":
@@ -228,6 +239,24 @@ class Worker:
         else:
             self._engine, told = cast(Engine, loaded), ({}, ())
         return wire.Started((time.monotonic() - started) * 1000, self._usage().memory_bytes, *told)
+
+    def _adapt(self, number: int, path: str, forgets: Sequence[int], undoes: int) -> None:
+        if self._engine is None or not hasattr(self._engine, "adapt"):
+            raise ProtocolError("expected load of an engine that takes adapters before adapt")
+        engine = cast(SwappingEngine, self._engine)
+        waiting = {sequence.request.adapter for sequence in self._waiting}
+        for known in self._adapters.intersection(forgets):
+            if known in waiting:
+                raise PolicyViolation(f"expected an adapter that no job waits for; {known} came")
+            self._adapters.discard(known)
+            if self._rank == 0:  # which tells the others, after the last batch with it
+                engine.forget(known)
+        if undoes in self._adapters:
+            self._adapters.discard(undoes)
+            engine.undo(undoes)
+        if path:
+            engine.adapt(number, path)
+            self._adapters.add(number)
 
     def _train(self, request: wire.Train) -> None:
         """Run the trainer to its end. What fails in it fails the job, but for a rank that is gone."""
@@ -318,6 +347,8 @@ class Worker:
                 raise ProtocolError("expected fewer tokens of an earlier epoch than the job shall make")
             if not tokens:
                 raise ConfigError("expected a prompt of at least one token; it is empty")
+            if request.adapter and request.adapter not in self._adapters:
+                raise EngineError("expected an adapter that was loaded before", remedy="run it again")
             if len(tokens) + len(request.history) >= self._context:
                 raise EngineError(
                     f"expected a prompt of fewer than {self._context} tokens; {len(tokens)} came"
@@ -335,7 +366,7 @@ class Worker:
             sequence = self._waiting[0]
             left = sequence.request.tokens_max - sequence.made
             most = min(self._context, len(sequence.pending) + left)
-            shared = engine.open(sequence.number, sequence.pending, most)
+            shared = _open(engine, sequence, most)
             if shared is None:
                 if self._running:
                     return
@@ -428,11 +459,24 @@ def _streams(group: str, rank: int) -> Streams | None:
         return None
 
 
+def _open(engine: Engine, sequence: _Sequence, most: int) -> int | None:
+    if adapter := sequence.request.adapter:
+        return cast(SwappingEngine, engine).open(sequence.number, sequence.pending, most, adapter)
+    return engine.open(sequence.number, sequence.pending, most)
+
+
 def _step(sequence: _Sequence) -> Step:
     """What a sequence has in its next batch; it draws a token when no part of its prompt is left."""
     tokens = tuple(sequence.pending[: sequence.given])
     is_all = sequence.given == len(sequence.pending)
     return Step(sequence.number, tokens, sequence.position, sequence.request.sampling if is_all else None)
+
+
+def _sent_of(channel: ZmqChannel) -> tuple[wire.Sent, ...]:
+    """What went out, by receiver and kind."""
+    most = wire.KIND_CHARS_MAX
+    rows = [wire.Sent(to, kind[:most], messages, size) for to, kind, messages, size in channel.sent]
+    return tuple(rows[: wire.SENT_MAX])
 
 
 def _is_out_of_memory(error: Exception) -> bool:

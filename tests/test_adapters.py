@@ -93,6 +93,24 @@ def test_a_taken_name_gets_a_number_unless_it_is_to_be_replaced(home: Home, stor
     assert left_in(home) == sorted(names)
 
 
+def test_a_name_that_is_written_again_is_another_version_of_it(home: Home, store: AdapterStore) -> None:
+    def written(name: str, **how: bool) -> tuple[str, str, int]:
+        made = store.adopt(finished(home, str(len(left_in(home)))), name, META, **how)
+        return made.name, made.stem, made.version
+
+    assert [written("mail") for _ in range(2)] == [("mail", "mail", 1), ("mail-2", "mail", 2)]
+    assert written("notes") == ("notes", "notes", 1)
+    store.remove("mail")
+    assert written("mail") == ("mail", "mail", 3)  # the name is free, and it is later than the second
+    assert written("mail", replaces=True) == ("mail", "mail", 4)
+    meta = home.adapters / "notes" / "meta.json"
+    old = {
+        key: value for key, value in json.loads(meta.read_text()).items() if key not in ("stem", "version")
+    }
+    meta.write_text(json.dumps(old))  # of an earlier edged
+    assert (store.find("notes").stem, store.find("notes").version) == ("notes", 1)
+
+
 def test_rank_and_alpha_are_those_of_the_config_where_nothing_else_is_told(
     home: Home, store: AdapterStore
 ) -> None:

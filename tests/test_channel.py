@@ -379,6 +379,22 @@ def test_bytes_sent_are_those_on_the_wire(count: int, sizes: list[int]) -> None:
             for _ in range(count):
                 listener.receive(1, PATIENCE_S)
             assert dialler.bytes_sent - counted == pytest.approx(relay.up - up, rel=0.001)
+            by_kind = {kind: (to, messages, size) for to, kind, messages, size in dialler.sent}
+            assert by_kind["step"] == (0, count, dialler.bytes_sent - counted)
+            assert by_kind["greet"] == (0, 1, counted)
+            assert len(by_kind) == 2
+
     finally:
         for relay in relays:
             relay.close()
+
+
+def test_kinds_without_end_are_counted_as_one() -> None:
+    with opened() as (listener, dialler):
+        for number in range(2 * channels.KINDS_MAX + 10):
+            dialler.send(0, {"k": f"kind{number}"})
+            listener.receive(1, PATIENCE_S)
+        counted = {kind: messages for _, kind, messages, _ in dialler.sent}
+        assert counted[channels.OTHER] == 2 * channels.KINDS_MAX + 10 - (len(counted) - 2)
+        assert len(counted) == 2 * channels.KINDS_MAX + 1
+        assert sum(size for *_, size in dialler.sent) == dialler.bytes_sent

@@ -76,13 +76,14 @@ def test_acceptance_is_written_to_the_disk_and_tokens_need_not_be(store: JobStor
     for work in (
         lambda: store.accept("j", "generate", REQUEST, 1.0),
         lambda: store.begin_epoch("j", 1, PLAN),
+        lambda: store.keep_plan("j", PLAN),
         lambda: store.add_tokens("j", 0, [1], "a"),
         lambda: store.end("j", "done", 2.0),
     ):
         work()
         seen.append(store._db.execute("PRAGMA synchronous").fetchone()[0])
     full, normal = 2, 1
-    assert seen == [full, full, normal, full]
+    assert seen == [full, full, normal, normal, full]
     assert store._db.execute("PRAGMA journal_mode").fetchone()[0] == "wal"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import os
 from collections.abc import Awaitable, Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -24,7 +25,7 @@ from edged.lending import Lending
 from edged.models import ModelStore
 from edged.peers import Peers
 from edged.plugins import Host
-from edged.roles import Roles
+from edged.roles import BESIDE_MAX, Roles
 from edged.supervisor import Supervisor
 from edged.transfers import Transfers
 from edged.types import (
@@ -66,9 +67,11 @@ class Stranger:
 
     def __init__(self) -> None:
         self.offered: Callable[[str, wire.Offer], Awaitable[Any]] | None = None
+        self.answer: dict[str, Callable[[str, Any], Awaitable[Any]]] = {}
         self.taken: dict[str, Callable[[str, Any], None]] = {}
 
     def answers(self, kind: str, answer: Any) -> None:
+        self.answer[kind] = answer
         if kind == "offer":
             self.offered = answer
 
@@ -339,3 +342,106 @@ def test_an_offer_whose_stop_came_with_it_starts_nothing(tmp_path: Path) -> None
         assert rig.roles.count == 1
 
     run(tmp_path, test)
+
+
+# --- adapters beside a model ------------------------------------------------------------------------
+
+SWAPPING = dataclasses.replace(ECHO, adapters=True, swaps=True)
+MIB = 1 << 20
+
+
+def _content_of(path: str) -> bytes:
+    return Path(path).read_bytes() if path else b""
+
+
+class Beside:
+    """A role that is held, its worker and its transfers only remembering what they are asked."""
+
+    def __init__(self, rig: Rig, file: Path) -> None:
+        self.rig, self.told, self.fails = rig, list[dict[str, Any]](), False
+        self.worker = rig.roles._held["g"].worker
+        self.worker.call = self._call  # type: ignore[method-assign]
+        rig.roles._transfers = cast(
+            "Any",
+            SimpleNamespace(ensure_adapter=self._ensure, open_adapter=lambda *_: os.open(file, os.O_RDONLY)),
+        )
+
+    async def _ensure(self, offer: wire.Offer, coordinator: str) -> None: ...
+
+    async def _call(self, kind: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
+        assert kind == "adapt"
+        if self.fails:
+            raise EngineError("it adapts another model")
+        self.told.append(body | {"content": _content_of(body["path"])})
+        return {}
+
+    async def adapt(
+        self, number: int = 0, size: int = 0, coordinator: str = "coordinator", **more: Any
+    ) -> None:
+        file = AdapterFile("a" * 64, size) if size else None
+        await self.rig.peers.answer["adapt"](coordinator, wire.Adapt("g", number, file, **more))
+
+
+def test_an_adapter_counts_beside_its_role_until_it_is_given_back(tmp_path: Path) -> None:
+    """The worker is given what the daemon has open, whatever becomes of the name."""
+    (tmp_path / "file").write_bytes(b"lora")
+
+    async def test(rig: Rig) -> None:
+        await rig.offer()
+        before, beside = rig.roles.memory_taken, Beside(rig, tmp_path / "file")
+        await beside.adapt(1, 5 * MIB)
+        await beside.adapt(2, 7 * MIB)
+        assert beside.told[0]["content"] == b"lora"
+        assert rig.roles.memory_taken == before + 12 * MIB
+        await beside.adapt(forgets=(1,))
+        assert rig.roles.memory_taken == before + 7 * MIB
+        await beside.adapt(undoes=2)
+        await beside.adapt(undoes=2)
+        assert rig.roles.memory_taken == before
+        assert [each["forgets"] for each in beside.told] == [(), (), (1,), (), ()]
+        beside.fails = True
+        with pytest.raises(EngineError, match="phone: it adapts another model"):
+            await beside.adapt(3, MIB)
+        assert rig.roles.memory_taken == before
+
+    run(tmp_path, test, SWAPPING)
+
+
+def test_an_adapter_without_room_or_right_is_refused_and_counts_nothing(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"lora")
+
+    async def test(rig: Rig) -> None:
+        await rig.offer()
+        before, beside = rig.roles.memory_taken, Beside(rig, tmp_path / "file")
+        rig.free = rig.roles.memory_promised + 4 * MIB
+        with pytest.raises(
+            PolicyViolation, match="phone: the adapter needs 5 MiB beside the model"
+        ) as caught:
+            await beside.adapt(1, 5 * MIB)
+        assert caught.value.code == "no-room-for-adapter"
+        rig.free = PLENTY
+        with pytest.raises(PeerError, match="holds no such role"):
+            await beside.adapt(1, MIB, coordinator="stranger")
+        with pytest.raises(ProtocolError, match="a new number"):
+            await beside.adapt(0, MIB)
+        await beside.adapt(1, MIB)
+        with pytest.raises(ProtocolError, match="a new number"):
+            await beside.adapt(1, MIB)
+        for number in range(2, BESIDE_MAX + 1):
+            await beside.adapt(number, MIB)
+        with pytest.raises(ProtocolError, match=f"at most {BESIDE_MAX} adapters"):
+            await beside.adapt(BESIDE_MAX + 1, MIB)
+        assert rig.roles.memory_taken == before + BESIDE_MAX * MIB
+
+    run(tmp_path, test, SWAPPING)
+
+
+def test_an_engine_that_loads_a_model_for_each_adapter_takes_none_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"lora")
+
+    async def test(rig: Rig) -> None:
+        await rig.offer()
+        with pytest.raises(EngineError, match="phone: its engine 'echo' takes no adapter beside"):
+            await Beside(rig, tmp_path / "file").adapt(1, MIB)
+
+    run(tmp_path, test, dataclasses.replace(ECHO, adapters=True))

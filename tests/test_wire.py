@@ -39,6 +39,7 @@ st.register_type_strategy(wire.Started, st.builds(wire.Started, survey=PLAIN))
 BY_RANK = st.dictionaries(COUNTS, PORTS, max_size=4)
 st.register_type_strategy(wire.PeerEnd, st.builds(wire.PeerEnd, port=PORTS, stream_port=PORTS))
 st.register_type_strategy(wire.Offered, st.builds(wire.Offered, ports=BY_RANK, stream_ports=BY_RANK))
+st.register_type_strategy(wire.Sent, st.builds(wire.Sent, to=st.integers(0, wire.RANK_MAX)))
 
 
 @pytest.mark.parametrize("kind", BODIES, ids=lambda kind: kind.__name__)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import socket
 from collections import deque
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 
 from edged import wire
+from edged.errors import PolicyViolation, ProtocolError
 from edged.types import Computed, EngineSpec, ModelDescription, Sampling, Step, TrainingSpec
 from edged.worker import PIECE_TOKENS, PIECE_TOKENS_SHARED, WAITING_MAX, Worker
 
@@ -215,3 +217,64 @@ def test_an_engine_without_a_token_yet_is_asked_again_by_a_step_without_tokens(p
     worker._begin(order("whole", tokens=2))
     advance(worker, 6)
     assert engine.positions == {}
+
+
+def finished(worker: Worker) -> list[str]:
+    """Errors of the jobs that ended, as the daemon would hear them."""
+    told: list[str] = []
+    worker._event = lambda kind, body: told.append(body.error) if kind == "finished" else None  # type: ignore[method-assign]
+    return told
+
+
+class Swapping(Lanes):
+    """Beside its model it has adapters; which sequence has which."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.beside: dict[int, str] = {}
+        self.of: dict[int, int] = {}
+        self.forgotten: list[int] = []
+
+    def open(self, sequence: int, prompt: Sequence[int], positions: int, adapter: int = 0) -> int | None:
+        self.of[sequence] = adapter
+        return super().open(sequence, prompt, positions)
+
+    def adapt(self, adapter: int, path: str) -> None:
+        self.beside[adapter] = path
+
+    def forget(self, adapter: int) -> None:
+        self.forgotten.append(adapter)
+
+    def undo(self, adapter: int) -> None:
+        del self.beside[adapter]
+
+
+def adapt(worker: Worker, **changes: Any) -> None:
+    body = {"number": 0, "path": "", "forgets": (), "undoes": 0} | changes
+    worker._handle(wire.Message("adapt", body))
+
+
+def test_each_job_runs_with_its_own_adapter(pipe: socket.socket) -> None:
+    engine = Swapping()
+    worker = worker_of(pipe, engine)
+    told = finished(worker)
+    adapt(worker, number=3, path="a")
+    adapt(worker, number=4, path="b")
+    for job, adapter in (("x", 3), ("y", 0), ("z", 4)):
+        worker._begin(dataclasses.replace(order(job), adapter=adapter))
+    with pytest.raises(PolicyViolation, match="no job waits for; 4 came"):
+        adapt(worker, forgets=(4,))
+    advance(worker, 2)
+    assert engine.of == {1: 3, 2: 0, 3: 4}
+    adapt(worker, forgets=(4,), undoes=3)
+    assert engine.forgotten == [4]
+    assert engine.beside == {4: "b"}  # the engine's own business, while a sequence runs with it
+    for adapter in (3, 4, 5):
+        worker._begin(dataclasses.replace(order(f"late{adapter}"), adapter=adapter))
+    assert len(told) == 3
+    assert all("expected an adapter that was loaded before" in error for error in told)
+
+
+def test_an_engine_that_takes_no_adapter_beside_its_model_says_so(pipe: socket.socket) -> None:
+    with pytest.raises(ProtocolError, match="an engine that takes adapters"):
+        adapt(worker_of(pipe, Lanes(1)), number=1, path="a")

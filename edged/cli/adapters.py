@@ -17,7 +17,7 @@ from ..models import check_model_name
 from .asking import ask, open_file
 from .options import HomeOption, JsonOption
 from .output import Document, show
-from .tables import sized, table
+from .tables import facts, sized, table
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter.gguf")  # in the daemon's order
 
@@ -25,7 +25,7 @@ adapters = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     help="LoRA adapters: PEFT folders, with llama.cpp's file beside them.",
-    short_help="LoRA adapters: ls, add, export, rm.",
+    short_help="LoRA adapters: ls, show, add, export, rm.",
 )
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="An adapter's name.")]
 
@@ -34,6 +34,20 @@ NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="An adapter's 
 def ls(home: HomeOption = None, as_json: JsonOption = False) -> None:
     """The adapters this node holds."""
     show(ask(home, "adapters.ls"), as_json, _show_adapters)
+
+
+@adapters.command("show")
+def show_one(name: NameArgument, home: HomeOption = None, as_json: JsonOption = False) -> None:
+    """One adapter, and how it came to be."""
+    check_model_name(name, "adapter")
+    rows = ask(home, "adapters.ls")["adapters"]
+    found = [row for row in rows if row["name"] == name]
+    if not found:
+        names = ", ".join(row["name"] for row in rows) or "none"
+        raise ConfigError(
+            f"no adapter {name!r}; stored: {names}", remedy="see `edged adapters ls`", code="no-adapter"
+        )
+    show({"adapters": found}, as_json, lambda document: facts(_facts_of(found[0])))
 
 
 @adapters.command("add")
@@ -121,12 +135,59 @@ def _show_adapters(document: Document) -> None:
             adapter.get("alpha"),
             adapter.get("kind"),
             adapter.get("scope"),
+            adapter.get("version"),
+            _made_by(adapter.get("provenance") or {}),
             sized(adapter.get("bytes")),
         )
         for adapter in document.get("adapters", ())
     ]
-    headings = ("name", "base", "sha256", "r", "alpha", "kind", "scope", "size")
+    headings = ("name", "base", "sha256", "r", "alpha", "kind", "scope", "version", "made by", "size")
     table(headings, rows, empty="no adapters; a training makes one: `edged finetune`")
+
+
+def _made_by(provenance: Document) -> str | None:
+    """Its training in a few words."""
+    if provenance.get("added"):
+        return "added"
+    members, rounds = provenance.get("members"), provenance.get("rounds")
+    if rounds:
+        of = f" of {len(members)} members" if members else ""
+        parts = [f"{provenance.get('method') or 'federated'}, {rounds} rounds{of}"]
+    elif provenance.get("steps"):
+        parts = [f"{provenance.get('kind') or 'training'}, {provenance['steps']} steps"]
+    else:
+        return None
+    return ", ".join(parts + _spent(provenance))
+
+
+def _spent(provenance: Document) -> list[str]:
+    """Of a privacy budget, by whoever spent most."""
+    epsilon, delta = provenance.get("epsilon"), provenance.get("delta")
+    if epsilon is None:
+        return []
+    return [f"epsilon {epsilon:.4g}" + (f" at delta {delta:.1g}" if delta else "")]
+
+
+def _facts_of(adapter: Document) -> Document:
+    """Names and values, for a person."""
+    told = dict(adapter.get("provenance") or {})
+    members = told.pop("members", None) or ()
+    found: Document = {
+        "name": adapter.get("name"),
+        "version": f"{adapter.get('version') or 1} of {adapter.get('stem') or adapter.get('name')}",
+        "base": f"{adapter.get('base_name')} ({adapter.get('base_sha256')})",
+        "rank": f"r {adapter.get('r')}, alpha {adapter.get('alpha')}",
+        "kind": f"{adapter.get('kind')}, {adapter.get('scope')}, {sized(adapter.get('bytes'))}",
+        "created": adapter.get("created_at"),
+        "made by": _made_by(told | {"members": members}),
+    }
+    if members:
+        found["members"] = ", ".join(f"{row['name']} ({row['rounds']} rounds)" for row in members)
+    found["privacy spent"] = ", ".join(_spent(told)) or "not counted: no noise was added"
+    if "job_id" in told:
+        found["job"] = told.pop("job_id")
+    shown = ("method", "rounds", "kind", "steps", "added", "epsilon", "delta")
+    return found | {name: value for name, value in told.items() if name not in shown and value is not None}
 
 
 def _show_export(document: Document) -> None:

@@ -27,6 +27,7 @@ from .tables import sized
 PLOTS = (".png", ".svg")
 BARS = "▁▂▃▄▅▆▇█"
 WIDTH = 60
+NAMED_MAX = 3  # nodes in a line; more are counted
 
 
 def finetune(
@@ -169,7 +170,29 @@ def training_summary(document: Document) -> str:
     parts.append(f"{sized(document.get('bytes_sent'))} sent")
     if document.get("joules") is not None:
         parts.append(f"{document['joules']:.0f} J ({document.get('joules_source')})")
-    return "\n".join([*lines, f"[{'; '.join(parts)}]"])
+    return "\n".join([*lines, *egress_lines(document), f"[{'; '.join(parts)}]"])
+
+
+def egress_lines(document: Document) -> list[str]:
+    """What was sent, a line for each kind of message: how much, from and to whom."""
+    kinds: dict[str, list[Document]] = {}
+    for row in document.get("egress") or ():
+        kinds.setdefault(str(row.get("kind")), []).append(row)
+    names = {
+        role.get("node"): str(role.get("name")) for role in (document.get("plan") or {}).get("roles", ())
+    }
+    lines = []
+    for kind, rows in sorted(kinds.items(), key=lambda item: -sum(row["bytes"] for row in item[1])):
+        ends = [_who({names.get(row[end], str(row[end])[:8]) for row in rows}) for end in ("from", "to")]
+        way = f"among {ends[0]}" if ends[0] == ends[1] else f"{ends[0]} to {ends[1]}"
+        count, size = (sum(row[key] for row in rows) for key in ("messages", "bytes"))
+        told = f" in {count} message{'s' if count > 1 else ''}" if count else ""
+        lines.append(output.printable(f"sent {kind}: {sized(size)}{told}, {way}"))
+    return lines
+
+
+def _who(names: set[str]) -> str:
+    return ", ".join(sorted(names)) if len(names) <= NAMED_MAX else f"{len(names)} nodes"
 
 
 def bars(values: Sequence[float]) -> str:

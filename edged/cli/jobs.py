@@ -10,7 +10,7 @@ from ..client import connect
 from ..errors import ConfigError
 from . import options, output
 from .asking import ask
-from .finetune import TrainingStream, training_summary
+from .finetune import TrainingStream, egress_lines, training_summary
 from .generating import ended
 from .options import (
     AdapterOption,
@@ -123,6 +123,8 @@ def _show_jobs(document: Document) -> None:
     for job in found:
         if text := job.get("text"):  # of one job only
             print(f"\n{output.printable(text)}")
+        if sent := egress_lines(job.get("result") or {}):
+            print("\n" + "\n".join(sent))
 
 
 def _because(job: Document) -> str | None:

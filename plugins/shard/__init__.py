@@ -1,10 +1,10 @@
 """The shard engine: ggml, driven from Python, running a GGUF or any part of it.
 
 Provides one engine, `shard`: the whole model, a range of its layers, or a tensor slice of those (a
-share of the heads, the feed-forward's columns and the vocabulary), at llama.cpp's speed, each with a
-LoRA adapter if a job names one. It does not know: architectures without a record in `_architectures`,
-other devices than the CPU, adapters of other kinds, how plans are made, or what carries its messages (it
-is handed a `Channel`).
+share of the heads, the feed-forward's columns and the vocabulary), at llama.cpp's speed, with as many
+LoRA adapters over the same weights as jobs name. It does not know: architectures without a record in
+`_architectures`, other devices than the CPU, adapters of other kinds, how plans are made, or what carries
+its messages (it is handed a `Channel`).
 
 This module is light; ggml and numpy are loaded by the underscore modules, in a worker only.
 """
@@ -64,6 +64,7 @@ def edged_engines(settings: Mapping[str, Any]) -> Sequence[EngineEntry]:
             adapt="edged_plugins._tensors.adapters:adapt",
             window_bytes=WINDOW_BYTES,
             adapters=True,
+            swaps=True,
             settings=chosen,
         )
     ]

@@ -22,12 +22,14 @@ NOBODY = -1
 
 @dataclass(slots=True)
 class Held:
-    """What a sequence has in the cache. `positions`: reserved; `prefilled`: rows that can be shared."""
+    """What a sequence has in the cache. `positions`: reserved; `prefilled`: rows that can be shared;
+    `adapter`: that wrote them."""
 
     positions: int
     tokens: list[int] = field(default_factory=list)
     prefilled: int = 0
     is_over: bool = False
+    adapter: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,20 +47,20 @@ class Admission:
         self._positions_max, self._sequences_max = positions_max, sequences_max
         self._held: dict[int, Held] = {}  # those that are over in the order in which they ended
 
-    def open(self, sequence: int, prompt: Sequence[int], positions: int) -> Opening | None:
+    def open(self, sequence: int, prompt: Sequence[int], positions: int, adapter: int = 0) -> Opening | None:
         """Admit `sequence`, which will hold at most `positions`; None while it has to wait. What an
-        earlier sequence of the same number left is forgotten."""
+        earlier sequence of the same number left is forgotten. Rows of another adapter are not shared."""
         running = [held for held in self._held.values() if not held.is_over]
         room = self._positions_max - sum(held.positions for held in running)
         if positions > room or len(running) >= self._sequences_max:
             return None
         evicted = [sequence] if self._held.pop(sequence, None) else []
-        source, shared = self._longest_prefix(prompt)
+        source, shared = self._longest_prefix(prompt, adapter)
         evicted += self._evict(positions, keep=source)
         evict_source = shared > 0 and self._is_short_of(positions) and self._held[source].is_over
         if evict_source:
             del self._held[source]
-        self._held[sequence] = Held(positions, list(prompt[:shared]), shared)
+        self._held[sequence] = Held(positions, list(prompt[:shared]), shared, adapter=adapter)
         return Opening(tuple(evicted), source, shared, evict_source)
 
     def has(self, sequence: int) -> bool:
@@ -82,11 +84,24 @@ class Admission:
         self._held[sequence] = held
         return True
 
-    def _longest_prefix(self, prompt: Sequence[int]) -> tuple[int, int]:
+    def remove(self, sequence: int) -> None:
+        """Keep nothing of it."""
+        self._held.pop(sequence, None)
+
+    def forget(self, adapter: int) -> list[int]:
+        """Forget the sequences that are over and had this adapter; which they were."""
+        gone = [s for s, held in self._held.items() if held.is_over and held.adapter == adapter]
+        for sequence in gone:
+            del self._held[sequence]
+        return gone
+
+    def _longest_prefix(self, prompt: Sequence[int], adapter: int) -> tuple[int, int]:
         """The sequence with most to share, and how many positions; (NOBODY, 0) where there is none."""
         most = (len(prompt) // BLOCK - 1) * BLOCK
         best = (NOBODY, 0)
         for sequence, held in self._held.items():
+            if held.adapter != adapter:
+                continue
             shared = min(_common(prompt, held.tokens) // BLOCK * BLOCK, held.prefilled, most)
             if shared > best[1]:
                 best = (sequence, shared)

@@ -23,6 +23,7 @@ from .._sampling import KEEP_ALL, are_of, best, choose, keep_of, kept
 from .._tokenizer import Tokenizer
 from . import Settings, _ggml, _pace
 from ._adapter import Adapter
+from ._adapters import FIRST, Adapters
 from ._admission import Admission
 from ._cache import BUCKET, Cache, round_up
 from ._graph import Graph, Graphs, Times
@@ -33,6 +34,8 @@ from ._messages import (
     Entry,
     Mailbox,
     Work,
+    read_adapt,
+    read_forget,
     read_fork,
     read_release,
     read_work,
@@ -101,19 +104,24 @@ class ShardEngine:
         self._context_tokens = spec.context_tokens
         limit = Limit(spec.weights_bytes, spec.cache_folder) if spec.weights_bytes else None
         self._weights = Weights(lib, model, place, exact, limit)
-        self._adapter = Adapter(lib, spec.adapter_path, model, place, exact) if spec.adapter_path else None
+
+        def adapter_at(path: str) -> Adapter:
+            return Adapter(lib, path, model, place, exact)
+
+        first = adapter_at(spec.adapter_path) if spec.adapter_path else None
         self._backend = lib.backend_cpu_init()
         lib.backend_cpu_set_n_threads(self._backend, spec.threads)
         factors = model.rope_factors(spec.context_tokens) if model.rope else None
         self._shard = Shard(
-            lib, self._backend, model, place, self._weights, exact, cache_type, factors, self._adapter
+            lib, self._backend, model, place, self._weights, exact, cache_type, factors, first
         )
         slots = settings.sequences_max + 1  # one more: a prefix is copied before its source goes
         layers = place.layers[1] - place.layers[0]
         row = self._shard.kv_heads * model.head_dim
         self._cache = Cache(lib, layers, row, slots, spec.context_tokens, cache_type)
         self._sequences = Sequences(self._cache, spec.context_tokens)
-        self._graphs = Graphs(self._shard, self._cache)
+        self._adapters, self._leaving = Adapters(first, adapter_at, slots), set[int]()
+        self._graphs = Graphs(self._shard, self._cache, self._adapters)
         positions = max(spec.context_tokens, spec.cache_tokens)
         self._admission = Admission(positions, settings.sequences_max)
         self._flights: deque[Flight] = deque()
@@ -146,11 +154,14 @@ class ShardEngine:
 
     # --- rank 0 ----------------------------------------------------------------------------------
 
-    def open(self, sequence: int, prompt: Sequence[int], positions: int) -> int | None:
-        """Admit `sequence`, which will hold at most `positions`. How many leading tokens of `prompt` it
-        holds already, because another sequence computed them; None while there is no room for it."""
+    def open(self, sequence: int, prompt: Sequence[int], positions: int, adapter: int = FIRST) -> int | None:
+        """Admit `sequence`, which will hold at most `positions` and runs with an adapter. How many leading
+        tokens of `prompt` it holds already, because another sequence computed them; None while there is no
+        room for it."""
         self._check_drives()
-        opening = self._admission.open(sequence, prompt, min(positions, self._context_tokens))
+        if adapter not in self._adapters or adapter in self._leaving:
+            raise EngineError(f"there is no adapter {adapter} here", remedy="run it again")
+        opening = self._admission.open(sequence, prompt, min(positions, self._context_tokens), adapter)
         if opening is None:
             return None
         for evicted in opening.evicted:
@@ -160,6 +171,9 @@ class ShardEngine:
             self._sequences.fork(opening.source, sequence, opening.shared)
         if opening.evict_source:
             self._drop(opening.source)
+        if adapter != FIRST:
+            self._tell({"k": "adapt", "s": sequence, "a": adapter})
+            self._adapters.assign(sequence, adapter)
         return opening.shared
 
     def _open_unasked(self, sequence: int) -> None:
@@ -213,8 +227,27 @@ class ShardEngine:
     def release(self, sequence: int) -> None:
         """`sequence` is over. Its memory is free; its prompt's rows stay until somebody needs that."""
         self._check_drives()
-        if not self._admission.finish(sequence):
+        if self._adapters.of(sequence) in self._leaving or not self._admission.finish(sequence):
+            self._admission.remove(sequence)
             self._drop(sequence)
+            self._let_go()
+
+    def forget(self, adapter: int) -> None:
+        """Give an adapter's memory back on every rank, once the last sequence that runs with it is over; no
+        new one may. EngineError where there is no such."""
+        self._check_drives()
+        if adapter == FIRST or adapter not in self._adapters:
+            raise EngineError(f"there is no adapter {adapter} to forget")
+        self._leaving.add(adapter)
+        for sequence in self._admission.forget(adapter):
+            self._drop(sequence)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        for adapter in self._adapters.idle(self._leaving):
+            self._leaving.discard(adapter)
+            self._tell({"k": "forget", "a": adapter})
+            self._remove(adapter)
 
     def _check_drives(self) -> None:
         if self._place.rank != 0:
@@ -230,6 +263,7 @@ class ShardEngine:
         self._release(sequence)
 
     def _release(self, sequence: int) -> None:
+        self._adapters.release(sequence)
         slot = self._sequences.release(sequence)
         if slot is not None:
             self._graphs.forget(slot)
@@ -295,6 +329,21 @@ class ShardEngine:
 
     # --- every rank ------------------------------------------------------------------------------
 
+    def adapt(self, adapter: int, path: str) -> None:
+        """Load an adapter beside the weights, of which it takes none. EngineError where it does not fit."""
+        self._adapters.add(adapter, path)
+
+    def undo(self, adapter: int) -> None:
+        """Give back, on this rank alone, an adapter that no sequence was given."""
+        if adapter == FIRST or adapter not in self._adapters or not self._adapters.idle([adapter]):
+            raise EngineError(f"there is no unused adapter {adapter}")
+        self._remove(adapter)
+
+    def _remove(self, adapter: int) -> None:
+        self._graphs.drop_prompt()
+        self._graphs.forget_adapter(adapter)
+        self._adapters.remove(adapter)
+
     def follow(self, timeout_s: float) -> None:
         """Serve one message of rank 0; returns without one when none came within `timeout_s`."""
         if not self._channel.poll(0, timeout_s):
@@ -303,12 +352,27 @@ class ShardEngine:
         match header.get("k"):
             case "release":
                 self._release(read_release(header))
+            case "adapt":
+                self._follow_adapt(*read_adapt(header))
+            case "forget":
+                self._follow_forget(read_forget(header))
             case "fork":
                 self._sequences.fork(*read_fork(header))
             case "step":
                 self._follow_step(read_work(header, frames, self._place.is_first, self._model.vocab))
             case other:
-                raise ProtocolError(f"expected step, fork or release of rank 0, got {str(other)[:32]!r}")
+                raise ProtocolError(f"expected a message of rank 0, got {str(other)[:32]!r}")
+
+    def _follow_adapt(self, sequence: int, adapter: int) -> None:
+        try:
+            self._adapters.assign(sequence, adapter)
+        except EngineError as error:
+            raise ProtocolError(f"expected an adapter that is here; {error}") from error
+
+    def _follow_forget(self, adapter: int) -> None:
+        if adapter not in self._adapters or not self._adapters.idle([adapter]):
+            raise ProtocolError(f"expected an adapter that nothing runs with; {adapter} came")
+        self._remove(adapter)
 
     def _follow_step(self, work: Work) -> None:
         if len({entry.sequence for entry in work.entries}) != len(work.entries):
@@ -330,22 +394,21 @@ class ShardEngine:
         self._sequences.close()
         self._lib.backend_free(self._backend)
         self._weights.close()
-        if self._adapter is not None:
-            self._adapter.close()
+        self._adapters.close()
         if self._tokenizer is not None:
             self._tokenizer.close()
 
     @property
     def memory_bytes(self) -> int:
-        """Bytes of this rank's copied weights, and of its adapter's."""
-        return self._weights.bytes + (self._adapter.bytes if self._adapter else 0)
+        """Bytes of this rank's copied weights, and of its adapters'."""
+        return self._weights.bytes + self._adapters.bytes
 
     def _execute(self, work: Work) -> list[Candidates]:
         """Run this rank's part; on the last stage, its slice's candidates per entry that keeps."""
         if self._is_closed:
             raise EngineError("this engine is closed")
         found: dict[int, Candidates] = {}
-        for batch in work.batches():
+        for batch in work.batches(self._adapters.of):
             graph = self._run(batch, work)
             if graph.logits is None:
                 continue
@@ -364,7 +427,7 @@ class ShardEngine:
             slot = self._sequences.advance(piece.sequence, piece.position, piece.count)
             kv_length = min(round_up(end, BUCKET), capacity)
             spans.append(Span(slot, piece.count, kv_length, piece.keeps and place.is_last))
-        graph = self._graphs.get(tuple(spans))
+        graph = self._graphs.get(tuple(spans), self._adapters.of(batch[0].sequence))
         if place.is_first:
             given = np.concatenate([work.tokens[p.offset : p.offset + p.count] for p in batch])
         else:

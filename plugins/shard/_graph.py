@@ -12,6 +12,7 @@ states. Batch sizes and KV lengths are llama.cpp's, so that a lone rank's logits
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -22,12 +23,14 @@ import numpy as np
 from edged import EngineError
 
 from . import _ggml
+from ._adapters import FIRST, Adapters
 from ._cache import Cache
 from ._layers import Inputs, Layers, Shard, Span
 
 NODES_PER_LAYER = 64
 NODES_PER_SPAN = 24  # of each layer; attention with soft-caps in exact numerics makes 20
 SPARE_GRAPHS = 2  # of single tokens, beyond one for each stage's batch: for those that come back
+Key = tuple[int, tuple[Span, ...]]  # an adapter's number, and a batch
 Reduce = Callable[[np.ndarray, np.ndarray], None]  # (partial, hidden states to add the sum to)
 
 
@@ -284,31 +287,42 @@ class Graph:
 
 class Graphs:
     """The graphs of an engine, built when first needed: a few for batches of single tokens, which come
-    again, and the latest of a prompt's batches, whose working memory is large."""
+    again, and the latest of a prompt's batches, whose working memory is large. A graph has one adapter."""
 
-    def __init__(self, shard: Shard, cache: Cache) -> None:
-        self._shard, self._cache = shard, cache
-        self._of_tokens: OrderedDict[tuple[Span, ...], Graph] = OrderedDict()
-        self._of_prompt: Graph | None = None
+    def __init__(self, shard: Shard, cache: Cache, adapters: Adapters) -> None:
+        self._shard, self._cache, self._adapters = shard, cache, adapters
+        self._of_tokens: OrderedDict[Key, Graph] = OrderedDict()
+        self._of_prompt: tuple[Key, Graph] | None = None
 
-    def get(self, spans: tuple[Span, ...]) -> Graph:
+    def get(self, spans: tuple[Span, ...], adapter: int = FIRST) -> Graph:
+        key = (adapter, spans)
         if any(span.count > 1 for span in spans):
-            if self._of_prompt is None or self._of_prompt.spans != spans:
+            if self._of_prompt is None or self._of_prompt[0] != key:
                 self.drop_prompt()
-                self._of_prompt = Graph(self._shard, self._cache, spans)
-            return self._of_prompt
-        found = self._of_tokens.get(spans)
+                self._of_prompt = key, self._made(key)
+            return self._of_prompt[1]
+        found = self._of_tokens.get(key)
         if found is None:
-            if len(self._of_tokens) >= self._shard.place.stages + SPARE_GRAPHS:
-                self._of_tokens.popitem(last=False)[1].close()
-            found = self._of_tokens[spans] = Graph(self._shard, self._cache, spans)
-        self._of_tokens.move_to_end(spans)
+            same = [known for known in self._of_tokens if known[0] == adapter]
+            if len(same) >= self._shard.place.stages + SPARE_GRAPHS:
+                self._of_tokens.pop(same[0]).close()
+            found = self._of_tokens[key] = self._made(key)
+        self._of_tokens.move_to_end(key)
         return found
+
+    def _made(self, key: Key) -> Graph:
+        adapter, spans = key
+        return Graph(dataclasses.replace(self._shard, adapter=self._adapters[adapter]), self._cache, spans)
 
     def forget(self, slot: int) -> None:
         """No batch with what is in `slot` comes again."""
-        for spans in [spans for spans in self._of_tokens if any(span.slot == slot for span in spans)]:
-            self._of_tokens.pop(spans).close()
+        for key in [key for key in self._of_tokens if any(span.slot == slot for span in key[1])]:
+            self._of_tokens.pop(key).close()
+
+    def forget_adapter(self, adapter: int) -> None:
+        """No batch with it comes again."""
+        for key in [key for key in self._of_tokens if key[0] == adapter]:
+            self._of_tokens.pop(key).close()
 
     def close(self) -> None:
         self.drop_prompt()
@@ -319,7 +333,7 @@ class Graphs:
     def drop_prompt(self) -> None:
         """Give the working memory of a prompt's batches back."""
         if self._of_prompt is not None:
-            self._of_prompt.close()
+            self._of_prompt[1].close()
             self._of_prompt = None
 
 

@@ -6,20 +6,22 @@ A message is a map with its kind under `k`, and raw little-endian frames:
                                       frame: int32 token ids of all entries (first stage only)
     fork     rank 0 -> every rank     s: a new sequence; f: one that is held; n: leading positions to copy
     release  rank 0 -> every rank     s: sequence
+    adapt    rank 0 -> every rank     s: a new sequence; a: the number of the adapter that it runs with
+    forget   rank 0 -> every rank     a: the number of an adapter that nothing runs with any more
     links    rank -> first of group   l: list of [rank, other, latency in s, bytes/s]  } at load, see
     terms    first of group -> rank   w: codec; a: list of [size, way, hub]            } `_reduce`
     hidden   stage -> next stage      frame: (rows, hidden) float32
     result   last stage -> rank 0     frames: int32 ids, float32 logits, of all entries that keep
 
 An entry runs `tokens` token ids of `sequence` from `position` and keeps the best `keep` logits of its
-last token (0: none; -1, -2: as `_sampling.keep_of` says). Entries of one token run together as one
-batch, longer ones in batches of `b` rows; `hidden` comes once a batch, in this order. All that comes
+last token (0: none; -1, -2: as `_sampling.keep_of` says). Entries of one token and one adapter run together
+as one batch, longer ones in batches of `b` rows; `hidden` comes once a batch, in this order. All that comes
 from the channel is checked here before it reaches ggml, which would abort the process on bad input.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,9 +77,9 @@ class Work:
     def count(self) -> int:
         return sum(entry.count for entry in self.entries)
 
-    def batches(self) -> list[Batch]:
-        """All single tokens together, then each longer entry by itself, cut as `cut` says."""
-        singles: list[Piece] = []
+    def batches(self, adapter_of: Callable[[int], int] = lambda sequence: 0) -> list[Batch]:
+        """All single tokens of an adapter together, then each longer entry by itself, cut as `cut` says."""
+        singles: dict[int, list[Piece]] = {}
         batches: list[Batch] = []
         offset = 0
         for index, e in enumerate(self.entries):
@@ -86,12 +88,12 @@ class Work:
                 keeps = e.keep != 0 and at + count == e.count
                 piece = Piece(index, e.sequence, e.position + at, count, offset + at, keeps)
                 if e.count == 1:
-                    singles.append(piece)
+                    singles.setdefault(adapter_of(e.sequence), []).append(piece)
                 else:
                     batches.append((piece,))
                 at += count
             offset += e.count
-        return [tuple(singles), *batches] if singles else batches
+        return [*(tuple(pieces) for pieces in singles.values()), *batches]
 
 
 def cut(count: int, batch_tokens: int) -> list[int]:
@@ -145,6 +147,21 @@ def read_release(header: Mapping[str, Any]) -> int:
     if type(sequence) is not int:
         raise ProtocolError("expected a release with a sequence")
     return sequence
+
+
+def read_adapt(header: Mapping[str, Any]) -> tuple[int, int]:
+    """(sequence, number) of an adapt message."""
+    sequence, number = numbers = [header.get(key, -1) for key in ("s", "a")]
+    if any(type(n) is not int or not 0 <= n < 2**63 for n in numbers):
+        raise ProtocolError("expected a sequence and the number of its adapter")
+    return sequence, number
+
+
+def read_forget(header: Mapping[str, Any]) -> int:
+    number = header.get("a")
+    if type(number) is not int or number < 1:
+        raise ProtocolError("expected the number of an adapter")
+    return number
 
 
 def _read_entry(row: Any, vocab: int) -> Entry:

@@ -61,6 +61,20 @@ ADAPTER = {
     "created_at": "2026-01-01T00:00:00Z",
     "provenance": {"steps": 100},
 }
+FEDERATED = ADAPTER | {
+    "stem": "mail",
+    "version": 3,
+    "provenance": {
+        "job_id": "0123456789abcdef",
+        "kind": "federated",
+        "steps": 4,
+        "epsilon": 2.5,
+        "delta": 1e-5,
+        "method": "flora",
+        "rounds": 4,
+        "members": [{"node": "p", "name": "pi", "rounds": 4}, {"node": "t", "name": "tab", "rounds": 3}],
+    },
+}
 MODEL = {
     "name": "smollm2-135m-instruct-q4_1",
     "sha256": "0" * 64,
@@ -212,6 +226,27 @@ COMMANDS: list[tuple[list[str], str, dict[str, Any], dict[str, Any], list[str]]]
     (["data", "rm", "notes"], "data.rm", {"name": "notes"}, {"data": [DATA]}, ["notes"]),
     (["adapters", "ls"], "adapters.ls", {}, {"adapters": [ADAPTER]}, ["mail", "smol", "16", "1 MiB"]),
     (["adapters", "ls"], "adapters.ls", {}, {"adapters": []}, ["edged finetune"]),
+    (
+        ["adapters", "ls"],
+        "adapters.ls",
+        {},
+        {"adapters": [FEDERATED]},
+        ["flora, 4 rounds of 2 members", "2.5"],
+    ),
+    (
+        ["adapters", "show", "mail"],
+        "adapters.ls",
+        {},
+        {"adapters": [FEDERATED]},
+        [
+            "3 of mail",
+            "0" * 64,
+            "pi (4 rounds), tab (3 rounds)",
+            "epsilon 2.5 at delta 1e-05",
+            "0123456789abcdef",
+        ],
+    ),
+    (["adapters", "show", "mail"], "adapters.ls", {}, {"adapters": [ADAPTER]}, ["1 of mail", "not counted"]),
     (["adapters", "rm", "mail"], "adapters.rm", {"name": "mail"}, {"adapters": [ADAPTER]}, ["mail"]),
     (["models", "pull", "m"], "models.pull", {"name": "m"}, {"models": [MODEL]}, ["smollm2"]),
     (["plan", "--model", "m"], "plan", PLAN_BODY, PLAN, ["tensor", "laptop 0-30 50%", "12.5", "1 MiB"]),
@@ -421,3 +456,10 @@ def test_what_is_no_model_file_is_refused_before_a_daemon_is_asked(
     result = edged("models", "add", path, "--home", home.path, "--json")
     assert result.code == 2
     assert result.document["error"]["code"] == "config"
+
+
+def test_an_adapter_that_is_not_there_is_told_with_those_that_are(home: Any, daemon: Any, edged: Any) -> None:
+    daemon({"adapters.ls": {"adapters": [ADAPTER]}})
+    result = edged("adapters", "show", "male", "--home", home.path)
+    assert result.code == 2
+    assert "no adapter 'male'; stored: mail" in result.err

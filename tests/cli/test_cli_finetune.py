@@ -100,3 +100,28 @@ def test_a_person_sees_the_plan_the_evaluations_and_the_end(
         "adapter a; 2 steps",
     ):
         assert text in told
+
+
+def test_a_person_sees_what_was_sent_by_kind(home: Any, daemon: Any, edged: Any, tmp_path: Path) -> None:
+    ids = {name: name[0] * 64 for name in ("pi", "xavier", "tab", "mac", "desk")}
+    plan = {"roles": [{"node": node_id, "name": name} for name, node_id in ids.items()]}
+    down = [
+        {"from": ids["desk"], "to": ids[name], "kind": "down", "messages": 2, "bytes": 1 << 20}
+        for name in ("pi", "xavier", "tab", "mac")
+    ]
+    up = {"from": ids["pi"], "to": ids["desk"], "kind": "up", "messages": 1, "bytes": 3 << 20}
+    tls = {"from": ids["pi"], "to": ids["desk"], "kind": "tls", "messages": 0, "bytes": 900}
+    back = {"from": ids["desk"], "to": ids["pi"], "kind": "tls", "messages": 0, "bytes": 100}
+    done = DONE | {"plan": plan, "egress": [tls, back, *down, up]}
+    daemon({"finetune": done, "jobs.show": {"jobs": [{"job_id": "j1", "result": done}]}})
+    job = tmp_path / "job.toml"
+    job.write_text(JOB)
+    told = edged("finetune", "federated", job, "--home", home.path).err
+    lines = [line for line in told.splitlines() if line.startswith("sent ")]
+    assert lines == [
+        "sent down: 4 MiB in 8 messages, desk to 4 nodes",
+        "sent up: 3 MiB in 1 message, pi to desk",
+        "sent tls: 1000 B, among desk, pi",
+    ]
+    shown = edged("jobs", "j1", "--home", home.path).out
+    assert all(line in shown for line in lines)

@@ -14,6 +14,7 @@ pytest.importorskip("gguf", reason="the adapters of these tests are written with
 import lora_files
 
 from edged.adapters import AdapterMeta, AdapterStore
+from edged.groups import BESIDE_MAX
 
 ASKED = {"model": "tiny", "prompt": "Why is the sky blue?", "n": 16, "temperature": 0.0, "ignore_eos": True}
 EXACT = ASKED | {"numerics": "exact"}
@@ -83,3 +84,34 @@ def test_what_cannot_be_adapted_is_said_before_anything_starts(duo: list[Node]) 
             assert error.exit_code == 2
             assert all(word in str(error) for word in words), str(error)
     assert laptop.call("status")["jobs_running"] == 0
+
+
+def test_jobs_with_unlike_adapters_share_one_model_and_each_gets_what_it_gets_alone(duo: list[Node]) -> None:
+    """In exact numerics, where a batch's size changes nothing."""
+    laptop, wanted = duo[0], [None, "mine", "other"]
+    for cut in (LOCAL, TENSOR):
+        asked = [EXACT | cut | {"n": 40} | ({"adapter": name} if name else {}) for name in wanted]
+        alone = [laptop.call("generate", asked[0])["tokens"]]
+        before = [len(node.workers()) for node in duo]
+        alone += [laptop.call("generate", each)["tokens"] for each in asked[1:]]
+        assert len({tuple(tokens) for tokens in alone}) == len(wanted)
+        running = [laptop.job(each) for each in (*asked, *asked)]
+        documents = [job.document() for job in running]
+        assert [document["tokens"] for document in documents] == alone + alone
+        assert [document["plan"]["adapter"] for document in documents] == wanted + wanted
+        assert [len(node.workers()) for node in duo] == before  # no other copy of the model
+
+
+def test_more_adapters_than_a_group_keeps_take_turns(duo: list[Node], smol: Path) -> None:
+    laptop, tiny = duo[0], lora_files.tiny(smol)
+    sha256 = next(row["sha256"] for row in laptop.call("models.ls")["models"])
+    names = [f"turn{number}" for number in range(BESIDE_MAX + 2)]
+    for number, name in enumerate(names):
+        keep(laptop, name, tiny, sha256, seed=20 + number)
+    asked = [EXACT | LOCAL | {"adapter": name} for name in names]
+    first = [job.document()["tokens"] for job in [laptop.job(each) for each in asked]]
+    assert len({tuple(tokens) for tokens in first}) == len(names)
+    assert [laptop.call("generate", each)["tokens"] for each in asked] == first
+    laptop.call("adapters.rm", {"name": names[0]})
+    assert "no adapter 'turn0'" in str(laptop.error("generate", asked[0]))
+    assert laptop.call("generate", EXACT | LOCAL)["tokens"] not in first

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -66,6 +68,12 @@ def test_members_make_one_adapter_and_every_round_is_told(trio: list[Node]) -> N
         document["bytes_sent"], abs=HANDSHAKES
     )
     assert adapters(trio[2])["together"] == "global"
+    [made] = [row for row in trio[2].call("adapters.ls")["adapters"] if row["name"] == "together"]
+    told = made["provenance"]
+    assert (told["job_id"], told["method"], told["rounds"]) == (document["job_id"], "flora", 3)
+    assert {(row["name"], row["rounds"]) for row in told["members"]} == {(PHONE, 3), (JETSON, 3)}
+    assert (made["stem"], made["version"]) == ("together", 1)
+    assert made["base_sha256"] == trio[2].call("models.ls")["models"][0]["sha256"]
     asked = {"model": rig.MODEL, "prompt": "Add", "n": 4, "temperature": 0.0, "adapter": "together"}
     assert trio[2].call("generate", asked | {"raw": True, "strategy": "local"})["tokens"]
 
@@ -77,6 +85,9 @@ def test_a_personal_adapter_stays_on_its_members_node(trio: list[Node]) -> None:
         wait_until("the adapter to be kept", lambda node=node: "mine-personal" in adapters(node))
         assert adapters(node)["mine-personal"] == "personal"
         assert "mine" not in adapters(node)
+        [kept] = [row for row in node.call("adapters.ls")["adapters"] if row["name"] == "mine-personal"]
+        told = kept["provenance"]
+        assert (told["job_id"], told["method"], told["rounds"]) == (document["job_id"], "fdlora", 3)
     assert "mine-personal" not in adapters(trio[2])
 
 
@@ -90,6 +101,25 @@ def test_a_member_that_submits_keeps_both_adapters_and_goes_on_for_more_rounds(t
     longer = rig.finetune(trio[0], more | {"resume": document["job_id"]})
     assert longer["loss"][:2] == document["loss"]
     assert len(longer["rounds_log"]) == 3
+    phone, jetson, desk = (node.node_id for node in trio)
+    for each in (document, longer):  # every byte that was sent is of a kind and way that the page names
+        assert sum(row["bytes"] for row in each["egress"]) == each["bytes_sent"]
+        assert {row["kind"] for row in each["egress"]} <= kinds_of_the_page()
+        up = {row["from"]: row for row in each["egress"] if row["kind"] == "up"}
+        assert set(up) == {phone, jetson}
+        assert {row["to"] for row in up.values()} == {desk}
+        log = {node: sum(row["bytes_up"][node] for row in each["rounds_log"]) for node in up}
+        assert {node: row["bytes"] for node, row in up.items()} == log
+        assert all(row["messages"] == len(each["rounds_log"]) for row in up.values())
+    [shown] = trio[0].call("jobs.show", {"job": document["job_id"], "follow": False})["jobs"]
+    assert shown["result"]["egress"] == longer["egress"]
+
+
+def kinds_of_the_page() -> set[str]:
+    """Of docs/security.md, the table of what travels in a federated job."""
+    page = (Path(__file__).parents[2] / "docs" / "security.md").read_text()
+    rows = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
+    return {kind for row in rows for kind in re.findall(r"`(\w+)`", row)}
 
 
 @pytest.mark.parametrize("method", ["fedkseed", "mezo"])
