@@ -595,7 +595,8 @@ class Travels:
     `down`, `up`: the factors, "AB", "A", "B" or "". `stack`: the rank of what is merged, 0 for nothing.
     Extras: name, dtype (numpy's, "f4") and shape of each array; in a shape the name of a key of the job's
     file stands for its value, "values" for as many as an adapter has, "layers" and "r" for its own, "blocks"
-    for as many as its layers have factors. Parts: the key that says which part of the values is sent, with a bit for each of them all.
+    for as many as its layers have factors. Parts: the key that says which part of the values is
+    sent, with a bit for each of them all.
     """
 
     down: str = "AB"

@@ -35,21 +35,21 @@ STEPS = quick(1, 2)
 TARGET = 1.2
 RUN_S = 900.0
 ROWS = Path(os.environ.get("EDGED_ROWS") or ROOT.parent / "shared" / "data" / "natural-instructions")
-CLIENTS = ("0008", "0082", "0093")  # whose rows are short
+CLIENTS = ("0338", "0235", "0153")  # whose answers are labels: their slopes agree from row to row
 COMMON = {
     "model": MODEL,
     "rounds": quick(1, 4),
-    "local_steps": quick(1, 16),
-    "batch_size": 2,
-    "max_length": 96,
-    "target_modules": ["q_proj", "v_proj"],
+    "local_steps": quick(1, 10),
+    "batch_size": 1,
+    "max_length": 144,
+    "target_modules": ["v_proj"],  # where the loss is steepest for its curvature: few steps are to show it
     "r": 2,
     "alpha": 16.0,
     "perturbation": 2.0**-7,
     "eval_every": 0,
-    "eval_rows": quick(3, 36),
+    "eval_rows": quick(3, 30),
 }
-RATES = {"fedkseed": 1e-3, "mezo": 1e-3}
+RATES = {"fedkseed": 5e-4, "mezo": 5e-4}
 Peaks = dict[str, list[dict[str, int]]]  # of each round, by kind
 
 

@@ -192,6 +192,14 @@ def test_ranks_that_members_choose_among_unlike_wide_layers_are_estimated(
     assert plan.predicted_bytes(ran.outcomes) == pytest.approx(ran.bytes, rel=0.1)
 
 
+def test_members_with_gradients_need_the_memory_of_a_backward_pass(tiny: Any, tmp_path: Path) -> None:
+    bytes_of = {
+        method: federated(tiny("llama")[1], tmp_path, method=method).specs[0].roles[0].memory_bytes
+        for method in ("fedavg", "ferret", "fwdllm", "mezo")
+    }
+    assert bytes_of["ferret"] == bytes_of["fedavg"] > bytes_of["fwdllm"] == bytes_of["mezo"]
+
+
 def test_what_a_member_sends_has_no_row_of_its_own(tiny: Any, tmp_path: Path) -> None:
     """Every message of a member: a greeting, factors and figures, in sizes that do not depend on its rows."""
     plan = federated(tiny("llama")[1], tmp_path, rounds=2)
