@@ -31,7 +31,7 @@ BLIND = ("fedkseed", "mezo")
 ALONE, KINDS = "inference", ("inference", *BLIND, "fedavg")
 SHAPES = quick(((1, 32),), ((4, 128), (1, 64)))  # rows, tokens of each
 MEMORY_ROUNDS = quick(1, 3)
-STEPS = quick(1, 2)
+STEPS = 1
 TARGET = 1.2
 RUN_S = 900.0
 ROWS = Path(os.environ.get("EDGED_ROWS") or ROOT.parent / "shared" / "data" / "natural-instructions")
@@ -49,7 +49,7 @@ COMMON = {
     "eval_every": 0,
     "eval_rows": quick(3, 30),
 }
-RATES = {"fedkseed": 5e-4, "mezo": 5e-4}
+RATES = {"fedkseed": 4e-4, "mezo": 4e-4}
 Peaks = dict[str, list[dict[str, int]]]  # of each round, by kind
 
 
