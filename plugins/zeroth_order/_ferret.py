@@ -127,6 +127,8 @@ class Ferret:
     An update's extras: `counts` (blocks,) int32, coordinates of each block, blocks in the order of names, and
     `coordinates` (blocks, `coordinates`) F32, all of them one after the other. A download has A and B. Memory
     does not grow with members. Made is w - server_learning_rate sum_k p_k change_k, clipped block by block.
+
+    ConfigError where more coordinates are asked for than there are values: that saves nothing.
     """
 
     def __init__(self, settings: Mapping[str, Any], start: Factors, members: Sequence[Member]) -> None:
@@ -136,6 +138,12 @@ class Ferret:
         self._rate = _positive(settings, "server_learning_rate", 1.0)
         self._made = _copied(start)
         self._shapes = {name: array.shape for name, array in self._made.items()}
+        most = sum(sizes(self._made).values()) // len(self._shapes)
+        if self._mean > most:
+            raise ConfigError(
+                f"coordinates: expected at most {most}, as A and B have in the mean, got {self._mean}",
+                remedy="send fewer, or use fedavg, which sends the values themselves",
+            )
         self.begin(0, members)
 
     def frozen(self, round: int) -> str:

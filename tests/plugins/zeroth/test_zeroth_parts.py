@@ -22,7 +22,7 @@ FORWARD = {
     "learning_rate": 0.02,
     "perturbation": 2.0**-7,
 }
-FERRET = {"seed": 5, "local_steps": 4, "coordinates": 32, "server_learning_rate": 0.3}
+FERRET = {"seed": 5, "local_steps": 4, "coordinates": 20, "server_learning_rate": 0.3}
 
 
 def start() -> Factors:
@@ -91,7 +91,7 @@ def ferret_round(server: Ferret, settings: dict[str, Any], round: int) -> None:
                 array -= (0.1 * gradient[at : at + array.size]).reshape(array.shape).astype(np.float32)
                 at += array.size
         extras = part.train(range(4 * round, 4 * round + 4), own, lambda step: 0.0)
-        assert len(extras["coordinates"].ravel()) == 4 * 32
+        assert len(extras["coordinates"].ravel()) == 4 * 20
         server.add(Update(member, round, 1.0, {}, extras))
     server.finish()
 
@@ -160,29 +160,29 @@ def test_a_round_that_is_refused_adds_no_direction() -> None:
     assert {name: array.tobytes() for name, array in server.state_dict().items()} == kept
 
 
-FOUR = np.array([32, 32, 32, 32], np.int32)
+FOUR = np.array([20, 20, 20, 20], np.int32)
 
 
 @pytest.mark.parametrize(
     ("extras", "says"),
     [
         ({}, "expected counts and coordinates"),
-        ({"counts": FOUR[:3], "coordinates": np.zeros(128)}, "2 coordinates or more of each of 4 blocks"),
-        ({"counts": FOUR - [31, 0, 0, -31], "coordinates": np.zeros(128)}, "2 coordinates or more"),
+        ({"counts": FOUR[:3], "coordinates": np.zeros(80)}, "2 coordinates or more of each of 4 blocks"),
+        ({"counts": FOUR - [19, 0, 0, -19], "coordinates": np.zeros(80)}, "2 coordinates or more"),
         (
-            {"counts": FOUR * 2, "coordinates": np.zeros(256)},
-            "expected 128 coordinates in an update, got 256",
+            {"counts": FOUR * 2, "coordinates": np.zeros(160)},
+            "expected 80 coordinates in an update, got 160",
         ),
-        ({"counts": FOUR, "coordinates": np.zeros(127)}, "expected 128 coordinates in an update, got 127"),
-        ({"counts": FOUR, "coordinates": np.full(128, np.nan)}, "finite coordinates"),
-        ({"counts": FOUR * 1.0, "coordinates": np.zeros(128)}, "2 coordinates or more"),
+        ({"counts": FOUR, "coordinates": np.zeros(79)}, "expected 80 coordinates in an update, got 79"),
+        ({"counts": FOUR, "coordinates": np.full(80, np.nan)}, "finite coordinates"),
+        ({"counts": FOUR * 1.0, "coordinates": np.zeros(80)}, "2 coordinates or more"),
     ],
 )
 def test_coordinates_that_are_none_are_refused_and_the_round_goes_on(
     extras: dict[str, Any], says: str
 ) -> None:
     servers = [Ferret(FERRET, start(), MEMBERS) for _ in range(2)]
-    good = {"counts": FOUR, "coordinates": np.ones(128, np.float32)}
+    good = {"counts": FOUR, "coordinates": np.ones(80, np.float32)}
     for server in servers:
         server.begin(0, MEMBERS)
         server.add(Update(MEMBERS[0], 0, 1.0, {}, good))
@@ -207,6 +207,13 @@ def test_slopes_that_are_none_are_refused_and_the_round_goes_on(extras: dict[str
     with pytest.raises(ConfigError, match=says):
         server.add(Update(MEMBERS[0], 0, 1.0, {}, extras))
     assert server._came == []
+
+
+def test_more_coordinates_than_values_are_refused_by_name() -> None:
+    """88 values in four factors: 22 of each."""
+    Ferret(FERRET | {"coordinates": 22}, start(), MEMBERS)
+    with pytest.raises(ConfigError, match="coordinates: expected at most 22"):
+        Ferret(FERRET | {"coordinates": 23}, start(), MEMBERS)
 
 
 def test_a_member_measures_along_as_many_directions_as_it_has_steps() -> None:
