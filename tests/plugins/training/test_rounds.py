@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from edged_plugins._tensors.adapters import pairs_of, read_peft
 from edged_plugins.personal_lora import _messages
 from edged_plugins.personal_lora._member import Member
@@ -190,6 +191,25 @@ def test_ranks_that_members_choose_among_unlike_wide_layers_are_estimated(
     ran = processes.run(plan)
     finished(ran.outcomes)
     assert plan.predicted_bytes(ran.outcomes) == pytest.approx(ran.bytes, rel=0.1)
+
+
+@pytest.mark.parametrize("method", ["fedkseed", "mezo", "fwdllm"])
+def test_members_without_gradients_build_no_graph(method: str, tiny: Any, tmp_path: Path) -> None:
+    plan, seen = federated(tiny("llama")[1], tmp_path, method=method, **OWN.get(method, {})), []
+
+    def watches(trainer: Member) -> None:
+        trainer.span.register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+
+    finished(run_threads(plan, changes={0: watches}))
+    assert seen
+    assert not any(seen)
+
+
+def test_a_mean_of_slopes_that_is_never_sure_leaves_the_start(tiny: Any, tmp_path: Path) -> None:
+    plan = federated(tiny("llama")[1], tmp_path, method="fwdllm", variance_most=1e-12)
+    server = finished(run_threads(plan))[-1]
+    assert len(set(server.evals.values())) == 1
+    assert not any(product.any() for product in adapter_of(plan.folders[-1]).values())
 
 
 def test_members_with_gradients_need_the_memory_of_a_backward_pass(tiny: Any, tmp_path: Path) -> None:
