@@ -564,7 +564,8 @@ class Aggregator(Protocol):
     """
 
     def frozen(self, round: int) -> str:
-        """ "A" or "B": the factor that no member trains or sends in this round; "" for none."""
+        """ "A" or "B": the factor that no member trains or sends in this round; "" for none. "AB": no member
+        sends any, but its `LocalPart`'s extras alone."""
         ...
 
     def begin(self, round: int, members: Sequence[Member]) -> None: ...
@@ -591,7 +592,11 @@ class Aggregator(Protocol):
 
 
 class LocalPart(Protocol):
-    """A member's part of a method whose local steps take no gradient; in the member's worker, with numpy."""
+    """A member's part of a method whose local steps take no gradient; in the member's worker, with numpy.
+
+    Where it has `after_gradients`, true, the local steps are the trainer's own, by gradients: `train` comes
+    after them, with factors that they made and that it leaves as they are, and only says what is sent.
+    """
 
     def begin(self, download: Download) -> Factors:
         """What the member's adapter becomes: the download's factors, or what its extras say of the start."""
@@ -611,8 +616,9 @@ class Travels:
 
     `down`, `up`: the factors, "AB", "A", "B" or "". `stack`: the rank of what is merged, 0 for nothing.
     Extras: name, dtype (numpy's, "f4") and shape of each array; in a shape the name of a key of the job's
-    file stands for its value, "values" for as many as an adapter has, "layers" and "r" for its own. Parts:
-    the key that says which part of the values is sent, with a bit for each of them all.
+    file stands for its value, "values" for as many as an adapter has, "layers" and "r" for its own, "blocks"
+    for as many as its layers have factors. Parts: the key that says which part of the values is
+    sent, with a bit for each of them all.
     """
 
     down: str = "AB"
@@ -641,6 +647,7 @@ class AggregatorEntry:
         one state, whatever the cohort
     local: "package.module:attribute", in a member's worker: local(settings, start, rank) -> LocalPart, where
         no gradient is taken; empty: local steps by gradients, which the member's trainer does
+    after_gradients: do the members take gradients all the same, and `local` comes after them?
     joins: likewise, of a member that takes part so in a job with another method: it starts from factors,
         and sends extras and no factors
     replays: "package.module:attribute", in the server's worker: replays(settings, factors, extras) ->
@@ -658,6 +665,7 @@ class AggregatorEntry:
     is_sum: bool = False
     unlike_ranks: bool = False
     local: str = ""
+    after_gradients: bool = False
     joins: str = ""
     replays: str = ""
     bytes_kept: Callable[[int, int], int] | None = None

@@ -146,7 +146,9 @@ def check_federated(aggregators: Mapping[str, AggregatorEntry], table: Mapping[s
                 "than factors",
             ),
             (
-                not entry.local or not any(client.learning_rate for client in job.clients),
+                not entry.local
+                or entry.after_gradients
+                or not any(client.learning_rate for client in job.clients),
                 f"one learning_rate for all clients with {job.method}: what is sent counts by it",
             ),
             (

@@ -129,7 +129,8 @@ def memory_bytes(
     total = float(WORKER_BYTES)
     total += weight * (model.layers * block_values(model) + 2 * model.vocab * model.hidden)
     saved = saved_values(model)
-    if (entry.local or job.joins(rank)) and job.keeps == "none":  # nothing is kept for a backward pass
+    is_blind = (entry.local and not entry.after_gradients) or job.joins(rank)
+    if is_blind and job.keeps == "none":  # nothing is kept for a backward pass
         saved += model.hidden
     elif job.gradient_checkpointing:
         saved += model.layers * model.hidden

@@ -95,7 +95,7 @@ class Member(Rank):
         with self.computing():
             evaluated = self._evaluate() if self._is_due(number) else (0.0, 0.0)
             trained = self._train(number, frozen)
-        factors, sides = self._factors(), "".join(side for side in "AB" if side != frozen)
+        factors, sides = self._factors(), "".join(side for side in "AB" if side not in frozen)
         if self._local is None:
             factors, extras, self._own = self._part.finish(
                 factors, self.job.local_steps, self.job.rate_of(self.rank)
@@ -167,7 +167,7 @@ class Member(Rank):
 
         def count_of(header: Mapping[str, Any]) -> int:
             start, frozen, stack = header.get("start", ""), header.get("frozen", ""), header.get("stack", 0)
-            if start not in ("", "A", "B", "AB", "none") or frozen not in ("", "A", "B"):
+            if start not in ("", "A", "B", "AB", "none") or frozen not in ("", "A", "B", "AB"):
                 raise ProtocolError(f"expected sides of an adapter from {self.name(self.server)}")
             most = sum(self.job.r_of(rank) for rank in range(self.server))
             if type(stack) is not int or not 0 <= stack <= most:
@@ -243,11 +243,14 @@ class Member(Rank):
     def _train(self, number: int, frozen: str) -> tuple[float, float, float, float]:
         """The round's local steps: loss by targets summed, targets, tokens, and seconds."""
         job, first = self.job, number * self.job.local_steps
-        if self._local is not None:
-            return self._without_gradients(range(first, first + job.local_steps))
+        steps, is_last = range(first, first + job.local_steps), getattr(self._local, "after_gradients", False)
+        if self._local is not None and not is_last:
+            return self._without_gradients(steps)
         correct = self._part.correction if self._part.corrects else None
-        steps = range(first, first + job.local_steps)
-        return self._steps(f"round {number}", steps, frozen, correct, self._part.is_plain)
+        trained = self._steps(f"round {number}", steps, frozen, correct, self._part.is_plain)
+        if self._local is not None:
+            self._found = dict(self._local.train(steps, self._factors(), _no_loss))
+        return trained
 
     def _without_gradients(self, steps: range) -> tuple[float, float, float, float]:
         """The method's own local steps, on views of the adapter's values; its loss is the mean of all that
@@ -435,6 +438,10 @@ class Member(Rank):
         stacks = [key.split(".") for key in state if key.startswith("merged.")]
         for _, number, r in sorted(stacks, key=lambda parts: int(parts[1])):
             self._merge(int(r), state[f"merged.{number}.{r}"].numpy())
+
+
+def _no_loss(step: int) -> float:
+    raise AssertionError("the local steps are done")
 
 
 def _array(parameter: torch.nn.Parameter) -> np.ndarray:

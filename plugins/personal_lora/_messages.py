@@ -156,7 +156,7 @@ def arrays_of(
 ) -> list[tuple[str, str, list[int]]]:
     """With numbers in place of names."""
     known: dict[str, Any] = {"local_steps": job.local_steps, **job.options}
-    known |= {"values": values_of("AB", r, shapes), "layers": len(shapes), "r": r}
+    known |= {"values": values_of("AB", r, shapes), "layers": len(shapes), "blocks": 2 * len(shapes), "r": r}
     return [(name, dtype, [int(known[n]) for n in shape]) for name, dtype, shape in extras]
 
 

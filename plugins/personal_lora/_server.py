@@ -195,7 +195,7 @@ class Server(Rank):
         download = self.aggregator.download(member)
         loaded, is_thin = download.factors, any(word in download.extras for word in THIN_UP)
         joins = self.job.joins(member.rank)
-        sides = "" if joins or not loaded else "".join(side for side in "AB" if side != frozen)
+        sides = "" if joins or not loaded else "".join(side for side in "AB" if side not in frozen)
         count = _messages.values_of(sides, member.r, self.shapes)
 
         def count_of(header: Mapping[str, Any]) -> int:
@@ -216,6 +216,7 @@ class Server(Rank):
         factors: Arrays = {
             layer: (given[layer].get("A", pair[0]), given[layer].get("B", pair[1]))
             for layer, pair in loaded.items()
+            if sides
         }
         extras = self.receive_extras(link, number, header.get("extras"))
         if joins:

@@ -122,9 +122,21 @@ def kinds_of_the_page() -> set[str]:
     return {kind for row in rows for kind in re.findall(r"`(\w+)`", row)}
 
 
-@pytest.mark.parametrize("method", ["fedkseed", "mezo"])
-def test_members_without_gradients_make_an_adapter_too(trio: list[Node], method: str) -> None:
-    document = rig.finetune(trio[2], job(method=method, adapter=method, learning_rate=1e-4))
+@pytest.mark.parametrize(
+    ("method", "more"),
+    [
+        ("fedkseed", {}),
+        ("mezo", {}),
+        pytest.param("fwdllm", {"variance_most": 1e6}, marks=pytest.mark.slow),
+        pytest.param("ferret", {"coordinates": 16, "learning_rate": 0.01}, marks=pytest.mark.slow),
+    ],
+)
+def test_members_that_send_no_gradients_make_an_adapter_too(
+    trio: list[Node], method: str, more: Document
+) -> None:
+    document = rig.finetune(
+        trio[2], job(**{"method": method, "adapter": method, "learning_rate": 1e-4} | more)
+    )
     assert document["plan"]["predicted"]["bytes_sent"] == pytest.approx(
         document["bytes_sent"], abs=HANDSHAKES
     )

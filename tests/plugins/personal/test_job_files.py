@@ -33,6 +33,20 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "many seeds": ({"method": "fedkseed", "seeds": 1 << 40}, "seeds: expected 1 to 65536"),
     "no perturbation": ({"method": "mezo", "perturbation": 0.0}, "perturbation: expected"),
     "another sampling": ({"method": "fedkseed", "seed_sampling": "greedy"}, "seed_sampling: expected"),
+    "one coordinate": ({"method": "ferret", "coordinates": 1}, "coordinates: expected 2 to 65536, got 1"),
+    "no step at all": ({"method": "ferret", "server_learning_rate": 0.0}, "server_learning_rate: expected"),
+    "no candidate": ({"method": "fwdllm", "candidates": 0}, "candidates: expected 1 to 1000, got 0"),
+    "a variance that is none": (
+        {"method": "fwdllm", "variance_most": float("nan")},
+        "variance_most: expected",
+    ),
+    "masked slopes": ({"method": "fwdllm", "masked": True}, "needs no more than the sum of updates"),
+    "masked projections": ({"method": "ferret", "masked": True}, "needs no more than the sum of updates"),
+    "seeds among projections": ({"method": "ferret", "clients": [*TWO, SEEDS]}, "no client with another"),
+    "slopes at unlike rates": (
+        {"method": "fwdllm", "clients": [TWO[0] | {"learning_rate": 0.1}, TWO[1]]},
+        "one learning_rate for all clients with fwdllm",
+    ),
     "a density of nothing": ({"method": "flasc", "upload_density": 0.0}, "upload_density: expected"),
     "a target twice": ({"target_modules": ["q_proj", "q_proj"]}, "each of target_modules once"),
     "few for krum": ({"method": "krum"}, "at least 5 clients in a round with krum; 2 came"),
@@ -57,6 +71,13 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
 def test_what_is_wrong_in_a_file_is_named(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         TRAINING.check(GOOD | changes)
+
+
+def test_members_that_take_gradients_may_have_rates_of_their_own() -> None:
+    clients = [TWO[0] | {"learning_rate": 0.1}, TWO[1]]
+    assert (
+        TRAINING.check(GOOD | {"method": "ferret", "clients": clients})["clients"][0]["learning_rate"] == 0.1
+    )
 
 
 @pytest.mark.parametrize("method", sorted(AGGREGATORS))

@@ -149,13 +149,17 @@ def test_rounds_of_cohorts_go_on_from_checkpoints_bit_for_bit(method: str, tiny:
         np.testing.assert_array_equal(one[name], other[name])
 
 
-@pytest.mark.parametrize("method", ["fedavg", "flora", "flasc", "fedkseed"])
+@pytest.mark.parametrize("method", ["fedavg", "flora", "flasc", "fedkseed", "fwdllm", "ferret"])
 def test_the_bytes_of_cohorts_are_predicted(method: str, tiny: Any, processes: Any, tmp_path: Path) -> None:
     """FLoRA of unlike ranks: how high a stack is depends on who was drawn."""
     clients = ({"r": 2}, {"r": 4}, {"r": 3}) if method == "flora" else FOUR[:3]
-    blind = {"seeds": 64, "learning_rate": 2e-4} if method == "fedkseed" else {}
+    own = {
+        "fedkseed": {"seeds": 64, "learning_rate": 2e-4},
+        "fwdllm": {"variance_most": 1e6},
+        "ferret": {"coordinates": 32},
+    }.get(method, {})
     plan = federated(
-        tiny("llama")[1], tmp_path, method=method, clients=clients, fraction=0.6, rounds=3, seed=2, **blind
+        tiny("llama")[1], tmp_path, method=method, clients=clients, fraction=0.6, rounds=3, seed=2, **own
     )
     ran = processes.run(plan)
     finished(ran.outcomes)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from edged_plugins._tensors.adapters import pairs_of, read_peft
 from edged_plugins.personal_lora import _messages
 from edged_plugins.personal_lora._member import Member
@@ -23,6 +24,10 @@ EXACT = ("ffa", "flora")
 BLIND = {  # without gradients: more and smaller steps
     "fedkseed": {"learning_rate": 2e-4, "local_steps": 40, "seeds": 64},
     "mezo": {"learning_rate": 2e-4, "local_steps": 40},
+}
+OWN: dict[str, dict[str, Any]] = {  # of their own in every test: a few steps of tiny models
+    "fwdllm": {"variance_most": 1e6, "learning_rate": 0.05},
+    "ferret": {"coordinates": 32},
 }
 MANY = {"krum": 5}  # members that a method asks for; others have two
 UNLIKE = ({"r": 2}, {"r": 4}, {"r": 3, "alpha": 9.0})
@@ -55,7 +60,13 @@ def sent_up(outcomes: list[Outcome], round: int) -> list[tuple[int, dict[str, An
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_makes_an_adapter_that_has_learned(method: str, tiny: Any, tmp_path: Path) -> None:
     plan = federated(
-        tiny("llama")[1], tmp_path, method=method, clients=clients_of(method), rounds=3, local_steps=6
+        tiny("llama")[1],
+        tmp_path,
+        method=method,
+        clients=clients_of(method),
+        rounds=3,
+        local_steps=6,
+        **OWN.get(method, {}),
     )
     outcomes = finished(run_threads(plan))
     server = outcomes[-1]
@@ -90,10 +101,13 @@ def test_a_sum_of_one_round_is_that_of_the_updates(tiny: Any, tmp_path: Path) ->
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_residual_is_told_and_is_zero_of_exact_methods(method: str, tiny: Any, tmp_path: Path) -> None:
-    plan = federated(tiny("llama")[1], tmp_path, method=method, clients=clients_of(method), local_steps=3)
+    own = OWN.get(method, {})
+    plan = federated(
+        tiny("llama")[1], tmp_path, method=method, clients=clients_of(method), local_steps=3, **own
+    )
     residuals = [values.get("residual") for values in steps_of(finished(run_threads(plan))[-1])]
     assert len(residuals) == 2
-    if method == "fedkseed":  # sums of slopes are no sums of products
+    if method in ("fedkseed", "fwdllm", "ferret"):  # what is sent is no product
         assert residuals == [None, None]
         return
     if method in EXACT:
@@ -112,12 +126,12 @@ def test_a_member_alone_trains_as_if_there_were_no_server(tiny: Any, tmp_path: P
     assert sent_up(first, 0)[0][2] == sent_up(second, 0)[0][2]
 
 
-@pytest.mark.parametrize("method", ["fedavg", "flora"])
+@pytest.mark.parametrize("method", ["fedavg", "flora", "fwdllm", "ferret"])
 def test_rounds_go_on_from_checkpoints_bit_for_bit(method: str, tiny: Any, tmp_path: Path) -> None:
-    path = tiny("llama")[1]
-    whole = federated(path, tmp_path / "whole", method=method, rounds=3)
+    path, own = tiny("llama")[1], OWN.get(method, {})
+    whole = federated(path, tmp_path / "whole", method=method, rounds=3, **own)
     finished(run_threads(whole))
-    broken = federated(path, tmp_path / "broken", method=method, rounds=3)
+    broken = federated(path, tmp_path / "broken", method=method, rounds=3, **own)
 
     def stops(trainer: Any) -> None:
         real = trainer.round
@@ -157,7 +171,12 @@ def test_the_bytes_of_a_job_are_predicted(
     method: str, submitter: str, tiny: Any, processes: Any, tmp_path: Path
 ) -> None:
     plan = federated(
-        tiny("llama")[1], tmp_path, method=method, submitter=submitter, clients=clients_of(method)
+        tiny("llama")[1],
+        tmp_path,
+        method=method,
+        submitter=submitter,
+        clients=clients_of(method),
+        **OWN.get(method, {}),
     )
     ran = processes.run(plan)
     finished(ran.outcomes)
@@ -172,6 +191,33 @@ def test_ranks_that_members_choose_among_unlike_wide_layers_are_estimated(
     ran = processes.run(plan)
     finished(ran.outcomes)
     assert plan.predicted_bytes(ran.outcomes) == pytest.approx(ran.bytes, rel=0.1)
+
+
+@pytest.mark.parametrize("method", ["fedkseed", "mezo", "fwdllm"])
+def test_members_without_gradients_build_no_graph(method: str, tiny: Any, tmp_path: Path) -> None:
+    plan, seen = federated(tiny("llama")[1], tmp_path, method=method, **OWN.get(method, {})), []
+
+    def watches(trainer: Member) -> None:
+        trainer.span.register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+
+    finished(run_threads(plan, changes={0: watches}))
+    assert seen
+    assert not any(seen)
+
+
+def test_a_mean_of_slopes_that_is_never_sure_leaves_the_start(tiny: Any, tmp_path: Path) -> None:
+    plan = federated(tiny("llama")[1], tmp_path, method="fwdllm", variance_most=1e-12)
+    server = finished(run_threads(plan))[-1]
+    assert len(set(server.evals.values())) == 1
+    assert not any(product.any() for product in adapter_of(plan.folders[-1]).values())
+
+
+def test_members_with_gradients_need_the_memory_of_a_backward_pass(tiny: Any, tmp_path: Path) -> None:
+    bytes_of = {
+        method: federated(tiny("llama")[1], tmp_path, method=method).specs[0].roles[0].memory_bytes
+        for method in ("fedavg", "ferret", "fwdllm", "mezo")
+    }
+    assert bytes_of["ferret"] == bytes_of["fedavg"] > bytes_of["fwdllm"] == bytes_of["mezo"]
 
 
 def test_what_a_member_sends_has_no_row_of_its_own(tiny: Any, tmp_path: Path) -> None:

@@ -20,11 +20,16 @@ from edged import Aggregator, ConfigError, Factors, Member, PolicyViolation, Upd
 MEMBERS = [Member(rank, 4, 2.0) for rank in range(3)]
 WEIGHTS = [3.0, 1.0, 8.0]
 SETTINGS = {"seeds": 64, "learning_rate": 1e-2, "seed": 5}
+FORWARD = SETTINGS | {"local_steps": 5, "candidates": 3, "variance_most": 1e3}
 BY_NAME = {entry.name: entry for entry in zeroth_order.AGGREGATORS}
 METHODS = {
     "fedkseed": ("fedkseed", SETTINGS),
     "fedkseed by amplitude": ("fedkseed", SETTINGS | {"seed_sampling": "amplitude"}),
     "mezo": ("mezo", SETTINGS),
+    "fwdllm": ("fwdllm", FORWARD),
+    "fwdllm without choice": ("fwdllm", FORWARD | {"candidates": 1}),
+    "fwdllm that collects": ("fwdllm", FORWARD | {"variance_most": 0.02}),
+    "ferret": ("ferret", SETTINGS | {"coordinates": 8}),
 }
 
 
@@ -52,6 +57,8 @@ def update(rank: int, round: int, weight: float | None = None) -> Update:
         for module, (a, b) in start().items()
     }
     extras = {"seeds": drawn.integers(64, size=20), "scalars": drawn.standard_normal(20).astype(np.float32)}
+    extras |= {"slopes": drawn.standard_normal(5).astype(np.float32)}
+    extras |= {"coordinates": drawn.standard_normal((4, 8)), "counts": np.array([2, 12, 8, 10], np.int32)}
     return Update(MEMBERS[rank], round, WEIGHTS[rank] if weight is None else weight, factors, extras)
 
 
@@ -113,7 +120,7 @@ def test_before_the_first_round_everybody_loads_the_start(name: str, settings: d
     expected = parameters_of(start())
     made = parameters_of(made_of(aggregator))
     assert {n: a.tobytes() for n, a in made.items()} == {n: a.tobytes() for n, a in expected.items()}
-    assert aggregator.frozen(0) == ""
+    assert aggregator.frozen(0) == ("AB" if name in ("fwdllm", "ferret") else "")
     assert [scale for _, _, scale in aggregator.adapter().values()] == [2.0, 2.0]
 
 
@@ -299,4 +306,9 @@ def test_mezo_refuses_factors_of_another_shape_by_name() -> None:
 def test_the_plugin_has_no_settings_and_says_so() -> None:
     with pytest.raises(ConfigError, match=r"no setting plugin\.zeroth_order\.speed"):
         zeroth_order.edged_aggregators({"speed": 1})
-    assert [entry.name for entry in zeroth_order.edged_aggregators({})] == ["fedkseed", "mezo"]
+    assert [entry.name for entry in zeroth_order.edged_aggregators({})] == [
+        "fedkseed",
+        "mezo",
+        "fwdllm",
+        "ferret",
+    ]
