@@ -59,6 +59,7 @@ from .types import (
     TrainingSpec,
     Travels,
     Update,
+    WholePart,
 )
 from .version import VERSION as __version__
 
@@ -113,6 +114,7 @@ __all__ = [
     "TrainingSpec",
     "Travels",
     "Update",
+    "WholePart",
     "__version__",
     "codec_of",
     "duration",

@@ -130,6 +130,18 @@ class Span(nn.Module):
         if factors is not None and self._rotary:
             self._rotary[0].inv_freq /= factors
 
+    def reload(self, source: Source, name: str) -> torch.Tensor:
+        """Tensor `name` as its file has it, of a span on the CPU in F32, for whoever changed it in place; a
+        tied head follows. The old values are given up before the new ones are read."""
+        parameter = self.get_parameter(name)
+        held = [each for each in self.parameters() if each.data_ptr() == parameter.data_ptr()]
+        for each in held:
+            each.data = torch.empty(0)
+        value = source.tensor(name).contiguous()
+        for each in held:
+            each.data = value
+        return value
+
     def _put(self, name: str, parameter: torch.Tensor, value: torch.Tensor) -> None:
         if value.shape != parameter.shape:
             raise EngineError(
