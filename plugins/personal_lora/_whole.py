@@ -11,23 +11,19 @@ shapes (`layout`), by whose order a direction goes.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 
 from edged import Download, EngineError, Factors, WholePart
 
+from .._training.seeds_folder import write_seeds
 from ._messages import SUMS
 from ._rank import Rank, Report, resolve
 
 TABLE = "table"  # the extra of a download that has all that was learned
-CONFIG, TENSORS, META = "adapter_config.json", "adapter_model.safetensors", "meta.json"
 
 
 class Weights:
@@ -79,7 +75,7 @@ def give(server: Rank, extras: Mapping[str, Any], report: Report) -> None:
     """The table of the last round to the node that asked; of the server."""
     table, number = np.asarray(extras[TABLE], "<f4"), server.job.rounds
     if server.spec.collector == server.rank:
-        write_seeds(server, table)
+        write(server, table)
         report("done", number, {})
         return
     server.link(server.spec.collector).send_values("part", [number], {"of": table.size}, table)
@@ -91,37 +87,18 @@ def take(rank: Rank, report: Report) -> None:
     _, table = rank.link(rank.server).receive_values(
         "part", [rank.job.rounds], lambda header: size, rank.name(rank.server)
     )
-    write_seeds(rank, table)
+    write(rank, table)
     report("done", rank.job.rounds, {})
 
 
-def write_seeds(rank: Rank, table: np.ndarray) -> None:
+def write(rank: Rank, table: np.ndarray) -> None:
     """An adapter of kind "seeds" in the rank's folder. EngineError, code "disk", where it cannot be."""
-    job, folder = rank.job, Path(rank.spec.state_folder) / "adapter"
+    job = rank.job
     config = {
         "base_model_name_or_path": rank.spec.model_name,
         "base_sha256": rank.spec.model_sha256,
-        "edged_kind": "seeds",
         "layout": rank.blocks.layout,
         "method": job.method,
         "settings": {"learning_rate": job.learning_rate, "seed": job.seed, **job.options},
     }
-    files = {
-        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-        TENSORS: safetensors.numpy.save({TABLE: np.ascontiguousarray(table, "<f4")}),
-        META: json.dumps({"kind": "seeds"}).encode(),
-    }
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that ended between two files
-    try:
-        folder.mkdir(mode=0o700, parents=True)
-        for name, content in files.items():
-            with open(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-    except OSError as error:
-        raise EngineError(
-            f"expected to write the table at {folder}; {error.strerror}",
-            remedy="free disk space there, then go on with --resume",
-            code="disk",
-        ) from error
+    write_seeds(Path(rank.spec.state_folder) / "adapter", config, {TABLE: table})
