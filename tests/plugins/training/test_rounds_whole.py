@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from edged_plugins.personal_lora import _messages
+from edged_plugins.torch_blocks import _span
 from edged_plugins.torch_blocks._engine import open_blocks
 from edged_plugins.torch_blocks._rewrite import rewrite
 from edged_plugins.zeroth_order._whole import Whole
@@ -160,3 +161,22 @@ def test_seeds_of_another_model_are_not_written(tiny: Any, tmp_path: Path) -> No
     folder = str(plan.folders[-1] / "adapter")
     with open(tmp_path / "out", "xb") as file, pytest.raises(ConfigError, match="this model's tensors"):
         rewrite(folder, str(other.path), file.fileno(), "f32", Whole, lambda done, total: None)
+
+
+@pytest.mark.parametrize("apart", [0, 1 << 30])
+def test_a_tensor_is_read_again_and_a_tied_head_with_it(
+    apart: int, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A large tensor, in place of what it was; a small one, in its memory. The file stays as it is."""
+    monkeypatch.setattr(_span, "RELOADED_APART", apart)
+    path = tiny("gpt2")[1]
+    blocks = open_blocks(str(path))
+    span, before = blocks.span(0, blocks.layers, embed=True, head=True), path.read_bytes()
+    for name, values in tensors_of(path).items():
+        for _ in range(2):
+            span.get_parameter(name).add_(1)
+            np.testing.assert_array_equal(span.reload(blocks.source, name).numpy(), values)
+            np.testing.assert_array_equal(span.get_parameter(name).numpy(), values)
+    embedding = span.get_parameter("transformer.wte.weight")
+    assert span.get_parameter("lm_head.weight").data_ptr() == embedding.data_ptr()
+    assert path.read_bytes() == before
