@@ -60,6 +60,7 @@ from .types import (
     TrainingSpec,
     Travels,
     Update,
+    WholePart,
 )
 from .version import VERSION as __version__
 
@@ -115,6 +116,7 @@ __all__ = [
     "TrainingSpec",
     "Travels",
     "Update",
+    "WholePart",
     "__version__",
     "codec_of",
     "duration",

@@ -55,6 +55,37 @@ def copy_out(params: dict[str, Any], report: Report) -> dict[str, Any]:
 
 
 @dataclass(frozen=True, slots=True)
+class _WriteModel:
+    folder: str
+    base: str
+    file: int
+    kind: str
+    rewrite: str
+    whole: str
+
+
+def write_model(params: dict[str, Any], report: Report) -> dict[str, Any]:
+    """Write into an open empty file the model that the base and an adapter of kind "seeds" make:
+    {"tensors": int, "bytes": int}. `rewrite`, `whole`: dotted names, of an engine and of a method.
+
+    ConfigError for a file that is none or a base that does not fit, EngineError where a disk fails: then the
+    file is the caller's to remove.
+    """
+    want = wire.read_body(_WriteModel, params)
+    found = os.fstat(want.file)
+    if not stat.S_ISREG(found.st_mode) or found.st_size:
+        raise ConfigError("expected an open empty file to write a model into; another came")
+    whole, rewrite = (_resolved(dotted) for dotted in (want.whole, want.rewrite))
+
+    progress: dict[int, Progress] = {}  # by total, which is one
+
+    def tick(done: int, total: int) -> None:
+        progress.setdefault(total, Progress(report, "writing", total))(done)
+
+    return dict(rewrite(want.folder, want.base, want.file, want.kind, whole, tick))
+
+
+@dataclass(frozen=True, slots=True)
 class _Ingest:
     files: tuple[int, int]  # adapter_config.json, adapter_model.safetensors
     name: str
@@ -107,6 +138,12 @@ def _adapt(want: _Ingest, folder: Path) -> dict[str, Any]:
         raise EngineError(
             f"expected an adapter that an engine takes as {want.name!r}; {type(error).__name__}: {error}"
         ) from error
+
+
+def _resolved(dotted: str) -> Callable[..., Any]:
+    module, _, attribute = dotted.partition(":")
+    found: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    return found
 
 
 def _copy_in(files: tuple[int, int], folder: Path, tick: Progress) -> None:

@@ -42,7 +42,7 @@ META_BYTES_MAX = 1 << 16  # a provenance is a dozen figures
 NAME_CHARS_MAX = 64
 SUFFIX_MAX = 1000  # of a taken name
 PIECE_BYTES = 1 << 20
-Kind = Literal["lora", "parallel", "prompts"]
+Kind = Literal["lora", "parallel", "prompts", "seeds"]
 Scope = Literal["global", "personal"]
 
 
@@ -51,8 +51,9 @@ class AdapterMeta:
     """What is told of an adapter when it is stored.
 
     `base_sha256`, `base_name`: the model it belongs to. `r`, `alpha`: 0 for what adapter_config.json says.
-    `kind`: LoRA, or a parallel adapter (PAC), which no other program knows. `scope`: of all who trained
-    together, or of one of them. `provenance`: how it came to be (job, steps, privacy spent, ...), as JSON.
+    `kind`: LoRA, or a parallel adapter (PAC), which no other program knows; or seeds, of which and the base a
+    whole model is made. `scope`: of all who trained together, or of one of them. `provenance`: how it came to
+    be (job, steps, privacy spent, ...), as JSON.
     """
 
     base_sha256: str
@@ -99,6 +100,7 @@ class _Config(msgspec.Struct):
 
     r: int = 0
     lora_alpha: float = 0.0
+    method: str = ""  # of seeds
 
 
 class _Stored(msgspec.Struct, frozen=True):
@@ -230,6 +232,46 @@ class AdapterStore:
             "edged.adapter_files:copy_out", params, timeout_s=None, inherit=files
         )
         return adapter, written["files"]
+
+    def method_of(self, adapter: Adapter) -> str:
+        """What made an adapter of kind "seeds"; ConfigError for one of another."""
+        if adapter.kind != "seeds":
+            raise ConfigError(
+                f'expected an adapter of kind "seeds" to write a model of; {adapter.name!r} is of kind '
+                f"{adapter.kind!r}",
+                remedy=f"edged adapters export {adapter.name} DIR",
+                code="no-seeds",
+            )
+        return _read_config(Path(adapter.folder) / CONFIG).method
+
+    async def write_model(
+        self,
+        adapter: Adapter,
+        base: Model,
+        file: int,
+        kind: str,
+        makers: tuple[str, str],
+        supervisor: Supervisor,
+        on_progress: Callable[[dict[str, Any]], None] = lambda event: None,
+    ) -> dict[str, Any]:
+        """Write into the open file what `base` and an adapter of kind "seeds" make, in a process of its own:
+        {"tensors": int, "bytes": int}. `makers`: an engine's `rewrite` and a method's `whole`."""
+        rewrite, whole = makers
+        params = {
+            "folder": adapter.folder,
+            "base": base.path,
+            "file": file,
+            "kind": kind,
+            "rewrite": rewrite,
+            "whole": whole,
+        }
+        return await supervisor.run_task(
+            "edged.adapter_files:write_model",
+            params,
+            timeout_s=None,
+            on_progress=on_progress,
+            inherit=(file,),
+        )
 
     def _free(self, name: str) -> str:
         for number in range(1, SUFFIX_MAX):

@@ -107,6 +107,14 @@ class Chooser:
         if request.adapter is None:
             return None
         adapter = self._adapters.find(request.adapter)
+        if adapter.kind == "seeds":
+            raise ConfigError(
+                f"expected a LoRA adapter of a GGUF model; {adapter.name!r} is of kind 'seeds', which is a "
+                "model's start and a table",
+                remedy=f"write it as a model: edged adapters write {adapter.name} --out FILE, then "
+                "edged models add FILE",
+                code="no-gguf-adapter",
+            )
         if not adapter.path:
             what = (
                 "has no file that engines read" if adapter.kind == "lora" else f"is of kind {adapter.kind!r}"

@@ -75,6 +75,7 @@ class Commands:
             "adapters.ls": self._list_adapters,
             "adapters.add": self._add_adapter,
             "adapters.export": self._export_adapter,
+            "adapters.write": self._write_adapter,
             "adapters.rm": self._remove_adapter,
             "plan": self._plan,
             "generate": self._generate,
@@ -304,6 +305,33 @@ class Commands:
         name = str(request.body.get("name", ""))
         adapter, files = await self._parts.adapters.export(name, request.files, self._parts.supervisor)
         return {"adapters": [_adapter_row(adapter)], "files": files}
+
+    async def _write_adapter(self, request: Request) -> Document:
+        """The model that an adapter of kind "seeds" and its base make, into the open file."""
+        asked = requests.read(requests.WriteAdapter, request.body)
+        if len(request.files) != 1:
+            raise ConfigError(f"expected one open file with the request; {len(request.files)} came")
+        parts = self._parts
+        adapter = parts.adapters.find(asked.name)
+        base, method = parts.models.find(adapter.base_sha256), parts.adapters.method_of(adapter)
+        engine = next((entry for entry in parts.engines.values() if entry.rewrite), None)
+        entry = parts.aggregators.get(method)
+        if not base.complete or engine is None or entry is None or not entry.whole:
+            raise ConfigError(
+                f"expected all of model {adapter.base_name!r}, an engine that writes models, and method "
+                f"{method!r} of all weights",
+                remedy='see `edged models ls`; `plugins` needs "torch_blocks" and "zeroth_order"',
+            )
+        written = await parts.adapters.write_model(
+            adapter,
+            base,
+            request.files[0],
+            asked.type,
+            (engine.rewrite, entry.whole),
+            parts.supervisor,
+            self._reporter(request.emit),
+        )
+        return {"adapters": [_adapter_row(adapter)], "model": {"type": asked.type, **written}}
 
     async def _remove_adapter(self, request: Request) -> Document:
         removed = await asyncio.to_thread(self._parts.adapters.remove, str(request.body.get("name", "")))

@@ -30,7 +30,7 @@ from .supervisor import Supervisor
 from .training import Trainings
 from .transfers import Transfers
 from .transport import check_keys
-from .types import Condition, DiscovererEntry, EngineEntry
+from .types import AggregatorEntry, Condition, DiscovererEntry, EngineEntry
 from .viewing import Viewer
 
 log = logging.getLogger(__name__)
@@ -61,6 +61,7 @@ class Parts:
     data: DataStore
     adapters: AdapterStore
     engines: Mapping[str, EngineEntry]
+    aggregators: Mapping[str, AggregatorEntry]
     discoverers: Mapping[str, DiscovererEntry]
 
     async def describe(self, node_id: str, body: wire.Describe) -> wire.Described:
@@ -196,6 +197,7 @@ def compose(home: Home) -> Parts:
         data,
         adapters,
         engines,
+        aggregators,
         host.registrations("edged_discoverers"),
     )
     peers.answers("describe", parts.describe)

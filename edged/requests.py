@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import msgspec
 
@@ -66,6 +66,14 @@ class FinetuneRequest:
     file_clients: list[int] = field(default_factory=list)
     resume: str | None = None
     detach: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class WriteAdapter:
+    """`edged adapters write`: the name, and the type of the model's matrices."""
+
+    name: str
+    type: Literal["f32", "f16"] = "f32"
 
 
 @dataclass(frozen=True, slots=True)

@@ -396,6 +396,7 @@ class Roles:
             {name: entry.load for name, entry in self._aggregators.items()},
             {name: entry.local for name, entry in self._aggregators.items() if entry.local},
             {name: (entry.joins, entry.replays) for name, entry in self._aggregators.items() if entry.joins},
+            {name: entry.whole for name, entry in self._aggregators.items() if entry.whole},
         )
         return {"trainer": self._trainings[offered.kind].load, "training": wire.to_map(spec)}
 

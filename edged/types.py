@@ -491,6 +491,7 @@ class TrainingSpec:
     aggregators: Mapping[str, str] = field(default_factory=dict)  # `load` by name, of this node's own plugins
     locals: Mapping[str, str] = field(default_factory=dict)  # likewise `local`, of those that have one
     joins: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # likewise `joins` and `replays`
+    wholes: Mapping[str, str] = field(default_factory=dict)  # likewise `whole`, of those that have one
 
 
 Report = Callable[[str, int, Mapping[str, float]], None]  # kind ("step", "eval", "done"), step, values
@@ -610,6 +611,23 @@ class LocalPart(Protocol):
         ...
 
 
+class WholePart(Protocol):
+    """A member's part of a method that tunes all of a model's weights, without gradients and in place; in the
+    member's worker, with numpy. What it sends and keeps is no larger for that."""
+
+    def rebuild(self, name: str, weight: Any, extras: Mapping[str, Any]) -> None:
+        """Make of a tensor's start, flat F32 of numpy, what a download's extras say of it: in place, and the
+        same bits on every device."""
+        ...
+
+    def train(
+        self, steps: range, weights: Mapping[str, Any], loss: Callable[[int], float]
+    ) -> Mapping[str, Any]:
+        """The local steps of these numbers, on all tensors by name; `loss(step)` is that of the step's rows
+        with them as they are. The extras of the update. It keeps no copy of a tensor."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Travels:
     """What goes to and from a member in a round.
@@ -652,6 +670,9 @@ class AggregatorEntry:
         and sends extras and no factors
     replays: "package.module:attribute", in the server's worker: replays(settings, factors, extras) ->
         Factors, what such a member's `factors` became by its extras
+    whole: "package.module:attribute", in a member's worker: whole(settings, sizes, rank) -> WholePart, of a
+        job whose `parameters` are "all"; `sizes`: how many values each tensor has, by name. Its aggregator
+        starts from no factors, and all that was learned is in a download's extras. Empty: it tunes adapters
     travels(round, ranks) -> Travels, from the r of every member whose update is in what goes down; for the
         prediction of bytes. None: all factors, both ways; before the first round nothing goes down, since
         everybody draws the same start.
@@ -668,6 +689,7 @@ class AggregatorEntry:
     after_gradients: bool = False
     joins: str = ""
     replays: str = ""
+    whole: str = ""
     bytes_kept: Callable[[int, int], int] | None = None
     travels: Callable[[int, Sequence[int]], Travels] | None = None
 
@@ -725,6 +747,11 @@ class EngineEntry:
     adapt(folder: str, base: str, out: str) -> dict {"r": int, "alpha": float, "made_for": str | None}:
         checks a PEFT folder for the model file `base` and writes llama.cpp's file of it to `out`;
         ConfigError where it does not fit. Empty: it brings no such function.
+    rewrite(folder: str, base: str, out: int, kind: "f32" or "f16", whole, tick(done, total)) -> dict
+        {"tensors": int, "bytes": int}: writes into the open file `out` the model that the stored start
+        `base` and the seeds of `folder` make, which is an adapter of kind "seeds" (its adapter_config.json
+        has the `settings` and its tensors are the extras that `AggregatorEntry.whole`, given here, goes by).
+        ConfigError where it is another model's, EngineError where the disk fails. Empty: it brings none.
     pack(folder: Path, file: Path) -> makes one file, which `describe` knows, of a model that is a folder; in
         the command line's own process, so it is light. ConfigError where the folder is no such model.
 
@@ -755,6 +782,7 @@ class EngineEntry:
     models: tuple[str, ...] | None = None
     stated: Predicted | None = None
     adapt: str = ""
+    rewrite: str = ""
     pack: str = ""
     adapters: bool = False
     swaps: bool = False

@@ -201,7 +201,13 @@ def read_head(path: str) -> Head:
 
 def section_sha256(path: str, prefix: str) -> str:
     """SHA-256 of every key whose name begins with `prefix`, arrays included, whatever their order is."""
-    spans = []
+    spans = [(name, raw) for name, raw in raw_keys(path).items() if name.startswith(prefix)]
+    return hashlib.sha256(b"".join(raw for _, raw in sorted(spans))).hexdigest()
+
+
+def raw_keys(path: str) -> dict[str, bytes]:
+    """Every key in the file's order: its bytes there, from its name's length to its value's end."""
+    found = {}
     try:
         with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
             cursor = _Cursor(data)
@@ -210,8 +216,7 @@ def section_sha256(path: str, prefix: str) -> str:
                 start = cursor.at
                 name = cursor.text(_NAME_BYTES_MAX)
                 _value(cursor, cursor.scalar("I"))
-                if name.startswith(prefix):
-                    spans.append((name, bytes(data[start : cursor.at])))
+                found[name] = bytes(data[start : cursor.at])
     except (OSError, ValueError) as exc:
         raise EngineError(f"{path} is not a GGUF model this engine reads: {exc}") from exc
-    return hashlib.sha256(b"".join(raw for _, raw in sorted(spans))).hexdigest()
+    return found

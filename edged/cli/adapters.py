@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -25,7 +25,7 @@ adapters = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
     help="LoRA adapters: PEFT folders, with llama.cpp's file beside them.",
-    short_help="LoRA adapters: ls, show, add, export, rm.",
+    short_help="LoRA adapters: ls, show, add, export, write, rm.",
 )
 NameArgument = Annotated[str, typer.Argument(metavar="NAME", help="An adapter's name.")]
 
@@ -86,6 +86,24 @@ def export(
     show(document | {"path": str(folder)}, as_json, _show_export)
 
 
+@adapters.command("write")
+def write(
+    name: NameArgument,
+    out: Annotated[Path, typer.Option(metavar="FILE", help="A new file, for `edged models add`.")],
+    type_: Annotated[
+        Literal["f32", "f16"], typer.Option("--type", help="Of matrices: f32 as trained, f16 half the size.")
+    ] = "f32",
+    home: HomeOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the model that an adapter of kind seeds and its base make."""
+    check_model_name(name, "adapter")
+    with _made_file(out) as descriptor:
+        body = {"name": name, "type": type_}
+        document = ask(home, "adapters.write", body, [descriptor], silence_s=None)
+    show(document | {"path": str(out)}, as_json, _show_written)
+
+
 @adapters.command("rm")
 def rm(name: NameArgument, home: HomeOption = None, as_json: JsonOption = False) -> None:
     """Delete an adapter from this node."""
@@ -123,6 +141,32 @@ def _made(folder: Path) -> Iterator[tuple[Path, list[int]]]:
         ) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _made_file(out: Path) -> Iterator[int]:
+    """A hidden file beside `out`, open; it becomes `out` unless there is an error."""
+    target = Path(os.path.abspath(out))
+    staged = target.with_name(f".{target.name}.{os.getpid()}")
+    if target.exists() or target.is_symlink():
+        raise ConfigError(
+            f"expected a new file; there is something at {out}",
+            remedy="name another file: nothing is overwritten",
+            code="exists",
+        )
+    try:
+        descriptor = os.open(staged, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
+        os.link(staged, target)  # refuses what came there meanwhile
+    except OSError as error:
+        raise ConfigError(
+            f"expected to write to {out}; {error.strerror}", remedy="name another file"
+        ) from error
+    finally:
+        staged.unlink(missing_ok=True)
 
 
 def _show_adapters(document: Document) -> None:
@@ -193,3 +237,9 @@ def _facts_of(adapter: Document) -> Document:
 def _show_export(document: Document) -> None:
     rows = [(row.get("name"), sized(row.get("bytes"))) for row in document.get("files", ())]
     table((f"written to {document.get('path')}", "size"), rows)
+
+
+def _show_written(document: Document) -> None:
+    model = document.get("model", {})
+    rows = [(document.get("path"), model.get("type"), model.get("tensors"), sized(model.get("bytes")))]
+    table(("model", "type", "tensors", "size"), rows)

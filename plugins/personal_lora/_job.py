@@ -18,6 +18,7 @@ CLIENTS_MAX = 32
 LOSSES = ("answer", "all")
 WEIGHTS = ("f32", "bf16")
 PERSONAL = ("none", "dual", "ditto")
+PARAMETERS = ("adapter", "all")
 MASKED_LEAST = 3
 CLIENT_KEYS = ("node", "data", "r", "alpha", "method", "learning_rate", "weight")
 
@@ -64,6 +65,9 @@ class Job:
     seed: int = key(0, "of the adapter's start, and the order of rows")
     loss_on: str = key("answer", '"all": on the prompt\'s tokens, too')
     gradient_checkpointing: bool = key(False, "less memory, a third more time")
+    parameters: str = key(
+        "adapter", "what is tuned: adapter, or all weights of the model by a method that sends seeds"
+    )
     weights: str = key("f32", "of the frozen model in memory: f32 or bf16")
     eval_every: int = key(
         1, 'rounds between evaluations on rows with split "test"; 0: at the start and the end'
@@ -89,6 +93,11 @@ class Job:
     def keeps(self) -> str:
         """What personal part there is: none, dual or ditto."""
         return self.personal or ("dual" if self.method == "fdlora" else "none")
+
+    @property
+    def is_whole(self) -> bool:
+        """Are all weights of the model tuned, in place of an adapter?"""
+        return self.parameters == "all"
 
     @property
     def r_most(self) -> int:
@@ -183,6 +192,7 @@ def check_federated(aggregators: Mapping[str, AggregatorEntry], table: Mapping[s
                 f"one alpha for all clients with {job.method}",
             ),
             *(_masked_rules(aggregators, job) if job.masked else ()),
+            *(_whole_rules(aggregators, job) if job.is_whole else ()),
         ]
     )
     return to_table(job)
@@ -271,6 +281,7 @@ def _rules(job: Job) -> list[file.Rule]:
     return [
         one_of("loss_on", LOSSES),
         one_of("weights", WEIGHTS),
+        one_of("parameters", PARAMETERS),
         one_of("personal", ("", *PERSONAL)),
         (job.personal in ("", "dual") or job.method != "fdlora", "personal = dual with fdlora"),
         least("personal_steps", 1, 100_000),
@@ -326,5 +337,33 @@ def _masked_rules(aggregators: Mapping[str, AggregatorEntry], job: Job) -> list[
         (
             job.options.get("seed_sampling") != "amplitude",
             "seed_sampling = uniform with masked = true; amplitudes are of single updates",
+        ),
+    ]
+
+
+def _whole_rules(aggregators: Mapping[str, AggregatorEntry], job: Job) -> list[file.Rule]:
+    able = ", ".join(sorted(name for name, entry in aggregators.items() if entry.whole)) or "none loaded"
+    unlike = [
+        name
+        for name in ("r", "alpha", "target_modules", "dropout", "weight_decay")
+        if getattr(job, name) != getattr(DEFAULTS, name)
+    ]
+    return [
+        (
+            bool(aggregators[job.method].whole),
+            f'parameters = "adapter" with {job.method}, which sends factors; "all" is for {able}',
+        ),
+        (
+            not any(job.joins(rank) for rank in range(len(job.clients))),
+            'the job\'s method of every client with parameters = "all"',
+        ),
+        (
+            job.weights == "f32",
+            f'weights f32 with parameters = "all": what a step moves is lost in {job.weights}',
+        ),
+        (job.keeps == "none", 'personal = none with parameters = "all": there is no adapter'),
+        (
+            not unlike and not any(client.r or client.alpha for client in job.clients),
+            f'no {", ".join(unlike) or "r or alpha of a client"} with parameters = "all"',
         ),
     ]

@@ -25,6 +25,7 @@ from ._fusion import fuse, joined
 from ._local import Local
 from ._masked import Left, MaskedMember, terms_of
 from ._rank import PREFIX, THIN_UP, Arrays, Rank, Report, own_words, resolve, write_adapter
+from ._whole import Weights
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's own
 
@@ -48,12 +49,16 @@ class Member(Rank):
         dotted = self.spec.joins[joins][0] if joins else self.spec.locals.get(self.job.method)
         rate = self.job.rate_of(self.rank) if joins else self.job.learning_rate
         settings = self.settings | {"learning_rate": rate}
+        if self.job.is_whole:
+            return Weights(self, settings)
         return resolve(dotted)(settings, self._start, self.rank) if dotted else None
 
     def _span(self, times: int) -> Any:
         """The whole model, with an adapter of so many times this member's rank."""
         job = self.job
         span = self.blocks.span(0, self.blocks.layers, embed=True, head=True, dtype=job.weights)
+        if job.is_whole:
+            return span.train(False)
         span.add_lora(
             r=times * self.r,
             alpha=times * job.alpha_of(self.rank),
@@ -208,7 +213,8 @@ class Member(Rank):
             self._loaded = dict(self._local.begin(Download(self._given, extras=extras)))
         self._set(self._loaded)
         self._is_thin = any(word in extras for word in THIN_UP)
-        self._part = Local(Download(self._loaded, extras=extras), self._own, str(said["frozen"]))
+        if self._loaded:  # there are none where all weights are tuned
+            self._part = Local(Download(self._loaded, extras=extras), self._own, str(said["frozen"]))
         return str(said["frozen"])
 
     def _set(self, factors: Arrays) -> None:

@@ -200,6 +200,9 @@ def bytes_sent(
 
 def _part_bytes(job: Job, shapes: Shapes, stacked: int) -> int:
     """The adapter on its way to the collector: as wide as all that was stacked, or as the widest member."""
+    if job.is_whole:
+        size = math.prod(int(job.options[name]) for name in SUMS[2])
+        return values_bytes({"k": "part", "at": [job.rounds], "of": size}, size)
     ranks = [min(stacked, *shape) if stacked else job.r_most for shape in shapes]
     count = sum(r * (rows + columns) for r, (rows, columns) in zip(ranks, shapes, strict=True))
     said = {"k": "part", "at": [job.rounds], "r": ranks, "of": count}

@@ -46,7 +46,8 @@ class Rank(abc.ABC):
         self.rank, self.server = spec.rank, len(self.job.clients)
         self.checkpoints = Checkpoints(spec.state_folder)
         self.computed = Computed()
-        self.layers: dict[str, tuple[int, int]] = blocks.linears(self.job.target_modules)
+        targets = () if self.job.is_whole else self.job.target_modules
+        self.layers: dict[str, tuple[int, int]] = blocks.linears(targets)
         self._links: dict[int, Link] = {}
         self._is_stopped: Callable[[], bool] = lambda: False
         self.build()
@@ -226,7 +227,8 @@ class Rank(abc.ABC):
 
     def start(self, r: int) -> Arrays:
         """What a job begins with, at rank `r`: the first of the widest member's."""
-        found = self.blocks.lora_start(r=self.job.r_most, targets=self.job.target_modules, seed=self.job.seed)
+        targets = () if self.job.is_whole else self.job.target_modules
+        found = self.blocks.lora_start(r=self.job.r_most, targets=targets, seed=self.job.seed)
         return {name: (a[:r].numpy(), b[:, :r].numpy()) for name, (a, b) in found.items()}
 
     def flat(self, factors: Mapping[str, tuple[np.ndarray, np.ndarray]], sides: str) -> np.ndarray:

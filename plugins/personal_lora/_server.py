@@ -33,6 +33,7 @@ from ._masked import MaskedServer, is_stale, terms_of, unmasked
 from ._packing import Packing
 from ._rank import THIN_UP, Arrays, Rank, Report, own_words, resolve, write_adapter
 from ._residual import Residual
+from ._whole import give, take
 
 log = logging.getLogger(__name__)
 UPDATE_SLACK = 1 << 20  # bytes of an update beside its values
@@ -278,6 +279,9 @@ class Server(Rank):
         ranks = [member.rank for member in self.members]
         told = {rank: self._told(self._gather(number, rank), number) for rank in ranks}
         self._tell_eval(number, told, report)
+        if self.job.is_whole:
+            give(self, self.aggregator.download(self.members[0]).extras, report)
+            return
         made = {
             name: (np.asarray(a, "<f4"), np.asarray(b * scale, "<f4"))
             for name, (a, b, scale) in self.aggregator.adapter().items()
@@ -294,6 +298,9 @@ class Server(Rank):
 def collect(rank: Rank, report: Report) -> None:
     """Take the adapter from the server and write it; of the rank whose node the job was submitted to."""
     name, said = rank.name(rank.server), {}
+    if rank.job.is_whole:
+        take(rank, report)
+        return
 
     def count_of(header: Mapping[str, Any]) -> int:
         ranks, shapes = header.get("r"), rank.shapes

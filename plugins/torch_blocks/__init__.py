@@ -28,6 +28,7 @@ def edged_engines(settings: Mapping[str, Any]) -> Sequence[EngineEntry]:
             measure="edged_plugins.torch_blocks._describe:measure",
             check="edged_plugins.torch_blocks._describe:check",
             takes=("shard", "llama_cpp", "llama_rpc"),  # and so it describes last: a GGUF stays theirs
+            rewrite="edged_plugins.torch_blocks._rewrite:rewrite",
             pack="edged_plugins.torch_blocks._packing:pack",
             strategies=(),
             numerics=("fast",),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +15,7 @@ from ._config import sizes_of
 from ._gguf_model import GgufModel
 from ._safetensors_head import is_safetensors
 from ._safetensors_model import SafetensorsModel
-from ._span import Source, Span, linear_shapes, start_of
+from ._span import Source, Span, linear_shapes, shapes_of, start_of
 from ._tokens import Tokenizer
 
 
@@ -53,6 +55,21 @@ class Blocks:
         """Full names of all blocks' linear layers that `targets` names, in the order in which they compute;
         how many values each gives and takes. Nothing is loaded. EngineError where a target is unknown."""
         return linear_shapes(self.source.family, self.source.config, targets)
+
+    def weights(self) -> dict[str, tuple[int, ...]]:
+        """Transformers' names of all tensors of the model, and their shapes, without a head that is tied to
+        the embedding. Nothing is loaded."""
+        shapes, head = shapes_of(self.source.family, self.source.config), f"{self.source.family.head}.weight"
+        return {
+            name: tuple(shape)
+            for name, shape in sorted(shapes.items())
+            if name != head or self.source.has(head)
+        }
+
+    @property
+    def layout(self) -> str:
+        """SHA-256 of the names and shapes of `weights`: seeds of all weights go by their order."""
+        return hashlib.sha256(json.dumps(self.weights()).encode()).hexdigest()
 
     def lora_start(
         self, *, r: int, targets: Sequence[str], seed: int

@@ -61,6 +61,28 @@ class GgufModel:
             raise EngineError(f"{self.path} lacks tensor {source!r} ({name} of a {self.family.name} model)")
         return self._undo(name, found)
 
+    def stored(self, name: str) -> list[Tensor]:
+        """What the file has for transformers' tensor `name`: one entry, or the three of a fused one."""
+        source = self._source(name)
+        names = [source] if source in self.head.tensors else self._parts(source)
+        return [self.head.tensors[each] for each in names]
+
+    def as_stored(self, name: str, value: torch.Tensor) -> list[torch.Tensor]:
+        """Transformers' tensor `name` as a file has it, in `stored`'s order: the converse of `tensor`."""
+        kind, heads = self._change(name)
+        if kind == "permuted":
+            half = value.shape[0] // heads // 2
+            value = value.reshape(heads, 2, half, -1).transpose(1, 2).reshape(value.shape)
+        elif kind == "interleaved":
+            width = value.shape[0] // heads // 3
+            value = value.reshape(heads, 3, width, -1).transpose(0, 1).reshape(value.shape)
+        elif kind == "transposed" and value.ndim == 2:
+            value = value.T
+        elif kind == "plus one":
+            value = value + 1
+        entries = self.stored(name)
+        return list(value.split([entry.shape[-1] for entry in entries])) if len(entries) > 1 else [value]
+
     def rope_factors(self) -> torch.Tensor | None:
         """What the file divides rope's frequencies by, where it says so in a tensor (Llama 3)."""
         return self._read(ROPE_FREQS) if ROPE_FREQS in self.head.tensors else None
@@ -76,16 +98,18 @@ class GgufModel:
         parts = [source.replace("attn_qkv", f"attn_{letter}") for letter in "qkv"]
         return parts if all(part in self.head.tensors for part in parts) else []
 
-    def _undo(self, name: str, found: torch.Tensor) -> torch.Tensor:
+    def _change(self, name: str) -> tuple[str | None, int]:
+        """What the converter did to a tensor, and the heads that its rows are of."""
         stem = name.rpartition(".")[0]
         block = f"{self.family.base}.{self.family.layers}."
         if stem.startswith(block):
             stem = stem.removeprefix(block).partition(".")[2]
-        undo = (self.family.undo or {}).get(stem)
-        heads = self.config["num_attention_heads"]
+        of = "num_key_value_heads" if stem.endswith("k_proj") else "num_attention_heads"
+        return (self.family.undo or {}).get(stem), self.config[of]
+
+    def _undo(self, name: str, found: torch.Tensor) -> torch.Tensor:
+        undo, heads = self._change(name)
         if undo == "permuted":
-            if stem.endswith("k_proj"):
-                heads = self.config["num_key_value_heads"]
             half = found.shape[0] // heads // 2
             return found.reshape(heads, half, 2, -1).transpose(1, 2).reshape(found.shape)
         if undo == "interleaved":

@@ -41,7 +41,7 @@ def pack(folder: Path, out_file: Path) -> Path:
     half = out_file.with_name(f".{out_file.name}.{os.getpid()}.half")
     try:
         with half.open("wb") as out:
-            out.write(_head(texts, {name: entry for name, (_, entry) in sorted(places.items())}))
+            out.write(packed_head(texts, {name: entry for name, (_, entry) in sorted(places.items())}))
             for _, (shard, entry) in sorted(places.items()):
                 for piece in _pieces(shard, entry):
                     out.write(piece)
@@ -67,7 +67,8 @@ def _add(places: dict[str, tuple[Path, Entry]], shard: Path, head: SafetensorsHe
         places[name] = (shard, entry)
 
 
-def _head(texts: Mapping[str, str], entries: Mapping[str, Entry]) -> bytes:
+def packed_head(texts: Mapping[str, str], entries: Mapping[str, Entry]) -> bytes:
+    """All before the data, of tensors that follow one another in this order."""
     table: dict[str, Any] = {"__metadata__": dict(texts)}
     at = 0
     for name, entry in entries.items():

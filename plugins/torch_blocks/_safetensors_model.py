@@ -38,6 +38,10 @@ class SafetensorsModel:
             raise EngineError(f"expected tensor {source!r} of a float type, {found.dtype} came")
         return found.to(dtype if found.ndim > 1 else torch.float32)
 
+    def stored(self, name: str) -> str:
+        """The name in the file of transformers' tensor `name`."""
+        return self._source(name)
+
     def rope_factors(self) -> torch.Tensor | None:
         """None: the configuration says it all."""
         return None

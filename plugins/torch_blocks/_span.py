@@ -29,6 +29,7 @@ from ._tokens import Tokenizer
 PREFIX = "base_model.model."  # of PEFT's names of tensors
 ADAPTER = "default"
 DROPOUTS = ("attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop", "hidden_dropout")
+RELOADED_APART = 16 << 20  # bytes of a tensor that is not read beside what it replaces
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -129,6 +130,21 @@ class Span(nn.Module):
         factors = source.rope_factors()
         if factors is not None and self._rotary:
             self._rotary[0].inv_freq /= factors
+
+    def reload(self, source: Source, name: str) -> torch.Tensor:
+        """Tensor `name` as its file has it, of a span on the CPU in F32, for whoever changed it in place; a
+        tied head follows. A large one's old values are given up before the new ones are read; small ones
+        stay where they are, so that memory is not cut up."""
+        parameter = self.get_parameter(name)
+        if 4 * parameter.numel() < RELOADED_APART:
+            return parameter.data.copy_(source.tensor(name))
+        held = [each for each in self.parameters() if each.data_ptr() == parameter.data_ptr()]
+        for each in held:
+            each.data = torch.empty(0)
+        value = source.tensor(name).contiguous()
+        for each in held:
+            each.data = value
+        return value
 
     def _put(self, name: str, parameter: torch.Tensor, value: torch.Tensor) -> None:
         if value.shape != parameter.shape:

@@ -71,6 +71,7 @@ AGGREGATORS: tuple[AggregatorEntry, ...] = (
         local="edged_plugins.zeroth_order._local:KSeed",
         joins="edged_plugins.zeroth_order._local:Joined",
         replays="edged_plugins.zeroth_order._local:replays",
+        whole="edged_plugins.zeroth_order._whole:Whole",
         travels=seeds_travel,
     ),
     AggregatorEntry(

@@ -35,13 +35,20 @@ class KSeed:
 
     def begin(self, download: Download) -> Factors:
         """The start, moved by the table that came."""
-        self._chances = np.asarray(download.extras.get("probabilities", self._chances), np.float64)
+        self.take_chances(download.extras)
         return factors_of(self._rebuilt.load(np.asarray(download.extras["table"], np.float32)))
 
     def train(
         self, steps: range, parameters: Mapping[str, tuple[Array, Array]], loss: Loss
     ) -> dict[str, Array]:
-        named = parameters_of(parameters)
+        return self.walk(steps, parameters_of(parameters), loss)
+
+    def take_chances(self, extras: Mapping[str, Any]) -> None:
+        """Of a download, where seeds are drawn by amplitude."""
+        self._chances = np.asarray(extras.get("probabilities", self._chances), np.float64)
+
+    def walk(self, steps: range, named: Mapping[str, Array], loss: Loss) -> dict[str, Array]:
+        """The steps on arrays by name, in place."""
         stream = key(self._seed, f"steps of rank {self._rank} from {steps.start}")
         indices = draw(stream, len(steps), self._chances)
         slopes = [

@@ -463,3 +463,31 @@ def test_an_adapter_that_is_not_there_is_told_with_those_that_are(home: Any, dae
     result = edged("adapters", "show", "male", "--home", home.path)
     assert result.code == 2
     assert "no adapter 'male'; stored: mail" in result.err
+
+
+SEEDS = ADAPTER | {"name": "whole", "kind": "seeds"}
+
+
+def test_a_model_of_seeds_becomes_a_new_file(home: Any, daemon: Any, edged: Any, tmp_path: Path) -> None:
+    model = {"type": "f16", "tensors": 3, "bytes": 12}
+    fake = daemon({"adapters.write": {"adapters": [SEEDS], "model": model}})
+    out = tmp_path / "whole.gguf"
+    line = ("adapters", "write", "whole", "--out", out, "--type", "f16", "--home", home.path, "--json")
+    assert edged(*line).document == {"adapters": [SEEDS], "model": model, "path": str(out)}
+    assert fake.requests == [("adapters.write", {"name": "whole", "type": "f16"})]
+    assert out.is_file()
+    again = edged(*line)
+    assert again.document["error"]["code"] == "exists"
+    assert list(tmp_path.glob(".whole*")) == []
+
+
+def test_a_model_that_could_not_be_written_leaves_no_file(
+    home: Any, daemon: Any, edged: Any, tmp_path: Path
+) -> None:
+    def fail(body: Any, emit: Any) -> Any:
+        raise EngineError("expected to write the model; No space left on device")
+
+    daemon({"adapters.write": fail})
+    out = tmp_path / "whole.gguf"
+    assert edged("adapters", "write", "whole", "--out", out, "--home", home.path).code == 6
+    assert [path.name for path in tmp_path.iterdir() if "whole" in path.name] == []

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import training_rig as rig
-from support import Document, Node, Nodes, wait_no_workers, wait_online, wait_until
+from support import Document, Node, Nodes, drain, wait_no_workers, wait_online, wait_until
 
 for _name in rig.NEEDED:
     pytest.importorskip(_name, reason="needs the extra train: make install")
@@ -187,3 +187,31 @@ def test_killed_members_and_a_killed_server_change_no_byte(trio: list[Node], met
     assert rig.adapter_files(trio[2], lossy["adapter"]) == rig.adapter_files(trio[2], calm["adapter"])
     wait_online(trio)
     wait_no_workers(*trio)
+
+
+@pytest.mark.slow
+def test_a_model_tuned_by_seeds_alone_is_written_added_and_run(trio: list[Node], tmp_path: Path) -> None:
+    """All weights: a round is small, what comes out refuses to be an adapter, and as a model it answers."""
+    settings = job(method="fedkseed", parameters="all", learning_rate=1e-4, adapter="whole")["settings"]
+    for word in ("r", "alpha"):
+        del settings[word]
+    desk = trio[2]
+    document = rig.finetune(desk, rig.asked(settings, "federated"))
+    predicted = document["plan"]["predicted"]["bytes_sent"]
+    assert predicted == pytest.approx(document["bytes_sent"], abs=HANDSHAKES)
+    for row in document["rounds_log"]:
+        assert all(
+            row["bytes_up"][node.node_id] + row["bytes_down"][node.node_id] < 18 * 1024 for node in trio[:2]
+        )
+    kinds = {row["name"]: row["kind"] for row in desk.call("adapters.ls")["adapters"]}
+    assert kinds["whole"] == "seeds"
+    asked = {"prompt": "Add", "n": 4, "temperature": 0.0, "raw": True, "strategy": "local"}
+    with pytest.raises(rig.EdgedError, match="is of kind 'seeds'") as refused:
+        desk.call("generate", asked | {"model": rig.MODEL, "adapter": "whole"})
+    assert "edged adapters write whole --out FILE" in refused.value.remedy
+    out = tmp_path / "whole.gguf"
+    with open(out, "xb") as file, desk.client() as client:
+        written = drain(client.stream("adapters.write", {"name": "whole"}, [file.fileno()], silence_s=60))
+    assert written["model"]["bytes"] < out.stat().st_size
+    desk.add(out, "whole")
+    assert desk.call("generate", asked | {"model": "whole"})["tokens"]

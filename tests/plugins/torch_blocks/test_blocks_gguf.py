@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,9 +10,12 @@ import llama_cpp
 import numpy as np
 import pytest
 import torch
+from edged_plugins._gguf import Head, raw_keys, read_head
 from edged_plugins.shard._random import Shape, write_model
 from edged_plugins.torch_blocks._engine import open_blocks
+from edged_plugins.torch_blocks._rewrite import rewrite
 from edged_plugins.torch_blocks._span import shapes_of
+from safetensors.numpy import save_file
 from shard_rig import LlamaCpp
 
 TOKENS = 40
@@ -72,6 +76,12 @@ MODELS = {
 }
 
 
+WRITTEN = (
+    *("llama, tied, rope factors", "llama, biases", "gemma"),
+    *("phi3", "phi3, separate", "gpt2", "gptneox", "bloom"),
+)
+
+
 def llama_logits(path: str, ids: Sequence[int]) -> np.ndarray:
     """libllama's logits of the last token, with an F32 cache and without flash attention, which rounds."""
     llama = LlamaCpp(path, cache_type="f32", flash=False)
@@ -100,6 +110,59 @@ def test_a_gguf_of_f32_gives_llama_cpps_logits(name: str, tmp_path: Path) -> Non
     ours, theirs = our_logits(path, ids), llama_logits(path, ids)
     assert theirs.std() > 0.5  # an order of magnitude that a wrong conversion would show in
     assert np.abs(ours - theirs).max() < tolerance
+
+
+class Still:
+    """A method's part that leaves every weight alone."""
+
+    def __init__(self, *of: object) -> None:
+        pass
+
+    def rebuild(self, *of: object) -> None:
+        pass
+
+
+def seeds_for(path: str, folder: Path) -> Path:
+    """What a training by seeds leaves, without a seed."""
+    folder.mkdir()
+    config = {"edged_kind": "seeds", "settings": {}, "layout": open_blocks(path).layout}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"table": np.zeros(1, np.float32)}, folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_gguf_that_is_written_again_has_the_tensors_and_keys_it_had(name: str, tmp_path: Path) -> None:
+    """Every tensor as llama.cpp has it, so that what our reading undoes is done again; Gemma's norms, of
+    which one is taken and given back, within rounding."""
+    path, out = str(tmp_path / "model.gguf"), str(tmp_path / "out.gguf")
+    write_model(path, MODELS[name][0], "F32", seed=2)
+    with open(out, "xb") as file:
+        rewrite(str(seeds_for(path, tmp_path / "seeds")), path, file.fileno(), "f32", Still, lambda *of: None)
+    before, after = read_head(path), read_head(out)
+    assert raw_keys(path) == raw_keys(out)
+    assert before.tensors.keys() == after.tensors.keys()
+    for tensor, entry in before.tensors.items():
+        one, other = (numbers_of(head, tensor) for head in (before, after))
+        assert entry.shape == after.tensors[tensor].shape
+        np.testing.assert_allclose(other, one, rtol=0, atol=2.0**-24 * np.abs(one).max())
+
+
+def numbers_of(head: Head, tensor: str) -> np.ndarray:
+    entry = head.tensors[tensor]
+    return np.fromfile(head.path, "<f4", entry.bytes // 4, offset=entry.offset)
+
+
+def test_a_quantised_gguf_is_written_as_what_it_stands_for(tmp_path: Path) -> None:
+    plain, narrow, out = (str(tmp_path / name) for name in ("plain", "narrow", "out"))
+    write_model(plain, Shape(), "F32", seed=2)
+    quantise(plain, narrow, "MOSTLY_Q4_1")
+    with open(out, "xb") as file:
+        folder = str(seeds_for(narrow, tmp_path / "seeds"))
+        rewrite(folder, narrow, file.fileno(), "f32", Still, lambda *of: None)
+    assert read_head(out).keys["general.file_type"] == 0
+    ids = list(range(2, 2 + TOKENS))
+    assert np.abs(llama_logits(out, ids) - our_logits(narrow, ids)).max() < EXACT
 
 
 def quantise(source: str, target: str, kind: str) -> None:

@@ -18,6 +18,8 @@ AGGREGATORS = {
 LOADS = {name: entry.load for name, entry in AGGREGATORS.items()}
 JOINS = {name: (entry.joins, entry.replays) for name, entry in AGGREGATORS.items() if entry.joins}
 LOCALS = {name: entry.local for name, entry in AGGREGATORS.items() if entry.local}
+WHOLES = {name: entry.whole for name, entry in AGGREGATORS.items() if entry.whole}
+ADAPTER_KEYS = ("r", "alpha", "target_modules")
 TRAINING: Training = personal_lora.edged_trainings(AGGREGATORS)[0]
 
 
@@ -54,6 +56,8 @@ def federated(
         ],
         "server": {"node": "server"},
     } | table
+    if settings.get("parameters") == "all":  # there is no adapter to describe
+        settings = {key: value for key, value in settings.items() if key not in ADAPTER_KEYS}
     every = dict.fromkeys([submitter, *names, "server"])
     plan = TRAINING.plan(TRAINING.check(settings), model, [NodeView(name, name) for name in every])
     assert not plan.refused_because
@@ -71,6 +75,7 @@ def federated(
             aggregators=LOADS,
             locals=LOCALS,
             joins=JOINS,
+            wholes=WHOLES,
         )
         for rank in range(len(plan.roles))
     )
