@@ -13,6 +13,7 @@ from edged import AggregatorEntry, TrainingKey, Travels
 
 from .._training import file
 from .._training.file import check, clients_of, key, server_of, texts_of, typed, unknown
+from . import _mode
 
 CLIENTS_MAX = 32
 LOSSES = ("answer", "all")
@@ -48,7 +49,9 @@ class Job:
         "(fedkseed: it sends seeds alone) where not as the job says",
     )
     server: str = key("", "[server] node: who aggregates; it sees adapters, never rows")
-    rounds: int = key(4, "times that clients train and the server aggregates")
+    rounds: int = key(
+        4, "times that clients train and the server aggregates; fedbuff, delayed-nesterov: revisions"
+    )
     fraction: float = key(
         1.0, "part of the clients that train in a round, drawn anew in each; the others rest"
     )
@@ -180,6 +183,7 @@ def check_federated(aggregators: Mapping[str, AggregatorEntry], table: Mapping[s
                 entry.unlike_ranks or len({job.scale_of(rank) for rank in range(len(job.clients))}) == 1,
                 f"one alpha for all clients with {job.method}",
             ),
+            *_mode.rules(job, aggregators),
             *(_masked_rules(aggregators, job) if job.masked else ()),
         ]
     )
