@@ -183,8 +183,8 @@ def check_federated(aggregators: Mapping[str, AggregatorEntry], table: Mapping[s
                 entry.unlike_ranks or len({job.scale_of(rank) for rank in range(len(job.clients))}) == 1,
                 f"one alpha for all clients with {job.method}",
             ),
-            *_mode.rules(job, aggregators),
             *(_masked_rules(aggregators, job) if job.masked else ()),
+            *_mode.rules(job),
         ]
     )
     return to_table(job)

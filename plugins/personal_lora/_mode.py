@@ -9,8 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edged import AggregatorEntry
-
 from .._training.file import Rule
 
 FEDBUFF, NESTEROV = "fedbuff", "delayed-nesterov"
@@ -37,24 +35,16 @@ def waited_s(job: Any, seconds: Sequence[float]) -> float:
     return pushes_of(job) / sum(1 / each for each in seconds)
 
 
-def rules(job: Any, entries: Mapping[str, AggregatorEntry]) -> list[Rule]:
-    """What a job must have; of one that waits for its members, that none of them is of another kind."""
-    clients = range(len(job.clients))
+def rules(job: Any) -> list[Rule]:
+    """What a job of such a method must have besides; none of another."""
     if not is_asynchronous(job):
-        return [
-            (
-                not any(job.joins(rank) in ASYNCHRONOUS for rank in clients),
-                f"the method {' or '.join(ASYNCHRONOUS)} of the whole job, and not of one client",
-            )
-        ]
+        return []
     method = job.method
-    others = f"one of the other methods, or take {method} without it"
     found: list[Rule] = [
-        (not job.masked, f"masked = false with {method}: a sum of masked updates waits for all; {others}"),
-        (job.keeps == "none", f"personal = none with {method}: personal steps are of rounds; {others}"),
+        (job.keeps == "none", f"personal = none with {method}: personal steps are of rounds"),
         (job.fraction == 1, f"fraction = 1 with {method}: nobody is drawn where nobody is waited for"),
         (
-            not any(job.joins(rank) for rank in clients),
+            not any(job.joins(rank) for rank in range(len(job.clients))),
             f"the job's method of every client with {method}: a push is a change of factors",
         ),
     ]

@@ -17,7 +17,7 @@ import numpy as np
 from edged import Download, Factors, Member, Update
 
 from .._rounds.asynchronous import Buffered, DelayedNesterov
-from ._factors import Array, Layout, check_alike, check_update, weight_of
+from ._factors import Array, Layout, check_alike, check_update, kept, weight_of
 from ._mode import FEDBUFF, NESTEROV, window_of
 from ._settings import (
     BUFFER,
@@ -87,6 +87,7 @@ class Pushed:
         return self.core.state_dict()
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        kept(state, "theta")
         self.core.load_state_dict(state)
         self._use()
 
