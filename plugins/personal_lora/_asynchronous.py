@@ -122,6 +122,8 @@ class PushedServer(Server):
             if link is None:
                 return None
             if not link.is_push:
+                if began > number:
+                    raise ProtocolError(f"expected losses up to revision {number}; those of {began} came")
                 self._evaluated(began, rank, self._told(link, began), report)
                 return None
             update, figures = self._read(link, began, member)

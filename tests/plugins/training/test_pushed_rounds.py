@@ -191,7 +191,7 @@ def test_a_killed_server_goes_on_from_its_state_and_counts_no_push_twice(
 
 
 def test_a_push_that_must_not_count_costs_itself(tiny: Any, tmp_path: Path) -> None:
-    """Sent twice, of a turn or a revision to come, not finite: refused and counted, and the job goes on."""
+    """Sent twice, of a turn or a revision to come, not finite, a loss to come: refused, and the job goes on."""
     plan = federated(tiny("llama")[1], tmp_path, method="fedbuff", rounds=8, eval_rows=0)
     trainers: dict[int, Any] = {}
 
@@ -201,6 +201,8 @@ def test_a_push_that_must_not_count_costs_itself(tiny: Any, tmp_path: Path) -> N
         def turn(revision: int, way: Any) -> None:
             real(revision, way)
             size = trainer.flat(trainer._loaded, "AB").size
+            if wrong:
+                way.send("told", [50], {}, [bytes(64)])
             while wrong:
                 at, number, value = wrong.pop(0)
                 words = {"weight": 9, "of": size, "turn": number}
@@ -211,22 +213,12 @@ def test_a_push_that_must_not_count_costs_itself(tiny: Any, tmp_path: Path) -> N
 
     changes = {1: wild, 2: lambda trainer: trainers.__setitem__(2, trainer)}
     server = finished(run_threads(plan, changes=changes))[-1]
-    assert steps_of(server)[-1]["refused"] >= 4
+    assert steps_of(server)[-1]["refused"] >= 5
     refused = trainers[2].aggregator.core.fence.refused
     assert refused["update-replay"] >= 1
     assert refused["update-future"] >= 2
     for product in made_by(plan).values():
         assert np.isfinite(product).all()
-
-
-@pytest.mark.parametrize(("method", "submitter"), [("fedbuff", "laptop"), ("delayed-nesterov", "server")])
-def test_the_bytes_of_a_job_are_expected_within_a_few_percent(
-    method: str, submitter: str, tiny: Any, processes: Any, tmp_path: Path
-) -> None:
-    plan = federated(tiny("llama")[1], tmp_path, method=method, submitter=submitter, rounds=6, local_steps=4)
-    ran = processes.run(plan)
-    finished(ran.outcomes)
-    assert plan.predicted_bytes(ran.outcomes) == pytest.approx(ran.bytes, rel=0.15)
 
 
 def test_slow_members_take_fewer_steps_where_those_are_dynamic(tiny: Any, tmp_path: Path) -> None:
