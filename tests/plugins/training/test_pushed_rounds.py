@@ -191,7 +191,7 @@ def test_a_killed_server_goes_on_from_its_state_and_counts_no_push_twice(
 
 
 def test_a_push_that_must_not_count_costs_itself(tiny: Any, tmp_path: Path) -> None:
-    """Sent twice, of a turn or a revision to come, not finite, a loss to come: refused, and the job goes on."""
+    """Sent twice, of a turn or a revision to come, not finite, a loss to come: refused, and others go on."""
     plan = federated(tiny("llama")[1], tmp_path, method="fedbuff", rounds=8, eval_rows=0)
     trainers: dict[int, Any] = {}
 
