@@ -133,6 +133,22 @@ AGGREGATORS: tuple[AggregatorEntry, ...] = (
 )
 
 
+ASYNCHRONOUS: tuple[AggregatorEntry, ...] = (  # their rounds are revisions: of pushes, whoever they are of
+    AggregatorEntry(
+        "fedbuff",
+        f"{HERE}._pushes:load_fedbuff",
+        (key.BUFFER, key.server_learning_rate(key.PLAIN_RATE), key.STALENESS_MOST, key.DYNAMIC_STEPS),
+        bytes_kept=rows_kept,
+    ),
+    AggregatorEntry(
+        "delayed-nesterov",
+        f"{HERE}._pushes:load_delayed_nesterov",
+        (key.WINDOW, key.SPREAD, *OUTER_KEYS, key.STALENESS_MOST, key.DYNAMIC_STEPS),
+        bytes_kept=rows_kept,
+    ),
+)
+
+
 def _check(options: Mapping[str, Any]) -> None:
     """Of every key that is one of ours; a file may bring those of a member's other method, too."""
     for name in options:
@@ -156,7 +172,7 @@ def edged_aggregators(settings: Mapping[str, Any]) -> Sequence[AggregatorEntry]:
         raise ConfigError(
             f"no setting plugin.personal_lora.{min(settings)}; it has none", remedy="remove the key"
         )
-    return [_checked(entry) for entry in AGGREGATORS]
+    return [_checked(entry) for entry in (*AGGREGATORS, *ASYNCHRONOUS)]
 
 
 @hookimpl

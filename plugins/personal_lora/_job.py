@@ -13,6 +13,7 @@ from edged import AggregatorEntry, TrainingKey, Travels
 
 from .._training import file
 from .._training.file import check, clients_of, key, server_of, texts_of, typed, unknown
+from . import _mode
 
 CLIENTS_MAX = 32
 LOSSES = ("answer", "all")
@@ -49,7 +50,9 @@ class Job:
         "(fedkseed: it sends seeds alone) where not as the job says",
     )
     server: str = key("", "[server] node: who aggregates; it sees adapters, never rows")
-    rounds: int = key(4, "times that clients train and the server aggregates")
+    rounds: int = key(
+        4, "times that clients train and the server aggregates; fedbuff, delayed-nesterov: revisions"
+    )
     fraction: float = key(
         1.0, "part of the clients that train in a round, drawn anew in each; the others rest"
     )
@@ -193,6 +196,7 @@ def check_federated(aggregators: Mapping[str, AggregatorEntry], table: Mapping[s
             ),
             *(_masked_rules(aggregators, job) if job.masked else ()),
             *(_whole_rules(aggregators, job) if job.is_whole else ()),
+            *_mode.rules(job),
         ]
     )
     return to_table(job)

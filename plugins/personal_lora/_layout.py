@@ -23,6 +23,7 @@ from edged import (
 
 from .._training.nodes import find, shortage
 from .._training.sizes import F32, WORKER_BYTES, block_values, flops_s, saved_values
+from . import _mode
 from ._job import Job, read, to_table
 from ._messages import bytes_sent
 
@@ -149,15 +150,17 @@ def _values(job: Job, model: ModelDescription, r: int) -> int:
 
 
 def _round_s(job: Job, model: ModelDescription, clients: Sequence[NodeView]) -> float | None:
-    """Seconds of the slowest client's local steps on full rows; None where one was never measured."""
+    """Seconds of the slowest client's local steps on full rows, or between two revisions that wait for
+    nobody; None where one was never measured."""
     share = ANSWER_PART if job.loss_on == "answer" else 1
     positions = job.batch_size * job.max_length
     flops = 4 * positions * (model.layers * block_values(model) + share * model.vocab * model.hidden)
     speeds = [flops_s(node) for node in clients]
     if not all(speeds):
         return None
-    slowest = min(speed for speed in speeds if speed)
-    return job.local_steps * flops * (4 / 3 if job.gradient_checkpointing else 1) / slowest
+    work = job.local_steps * flops * (4 / 3 if job.gradient_checkpointing else 1)
+    seconds = [work / speed for speed in speeds if speed]
+    return _mode.waited_s(job, seconds) if _mode.is_asynchronous(job) else max(seconds)
 
 
 def cost(

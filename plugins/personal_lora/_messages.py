@@ -4,6 +4,7 @@
                      To one that `rests`: the stack alone; it neither trains nor answers in that round
     up     [round]   words `weight`, `of`; values: the factors that the member trained
     told   [round]   one frame: a member's `FIGURES` of the round; the last one has no `up`
+                     Asynchronous: `round` is the revision that it is of; `turn`, `first` and `steps`, too
     mask   [round]   one frame, a bit for each value: after values that say `thin`, which of them came; what
                      did not is 0 in a download, and in an update as it was loaded
     keys, same, shares, masked, reveal [round]   of a masked sum (`_masked`), in place of `up`
@@ -26,6 +27,7 @@ from typing import Any
 from edged import AggregatorEntry, Travels
 
 from .._training.sizes import HASH, message_bytes, values_bytes
+from . import _mode
 from ._cohort import cohort_of
 from ._job import Job
 
@@ -69,6 +71,11 @@ def up(round: int, weight: int, count: int, extras: int, thin: int = 0) -> dict[
         "at": [round],
         **_said({"weight": weight, "of": count, "extras": extras, "thin": thin}),
     }
+
+
+def turn_words(turn: int, first: int, steps: int) -> dict[str, int]:
+    """Of a download that waits for nobody: the turn of the member's push, and its local steps' numbers."""
+    return {"turn": turn, "first": first, "steps": steps}
 
 
 def _said(words: Mapping[str, Any]) -> dict[str, Any]:
@@ -178,6 +185,9 @@ def bytes_sent(
     shapes: Shapes = [(rows, columns) for rows, columns in surveys[server]["shapes"]]
     ranks = [job.r_of(rank) for rank in range(server)]
     total = 2 * server * message_bytes(hello("0" * HASH, "0" * HASH))
+    if _mode.is_asynchronous(job):
+        total += pushed_bytes(job, [survey["weight"] for survey in surveys[:server]], shapes)
+        return total + (_part_bytes(job, shapes, 0) if collector != server else 0)
     stacked = 0
     for round in range(job.rounds + 1):
         former = cohort_of(job, max(0, round - 1))  # whose updates come down now
@@ -196,6 +206,30 @@ def bytes_sent(
     if collector != server:
         total += _part_bytes(job, shapes, stacked)
     return total
+
+
+def pushed_bytes(job: Job, weights: Sequence[int], shapes: Shapes) -> int:
+    """Of as many pushes as make all revisions, what members get for each, and their evaluations: an
+    expectation. Pushes that are refused, or on their way at the end, come on top; a member that is so slow
+    that it passes an evaluation over takes less."""
+    members, size, steps = len(weights), _mode.pushes_of(job), job.local_steps
+    count, total = values_of("AB", job.r_most, shapes), 0
+
+    def given(revision: int, turn: int) -> int:
+        start, of = ("", count) if revision else ("AB", 0)
+        return values_bytes(down(revision, start, "", 0, of, 0) | turn_words(turn, turn * steps, steps), of)
+
+    for push in range(job.rounds * size):
+        turn, rank = divmod(push, members)
+        revision = max(0, push + 1 - members) // size  # that it began at, where members take turns
+        total += given(revision, turn)
+        total += values_bytes(up(revision, weights[rank], count, 0) | {"turn": turn}, count)
+        total += told_bytes(revision)
+    due = [0, *(range(job.eval_every, job.rounds, job.eval_every) if job.eval_every else ())]
+    total += members * sum(told_bytes(revision) for revision in due)
+    last = values_bytes(down(job.rounds, "", "", 0, count, 0), count) + told_bytes(job.rounds)
+    begun = sum(given(job.rounds - 1, job.rounds * size // members) for _ in range(members - 1))
+    return total + members * last + begun
 
 
 def _part_bytes(job: Job, shapes: Shapes, stacked: int) -> int:

@@ -20,6 +20,10 @@ LIMITS = {  # least, most, whether the most itself is allowed
     "trim": (0.0, 0.5, False),
     "liars": (0, 1 << 20, True),
     "pull": (0.0, 2.0, False),
+    "buffer": (1, 1024, True),
+    "staleness_most": (0, 1 << 20, True),
+    "window": (0, 1024, True),
+    "spread": (0.0, 1.0, True),
 }
 NOT_ZERO = ("server_learning_rate", "ranks_sent", "download_density", "upload_density")
 GRAPHS = ("complete", "ring")
@@ -39,6 +43,17 @@ UPLOAD_DENSITY = TrainingKey("upload_density", 0.25, "flasc: part of the values 
 TRIM = TrainingKey("trim", 0.1, "trimmed-mean: part of the updates left out at each end of a value")
 LIARS = TrainingKey("liars", 1, "krum: how many of a round's members may lie")
 PULL = TrainingKey("pull", 0.5, "mira: 0: each on its own; 1 on a complete graph: all the mean; below 2")
+BUFFER = TrainingKey("buffer", 2, "fedbuff: pushes of members that make a revision")
+STALENESS_MOST = TrainingKey(
+    "staleness_most", 100, "of a push: revisions made since it began; an older one does not count"
+)
+WINDOW = TrainingKey(
+    "window", 0, "delayed-nesterov: pushes between two steps of the momentum; 0: as many as clients"
+)
+SPREAD = TrainingKey("spread", 0.0, "delayed-nesterov: part of the momentum at each push, up to 1 / window")
+DYNAMIC_STEPS = TrainingKey(
+    "dynamic_steps", False, "local steps by each client's speed, so that all push about as often"
+)
 GRAPH = TrainingKey("graph", "complete", "mira: who is pulled to whom: complete, or ring in order of ranks")
 
 

@@ -10,6 +10,8 @@ import torch
 from edged import Channel, TrainingSpec
 
 from .._training.link import Stopped
+from . import _mode
+from ._asynchronous import PushedServer, PushingMember
 from ._job import read
 from ._member import Member
 from ._rank import Rank, Report
@@ -18,6 +20,14 @@ from ._server import Server, collect
 
 class CollectingMember(Member):
     """A member whose node the job was submitted to."""
+
+    def finish(self, report: Report) -> None:
+        super().finish(report)
+        collect(self, report)
+
+
+class CollectingPushingMember(PushingMember):
+    """Likewise, of a job whose server waits for nobody."""
 
     def finish(self, report: Report) -> None:
         super().finish(report)
@@ -57,9 +67,11 @@ class Collector(Rank):
 
 def load(spec: TrainingSpec, blocks: Any, channel: Channel) -> Rank:
     """A `Trainer`; `blocks` is what engine torch_blocks made of the model."""
-    server = len(read(spec.settings).clients)
+    job = read(spec.settings)
+    server, waits = len(job.clients), not _mode.is_asynchronous(job)
     if spec.rank > server:
         return Collector(spec, blocks, channel)
     if spec.rank == server:
-        return Server(spec, blocks, channel)
-    return (CollectingMember if spec.rank == spec.collector else Member)(spec, blocks, channel)
+        return (Server if waits else PushedServer)(spec, blocks, channel)
+    alone, collecting = (Member, CollectingMember) if waits else (PushingMember, CollectingPushingMember)
+    return (collecting if spec.rank == spec.collector else alone)(spec, blocks, channel)

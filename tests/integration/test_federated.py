@@ -168,6 +168,26 @@ def test_what_cannot_run_is_refused_before_anything_starts(
 
 
 @pytest.mark.slow
+def test_revisions_go_on_after_a_killed_member_and_a_killed_server(trio: list[Node]) -> None:
+    """Nobody is waited for but the dead, and every revision is told once."""
+    wild = rig.begun(trio[2], job(method="fedbuff", rounds=16, local_steps=4, adapter="pushed"))
+    for struck, revision in ((trio[0], 3), (trio[2], 8)):
+        rig.until_step(trio[2], wild, revision)
+        for worker in struck.workers():
+            worker.kill()
+    document = rig.followed(trio[2], wild).end()
+    assert document["plan"]["epoch"] >= 1
+    assert [row["round"] for row in document["rounds_log"]] == list(range(16))
+    members = {node.node_id for node in trio[:2]}
+    assert set().union(*(row["members"] for row in document["rounds_log"])) == members
+    assert all(row["residual"] is not None for row in document["rounds_log"])
+    assert document["eval_loss"][-1] < document["eval_loss"][0]
+    assert adapters(trio[2])["pushed"] == "global"
+    wait_online(trio)
+    wait_no_workers(*trio)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["flora", "fdlora", "fedkseed"])
 def test_killed_members_and_a_killed_server_change_no_byte(trio: list[Node], method: str) -> None:
     more = {"method": method, "rounds": 12, "local_steps": 4, "personal_steps": 4}

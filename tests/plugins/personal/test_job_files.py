@@ -63,6 +63,29 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "seeds among frozen factors": ({"method": "ffa", "clients": [*TWO, SEEDS]}, "no client with another"),
     "seeds among masks": ({"masked": True, "clients": [*TWO, SEEDS]}, "every client with masked = true"),
     "a weight without end": ({"clients": [TWO[0] | {"weight": 10**30}, TWO[1]]}, "weight from 0 to 2"),
+    "pushes in a masked sum": ({"method": "fedbuff", "masked": True}, "with masked = true .*; fedbuff does"),
+    "pushes and a part of its own": ({"method": "fedbuff", "personal": "ditto"}, "personal = none with fed"),
+    "a draw of those that nobody waits for": (
+        {"method": "delayed-nesterov", "fraction": 0.5},
+        "fraction = 1 with delayed-nesterov",
+    ),
+    "seeds among pushes": (
+        {"method": "fedbuff", "clients": [*TWO, SEEDS]},
+        "the job's method of every client with fedbuff",
+    ),
+    "pushes of one client": (
+        {"clients": [TWO[0], TWO[1] | {"method": "fedbuff"}]},
+        "clients with the job's method, or one of fedkseed",
+    ),
+    "a weight where all pushes count alike": (
+        {"method": "delayed-nesterov", "weight_most": 9},
+        "no weight with delayed-nesterov",
+    ),
+    "momentum that is spread too far": (
+        {"method": "delayed-nesterov", "window": 4, "spread": 0.3},
+        "spread from 0 to 1 / window, here 1 / 4",
+    ),
+    "an empty buffer": ({"method": "fedbuff", "buffer": 0}, "buffer: expected a number 1 or more"),
     "a method that cannot join": ({"clients": [TWO[0], TWO[1] | {"method": "mira"}]}, "or one of fedkseed"),
 }
 

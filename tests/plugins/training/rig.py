@@ -366,7 +366,7 @@ class QueueChannel:
 
     def poll(self, source: int, timeout_s: float) -> bool:
         box = self._hall.boxes[source, self.rank]
-        if not box:
+        if not box and timeout_s:
             numbers = torch.get_rng_state()
             self._hall.wait(self.rank, box, timeout_s)
             torch.set_rng_state(numbers)

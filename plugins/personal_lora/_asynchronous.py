@@ -1,0 +1,366 @@
+"""A server that waits for nobody, and members that push to it: the round loop of asynchronous methods.
+
+A member loads a revision, trains, sends what that added, and gets the newest revision at once. A step of the
+job is a revision. Who trains when is not repeated by a job that goes on: its state is, bit for bit, and the
+fence lets no push count twice. Members keep nothing: the server says which of their rows are next.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from edged import ConfigError, EngineError, PeerError, PolicyViolation, ProtocolError, Update
+from edged import Member as Sender
+
+from .._rounds.asynchronous import REPLAY, local_steps
+from .._training.link import Gathered, Link, Stopped
+from . import _messages, _mode
+from ._member import Member
+from ._mode import STEPS_MOST
+from ._rank import Report, own_words
+from ._residual import Residual
+from ._server import DRAINED_MOST, MESSAGES_MOST, Server
+
+NAP_S = 0.02  # of a server to which nobody has said anything: short against local steps
+REFUSED_MOST = 16  # pushes of each member, without one that counts: then no revision will ever be
+TURNS_MOST = 1 << 40
+
+Message = tuple[dict[str, Any], list[memoryview]]
+
+
+class PushedServer(Server):
+    """`Server` whose rounds end with a revision, whoever made it."""
+
+    def build(self) -> None:
+        super().build()
+        self._ranks = itertools.cycle(range(self.server))
+        self._came: dict[int, Inbox] = {rank: Inbox(self._most) for rank in range(self.server)}
+        self._steps_done = np.zeros(self.server, np.int64)  # by rank, of pushes that counted
+        self._steps: dict[int, int] = {}  # that are on their way
+        self._given: dict[int, float] = {}  # when
+        self._speeds: dict[int, float] = {}  # steps a second, with what travels
+        self._evals: dict[int, tuple[int, dict[str, float]]] = {}  # the newest of each, and its revision
+        self._evals_told = -1
+        self._in_vain = 0  # pushes that were refused since the last that counted
+        self._down: Counter[int] = Counter()  # bytes, by rank, since the last revision
+
+    # --- a revision ---------------------------------------------------------------------------------
+
+    def round(self, number: int, report: Report) -> None:
+        """Take pushes until there is revision `number` + 1."""
+        began, meter = time.monotonic(), Residual()
+        told: list[tuple[int, int, dict[str, float]]] = []  # rank, staleness, figures
+        if not self._given:
+            for member in self.members:
+                self._give(member)
+        while self.aggregator.revision == number:
+            rank = self._next()
+            if rank is None:
+                continue
+            pushed = self._take(rank, meter, report)
+            if pushed is not None:
+                told.append((rank, number - pushed[0], pushed[1]))
+        with self.computing():
+            self._packing.forget()
+            residual = meter.of([(m, self.aggregator.download(m)) for m in self.members[:1]])
+        if self.aggregator.revision < self.job.rounds:
+            self._give(self.members[told[-1][0]])
+        report("step", number, self._figures(number, told, residual) | {"seconds": time.monotonic() - began})
+        self._down.clear()
+
+    def _figures(
+        self, number: int, told: list[tuple[int, int, dict[str, float]]], residual: float
+    ) -> dict[str, float]:
+        """Of a revision: sums and means over the pushes in it."""
+        targets = sum(figures["targets"] for _, _, figures in told)
+        values = {
+            "loss": sum(figures["loss"] for _, _, figures in told) / max(1.0, targets),
+            "targets": targets,
+            "tokens": sum(figures["tokens"] for _, _, figures in told),
+            "staleness": sum(staleness for _, staleness, _ in told) / len(told),
+        }
+        if math.isfinite(residual):
+            values["residual"] = residual
+        values |= {f"down_{rank}": float(self._down[rank]) for rank in range(self.server)}
+        for rank, _, figures in told:
+            values[f"up_{rank}"] = values.get(f"up_{rank}", 0.0) + figures["sent"]
+        if self._refused:
+            values["refused"] = float(sum(self._refused.values()))
+        if not math.isfinite(values["loss"]):
+            raise EngineError(f"revision {number}: expected finite losses of its members", code="nan-loss")
+        return values
+
+    def _next(self) -> int | None:
+        """A rank all of whose push or evaluation is here. One message of each at a time is heard, so that a
+        member with a slow link is not waited for; None after a short sleep where there was none."""
+        self.look()
+        heard = False
+        for _ in range(self.server):
+            rank = next(self._ranks)
+            if self.channel.poll(rank, 0.0):
+                heard = True
+                if self._came[rank].take(self.link(rank).next(), self.name(rank)):
+                    return rank
+        if not heard:
+            self.channel.poll(next(self._ranks), NAP_S)
+        return None
+
+    def _take(self, rank: int, meter: Residual, report: Report) -> tuple[int, dict[str, float]] | None:
+        """A push that counted: the revision that it began at, and its figures. None where it was refused, or
+        was an evaluation. Its member has got the newest then, but where this made a revision."""
+        number, member = self.aggregator.revision, self.members[rank]
+        try:
+            link, began = self._came[rank].all_of(self.link(rank), self.name(rank))
+            if link is None:
+                return None
+            if not link.is_push:
+                if began > number:
+                    raise ProtocolError(f"expected losses up to revision {number}; those of {began} came")
+                self._evaluated(began, rank, self._told(link, began), report)
+                return None
+            update, figures = self._read(link, began, member)
+            with self.computing():
+                counted = self.aggregator.counted(update) if self.job.method == _mode.FEDBUFF else None
+                self.aggregator.add(update)
+                if counted is not None:
+                    meter.add(counted)
+        except (ConfigError, PolicyViolation, ProtocolError) as error:
+            self._refuse(number, rank, error)
+            self._in_vain += 1
+            if self._in_vain > REFUSED_MOST * self.server:
+                raise PolicyViolation(
+                    f"expected pushes that count; the last {self._in_vain} were refused",
+                    remedy="look at the log of the server's node, which names their members",
+                ) from error
+            if error.code != REPLAY:  # its member waits for the answer to another
+                self._give(member)
+            return None
+        self._in_vain = 0
+        self._pace(rank)
+        if self.aggregator.revision == number:
+            self._give(member)
+        return began, figures
+
+    def _read(self, link: Link, began: int, member: Sender) -> tuple[Update, dict[str, float]]:
+        """ProtocolError where it is no push."""
+        name = self.name(member.rank)
+        count = _messages.values_of("AB", member.r, self.shapes)
+
+        def count_of(header: Mapping[str, Any]) -> int:
+            if type(header.get("of")) is not int or header["of"] != count:
+                raise ProtocolError(f"expected {count} values of {name}'s adapter; {header.get('of')} came")
+            return count
+
+        header, values = link.receive_values("up", [began], count_of, name)
+        turn = header.get("turn")
+        if type(turn) is not int or not 0 <= turn <= TURNS_MOST:
+            raise ProtocolError(f"expected the turn of {name}'s push; {str(turn)[:20]} came")
+        weight = self.job.clients[member.rank].weight or header.get("weight")
+        if type(weight) is not int or weight < 1:
+            raise ProtocolError(f"expected a number of rows above 0 of {name}; {str(weight)[:20]} came")
+        weight = min(weight, self.job.weight_most or weight)
+        given = self.unflat(values, "AB", member.r)
+        factors = {layer: (pair["A"], pair["B"]) for layer, pair in given.items()}
+        update = Update(member, began, float(weight), factors, {"turn": turn})
+        return update, self._told(link, began)
+
+    def _pace(self, rank: int) -> None:
+        """What a counted push says of its member's speed: by our clock, which no member sets."""
+        steps, since = self._steps.pop(rank), time.monotonic() - self._given[rank]
+        self._steps_done[rank] += steps
+        self._speeds[rank] = steps / max(since, 1e-6)
+
+    def _give(self, member: Sender) -> None:
+        """The newest revision, to begin the next turn at."""
+        rank, revision, job = member.rank, self.aggregator.revision, self.job
+        packed = self._packing.whole(self.aggregator.download(member), member.r)
+        steps = job.local_steps
+        if job.options["dynamic_steps"] and rank in self._speeds:
+            steps = min(STEPS_MOST, local_steps(steps, self._speeds)[rank])
+        words = _messages.down(revision, packed.start, "", 0, packed.values.size, 0)
+        words |= _messages.turn_words(self.aggregator.turn(member), int(self._steps_done[rank]), steps)
+        before = self.bytes_sent
+        self.link(rank).send_values("down", [revision], own_words(words), packed.values)
+        self._down[rank] += self.bytes_sent - before
+        self._steps[rank], self._given[rank] = steps, time.monotonic()
+
+    def _evaluated(self, began: int, rank: int, figures: dict[str, float], report: Report) -> None:
+        """Tell the held-out loss of all members when each has told of this revision or a newer one."""
+        self._evals[rank] = (began, figures)
+        if len(self._evals) == self.server:
+            oldest = min(revision for revision, _ in self._evals.values())
+            if oldest > self._evals_told:
+                self._evals_told = oldest
+                self._tell_eval(oldest, {rank: told for rank, (_, told) in self._evals.items()}, report)
+
+    # --- checkpoints --------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return super().state() | {"steps_done": torch.from_numpy(self._steps_done.copy())}
+
+    def set_state(self, state: Mapping[str, torch.Tensor]) -> None:
+        super().set_state(state)
+        self._steps_done = state["steps_done"].numpy().astype(np.int64).reshape(self.server)
+
+
+class Heard(Gathered):
+    """All messages of a push, or of an evaluation."""
+
+    is_push = False
+
+
+class Inbox:
+    """What came of one member, message by message, up to its figures. `most`: bytes that are kept of it."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._forget()
+
+    def _forget(self) -> None:
+        self._messages: list[Message] = []
+        self._heard, self._size, self._is_much = 0, 0, False
+
+    def take(self, message: Message, name: str) -> bool:
+        """Is that all? PeerError where there is no end."""
+        header, frames = message
+        self._heard, self._size = self._heard + 1, self._size + sum(frame.nbytes for frame in frames)
+        self._is_much |= self._size > self._most or self._heard > MESSAGES_MOST
+        if self._is_much:
+            self._messages.clear()
+        else:
+            self._messages.append(message)
+        if header.get("k") == "told":
+            return True
+        if self._heard >= 2 * MESSAGES_MOST or self._size >= DRAINED_MOST * self._most:
+            raise PeerError(
+                f"expected an update of at most {self._most} bytes of {name}; more came, and no end",
+                remedy="look at what runs there",
+            )
+        return False
+
+    def all_of(self, link: Link, name: str) -> tuple[Heard, int]:
+        """What was taken, and the revision it is of. ProtocolError where it is too large, or of none."""
+        messages, is_much = self._messages, self._is_much
+        self._forget()
+        if is_much:
+            raise ProtocolError(f"expected an update of at most {self._most} bytes of {name}; more came")
+        heard, at = Heard(link, messages), messages[0][0].get("at")
+        heard.is_push = messages[0][0].get("k") != "told"
+        return heard, revision_of(at, name)
+
+
+class Peeking(Link):
+    """A link whose next message can be looked at before it is taken."""
+
+    def __init__(self, link: Link) -> None:
+        super().__init__(link._channel, link.other, link.codec, link._is_stopped)
+        self._first: deque[Message] = deque()
+
+    def next(self) -> Message:
+        return self._first.popleft() if self._first else super().next()
+
+    def peek(self) -> dict[str, Any]:
+        """The header of what comes next."""
+        if not self._first:
+            self._first.append(super().next())
+        return self._first[0][0]
+
+    @property
+    def is_waiting(self) -> bool:
+        """Is there something already?"""
+        return bool(self._first) or self._channel.poll(self.other, 0.0)
+
+
+class Cut(Exception):
+    """The last revision is there: what this member trains now will not count."""
+
+
+class PushingMember(Member):
+    """`Member` that goes on with whatever is newest."""
+
+    def build(self) -> None:
+        super().build()
+        self._evaluated_at, self._may_be_cut = -1, False
+
+    def count(self) -> dict[str, Any]:
+        return super().count() | {"keeps": False}
+
+    def run(self, step: int, report: Report, is_stopped: Callable[[], bool]) -> None:
+        self._is_stopped = is_stopped
+        try:
+            self._shake_hands()
+            link = self._links[self.server] = Peeking(self.link(self.server))
+            while (revision := self._coming(link)) < self.job.rounds:
+                self._turn(revision, link)
+            self.finish(report)
+        except Stopped:
+            return
+
+    def _coming(self, link: Peeking) -> int:
+        """The revision of the next download. ProtocolError where it is none of this job's."""
+        name = self.name(self.server)
+        revision = revision_of(link.peek().get("at"), name)
+        if revision > self.job.rounds:
+            raise ProtocolError(f"expected up to {self.job.rounds} revisions of {name}; {revision} came")
+        return revision
+
+    def _turn(self, revision: int, link: Peeking) -> None:
+        """Load, train, push."""
+        turn, first, steps = _words_of(link.peek(), self.name(self.server))
+        before = self.bytes_sent
+        if self._load(revision) is None:
+            raise ProtocolError(f"expected a revision from {self.name(self.server)}; a rest came")
+        self._may_be_cut = True
+        try:
+            if self._is_newly_due(revision):
+                with self.computing():
+                    evaluated = self._evaluate()
+                self._evaluated_at = revision
+                self._tell(revision, [0.0, 0.0, 0.0, 0.0, *evaluated, 0.0, 0.0])
+            with self.computing():
+                trained = self._steps(f"turn {turn}", range(first, first + steps))
+        except Cut:
+            self.span.train(False)
+            return
+        finally:
+            self._may_be_cut = False
+        added = self.flat(self._factors(), "AB") - self.flat(self._loaded, "AB")
+        words = _messages.up(revision, self.weight, added.size, 0) | {"turn": turn}
+        self.link(self.server).send_values("up", [revision], own_words(words), added)
+        self._tell(revision, [*trained, 0.0, 0.0, 0.0, float(self.bytes_sent - before)])
+
+    def _is_newly_due(self, revision: int) -> bool:
+        every, last = self.job.eval_every, self._evaluated_at
+        if last < 0:
+            return revision == 0 or bool(every)
+        return bool(every) and revision // every > last // every
+
+    def look(self) -> None:
+        super().look()
+        if self._may_be_cut and self._links[self.server].is_waiting:  # only a last revision comes unasked
+            raise Cut
+
+
+def revision_of(at: Any, name: str) -> int:
+    if not isinstance(at, list) or not at or type(at[0]) is not int or not 0 <= at[0] <= TURNS_MOST:
+        raise ProtocolError(f"expected a revision from {name}; {str(at)[:40]} came")
+    return at[0]
+
+
+def _words_of(header: Mapping[str, Any], name: str) -> tuple[int, int, int]:
+    """Turn, number of its first local step, and how many."""
+    turn, first, steps = (header.get(word) for word in ("turn", "first", "steps"))
+    for word in (turn, first, steps):
+        if type(word) is not int or not 0 <= word <= TURNS_MOST:
+            raise ProtocolError(f"expected a turn and its steps from {name}; {str(word)[:20]} came")
+    if not 1 <= steps <= STEPS_MOST:  # type: ignore[operator]
+        raise ProtocolError(f"expected 1 to {STEPS_MOST} steps from {name}; {steps} came")
+    return turn, first, steps  # type: ignore[return-value]
