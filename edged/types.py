@@ -469,6 +469,7 @@ class TrainingSpec:
     aggregators: Mapping[str, str] = field(default_factory=dict)  # `load` by name, of this node's own plugins
     locals: Mapping[str, str] = field(default_factory=dict)  # likewise `local`, of those that have one
     joins: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # likewise `joins` and `replays`
+    weight_most: int = 0  # likewise the least `weight_most`
 
 
 Report = Callable[[str, int, Mapping[str, float]], None]  # kind ("step", "eval", "done"), step, values
@@ -626,6 +627,8 @@ class AggregatorEntry:
     travels(round, ranks) -> Travels, from the r of every member whose update is in what goes down; for the
         prediction of bytes. None: all factors, both ways; before the first round nothing goes down, since
         everybody draws the same start.
+    weight_most: rows that a member may count for at most where this node aggregates, whatever the job says;
+        0: no bound of the node's own
     """
 
     name: str
@@ -640,6 +643,7 @@ class AggregatorEntry:
     replays: str = ""
     bytes_kept: Callable[[int, int], int] | None = None
     travels: Callable[[int, Sequence[int]], Travels] | None = None
+    weight_most: int = 0
 
 
 # --- what plugins register ----------------------------------------------------------------------

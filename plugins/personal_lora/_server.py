@@ -34,6 +34,7 @@ from ._masked import MaskedServer, is_stale, terms_of, unmasked
 from ._packing import Packing
 from ._rank import THIN_UP, Arrays, Rank, Report, own_words, resolve, write_adapter
 from ._residual import Residual
+from ._weights import Weights
 
 log = logging.getLogger(__name__)
 UPDATE_SLACK = 1 << 20  # bytes of an update beside its values
@@ -50,6 +51,8 @@ class Server(Rank):
         self._account: Account | None = None  # of what noise on the sum of changes leaves to be learnt
         self.aggregator = self._aggregator()
         self._refused: Counter[int] = Counter()  # updates, by rank
+        masked_most = _messages.weight_most(job) if job.masked else 0
+        self._weights = Weights(job.weight_most, self.spec.weight_most, masked_most)
         self._most = UPDATE_SLACK + 3 * 8 * _messages.values_of("AB", job.r_most, self.shapes)
 
     def _aggregator(self) -> Any:
@@ -215,8 +218,7 @@ class Server(Rank):
         weight = self.job.clients[member.rank].weight or header.get("weight")
         if type(weight) is not int or weight < 1:
             raise ProtocolError(f"expected a number of rows above 0 of {name}; {str(weight)[:20]} came")
-        if self.job.weight_most:
-            weight = min(weight, self.job.weight_most)
+        weight = self._weights.counted(weight, member.rank, name, number)
         if is_thin:
             values = self.fill(link, number, values, self.flat(loaded, sides))
         given = self.unflat(values, sides, member.r)
