@@ -397,6 +397,7 @@ class Roles:
             {name: entry.local for name, entry in self._aggregators.items() if entry.local},
             {name: (entry.joins, entry.replays) for name, entry in self._aggregators.items() if entry.joins},
             {name: entry.whole for name, entry in self._aggregators.items() if entry.whole},
+            min((each.weight_most for each in self._aggregators.values() if each.weight_most), default=0),
         )
         return {"trainer": self._trainings[offered.kind].load, "training": wire.to_map(spec)}
 

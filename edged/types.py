@@ -492,6 +492,7 @@ class TrainingSpec:
     locals: Mapping[str, str] = field(default_factory=dict)  # likewise `local`, of those that have one
     joins: Mapping[str, tuple[str, str]] = field(default_factory=dict)  # likewise `joins` and `replays`
     wholes: Mapping[str, str] = field(default_factory=dict)  # likewise `whole`, of those that have one
+    weight_most: int = 0  # likewise the least `weight_most`
 
 
 Report = Callable[[str, int, Mapping[str, float]], None]  # kind ("step", "eval", "done"), step, values
@@ -676,6 +677,8 @@ class AggregatorEntry:
     travels(round, ranks) -> Travels, from the r of every member whose update is in what goes down; for the
         prediction of bytes. None: all factors, both ways; before the first round nothing goes down, since
         everybody draws the same start.
+    weight_most: rows that a member may count for at most where this node aggregates, whatever the job says;
+        0: no bound of the node's own
     """
 
     name: str
@@ -692,6 +695,7 @@ class AggregatorEntry:
     whole: str = ""
     bytes_kept: Callable[[int, int], int] | None = None
     travels: Callable[[int, Sequence[int]], Travels] | None = None
+    weight_most: int = 0
 
 
 # --- what plugins register ----------------------------------------------------------------------

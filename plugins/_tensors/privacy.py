@@ -108,15 +108,18 @@ class Gaussian:
 
     def _normal(self, step: int, slot: int, row: np.ndarray) -> np.ndarray:
         """As many float64 of N(0, 1) as the row has values, by Box and Muller 1958."""
-        count = row.size
-        half = -(-count // 2)
         place = step.to_bytes(8, "little") + slot.to_bytes(8, "little")
-        made = hashlib.shake_256(len(self._secret).to_bytes(8, "little") + self._secret + place)
-        made.update(np.ascontiguousarray(row, "<f4").tobytes())
-        bits = np.frombuffer(made.digest(16 * half), "<u8") >> np.uint64(11)
-        uniform = (bits + 1.0) * 2.0**-53  # in (0, 1]
-        radius, angle = np.sqrt(-2 * np.log(uniform[:half])), 2 * np.pi * uniform[half:]
-        return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
+        return normal(self._secret, place + np.ascontiguousarray(row, "<f4").tobytes(), row.size)
+
+
+def normal(secret: bytes, said: bytes, count: int) -> np.ndarray:
+    """(count,) float64 of N(0, 1), a function of a secret and of what it is drawn for, by SHAKE-256."""
+    half = -(-count // 2)
+    made = hashlib.shake_256(len(secret).to_bytes(8, "little") + secret + said)
+    bits = np.frombuffer(made.digest(16 * half), "<u8") >> np.uint64(11)
+    uniform = (bits + 1.0) * 2.0**-53  # in (0, 1]
+    radius, angle = np.sqrt(-2 * np.log(uniform[:half])), 2 * np.pi * uniform[half:]
+    return np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
 
 
 def sigma_of_one_release(epsilon: float, delta: float) -> float:

@@ -13,11 +13,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from edged import AggregatorEntry, ConfigError, Training, TrainingKey, Travels, hookimpl
+from edged import AggregatorEntry, Training, TrainingKey, Travels, hookimpl
 
 from . import _settings as key
 from ._job import check_federated, keys
 from ._layout import cost, memory, plan
+from ._weights import node_weight_most
 
 LOAD = "edged_plugins.personal_lora._trainer:load"
 ENGINE = "torch_blocks"
@@ -168,11 +169,8 @@ def _checked(entry: AggregatorEntry) -> AggregatorEntry:
 
 @hookimpl
 def edged_aggregators(settings: Mapping[str, Any]) -> Sequence[AggregatorEntry]:
-    if settings:
-        raise ConfigError(
-            f"no setting plugin.personal_lora.{min(settings)}; it has none", remedy="remove the key"
-        )
-    return [_checked(entry) for entry in (*AGGREGATORS, *ASYNCHRONOUS)]
+    most = node_weight_most(settings)
+    return [replace(_checked(entry), weight_most=most) for entry in (*AGGREGATORS, *ASYNCHRONOUS)]
 
 
 @hookimpl

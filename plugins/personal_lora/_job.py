@@ -13,7 +13,7 @@ from edged import AggregatorEntry, TrainingKey, Travels
 
 from .._training import file
 from .._training.file import check, clients_of, key, server_of, texts_of, typed, unknown
-from . import _mode
+from . import _client_privacy, _mode
 
 CLIENTS_MAX = 32
 LOSSES = ("answer", "all")
@@ -88,6 +88,12 @@ class Job:
         False, "the server learns the weighted mean of updates and no single one; of methods that are a sum"
     )
     mask_clip: float = key(1.0, "masked: the largest size of a value of an update; more is cut off")
+    client_clip: float = key(0.0, "the longest change of a client in a round, over all its values; 0: any")
+    client_noise: float = key(0.0, "noise on the sum of the clients' changes, in client_clips; 0: none")
+    client_epsilon: float = key(
+        0.0, "budget of a client's privacy; a job that would pass it is refused; 0: none"
+    )
+    client_delta: float = key(1e-5, "of the budget")
     adapter: str = key("", 'its name; "": the file\'s')
     patience_s: float = key(600.0, "how long a lost node is waited for")
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keys of the method alone
@@ -197,6 +203,7 @@ def check_federated(aggregators: Mapping[str, AggregatorEntry], table: Mapping[s
             *(_masked_rules(aggregators, job) if job.masked else ()),
             *(_whole_rules(aggregators, job) if job.is_whole else ()),
             *_mode.rules(job),
+            *_client_privacy.rules(aggregators, job),
         ]
     )
     return to_table(job)

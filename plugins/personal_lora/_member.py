@@ -21,6 +21,7 @@ from edged import Download, EngineError, LocalPart, ProtocolError
 from .._training.loss import summed, targets_of
 from .._training.rows import Rows, seed_of
 from . import _messages
+from ._client_noise import cut_factors
 from ._fusion import fuse, joined
 from ._local import Local
 from ._masked import Left, MaskedMember, terms_of
@@ -108,6 +109,8 @@ class Member(Rank):
         else:
             extras = self._found
             sides = sides if self._has_factors and not self.job.joins(self.rank) else ""
+        if self.job.client_clip:
+            factors = cut_factors(factors, self._loaded, sides, self.job.client_clip)
         if masked is None:
             self._send(number, factors, sides, extras)
         else:

@@ -28,11 +28,13 @@ from edged import (
 
 from .._training.link import Gathered, Link
 from . import _messages
+from ._client_noise import Account, Private
 from ._cohort import cohort_of
 from ._masked import MaskedServer, is_stale, terms_of, unmasked
 from ._packing import Packing
 from ._rank import THIN_UP, Arrays, Rank, Report, own_words, resolve, write_adapter
 from ._residual import Residual
+from ._weights import Weights
 from ._whole import give, take
 
 log = logging.getLogger(__name__)
@@ -47,8 +49,11 @@ class Server(Rank):
         self.members = [Member(rank, job.r_of(rank), job.scale_of(rank)) for rank in range(self.server)]
         self._start = self.start(job.r_most)
         self._packing = Packing(self._start, self.flat)
+        self._account: Account | None = None  # of what noise on the sum of changes leaves to be learnt
         self.aggregator = self._aggregator()
         self._refused: Counter[int] = Counter()  # updates, by rank
+        masked_most = _messages.weight_most(job) if job.masked else 0
+        self._weights = Weights(job.weight_most, self.spec.weight_most, masked_most)
         self._most = UPDATE_SLACK + 3 * 8 * _messages.values_of("AB", job.r_most, self.shapes)
 
     def _aggregator(self) -> Any:
@@ -59,10 +64,15 @@ class Server(Rank):
                 f"no method {self.job.method!r} here; loaded: {', '.join(sorted(self.spec.aggregators))}",
                 remedy="load the plugin that brings it",
             )
-        return resolve(dotted)(self.settings, self._start, self.members)
+        made = resolve(dotted)(self.settings, self._start, self.members)
+        if not self.job.client_clip:
+            return made
+        self._account = Account(self.job, self.spec.state_folder)
+        return Private(made, self._start, self.job, self._account)
 
     def count(self) -> dict[str, Any]:
-        return {"shapes": [list(shape) for shape in self.shapes]}
+        spent = {"spent": self._account.spent()} if self._account else {}
+        return {"shapes": [list(shape) for shape in self.shapes]} | spent
 
     # --- a round ------------------------------------------------------------------------------------
 
@@ -88,7 +98,8 @@ class Server(Rank):
             self.aggregator.finish()
             residual = meter.of([(m, self.aggregator.download(m)) for m in self.members])
         self.count_computed(meter.compute_s)
-        if math.isfinite(residual):  # there is none of sums of scalars, or where updates are masked
+        # there is none of sums of scalars, or where updates are masked; with noise it would tell of those
+        if math.isfinite(residual) and not self.job.client_noise:
             values["residual"] = residual
         self._tell_eval(number, told, report)
         targets = sum(figures["targets"] for figures in told.values())
@@ -209,8 +220,7 @@ class Server(Rank):
         weight = self.job.clients[member.rank].weight or header.get("weight")
         if type(weight) is not int or weight < 1:
             raise ProtocolError(f"expected a number of rows above 0 of {name}; {str(weight)[:20]} came")
-        if self.job.weight_most:
-            weight = min(weight, self.job.weight_most)
+        weight = self._weights.counted(weight, member.rank, name, number)
         if is_thin:
             values = self.fill(link, number, values, self.flat(loaded, sides))
         given = self.unflat(values, sides, member.r)
@@ -282,16 +292,17 @@ class Server(Rank):
         if self.job.is_whole:
             give(self, self.aggregator.download(self.members[0]).extras, report)
             return
+        spent = self._account.spent() if self._account else {}
         made = {
             name: (np.asarray(a, "<f4"), np.asarray(b * scale, "<f4"))
             for name, (a, b, scale) in self.aggregator.adapter().items()
         }
         if self.spec.collector == self.rank:
             write_adapter(self, "adapter", made)
-            report("done", number, {})
+            report("done", number, spent)
             return
         values = self.flat(made, "AB")
-        words = {"r": [made[name][0].shape[0] for name in self.layers], "of": values.size}
+        words = {"r": [made[name][0].shape[0] for name in self.layers], "of": values.size, **spent}
         self.link(self.spec.collector).send_values("part", [number], words, values)
 
 
@@ -314,6 +325,9 @@ def collect(rank: Rank, report: Report) -> None:
         ):
             raise ProtocolError(f"expected the ranks of {len(shapes)} layers from {name}")
         said["r"] = ranks
+        said["spent"] = {
+            key: header[key] for key in ("epsilon", "delta") if type(header.get(key)) in (int, float)
+        }
         return sum(r * (rows + columns) for r, (rows, columns) in zip(ranks, shapes, strict=True))
 
     _, values = rank.link(rank.server).receive_values("part", [rank.job.rounds], count_of, name)
@@ -323,4 +337,4 @@ def collect(rank: Rank, report: Report) -> None:
         made[layer] = (values[at:middle].reshape(r, columns), values[middle:end].reshape(rows, r))
         at = end
     write_adapter(rank, "adapter", made)
-    report("done", rank.job.rounds, {})
+    report("done", rank.job.rounds, said["spent"])

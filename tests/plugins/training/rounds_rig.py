@@ -30,6 +30,7 @@ def federated(
     rows: Sequence[Path] = (),
     clients: Sequence[Mapping[str, Any]] = ({}, {}),
     submitter: str = "server",
+    node_weight_most: int = 0,
     **table: Any,
 ) -> Planned:
     """A job over the model file at `path`; `clients` have what their tables say, and rows of their own."""
@@ -76,6 +77,7 @@ def federated(
             locals=LOCALS,
             joins=JOINS,
             wholes=WHOLES,
+            weight_most=node_weight_most,
         )
         for rank in range(len(plan.roles))
     )

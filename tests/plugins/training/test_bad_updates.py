@@ -1,0 +1,167 @@
+"""Every update that cannot be used is refused by name and counted, and the round goes on with the rest."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from edged_plugins import personal_lora
+from edged_plugins.personal_lora import _messages
+from rig import Planned, finished, run_threads
+from rounds_rig import federated
+from test_rounds import VALUES, adapter_of, steps_of, stranger
+
+from edged import ConfigError, EngineError
+
+Wrong = Callable[[int, dict[str, Any], bytearray], None]
+
+
+@dataclass
+class Bad:
+    """`reason`: words of the log; `refused`: updates of two rounds that are."""
+
+    wrong: Wrong
+    reason: str
+    refused: int = 2
+
+
+def resize(values: bytearray, said: dict[str, Any], count: int) -> None:
+    """So many values, as announced."""
+    values[:] = np.full(count, 0.01, "<f4").tobytes()
+    said.update(of=count)
+
+
+BAD = {
+    "not a number": Bad(
+        lambda number, said, values: values.__setitem__(slice(0, 4), np.float32("nan").tobytes()), "finite"
+    ),
+    "a wrong shape": Bad(
+        lambda number, said, values: resize(values, said, VALUES - 1), f"expected {VALUES} values of client0"
+    ),
+    "a wrong rank": Bad(
+        lambda number, said, values: resize(values, said, VALUES // 2), f"expected {VALUES} values of client0"
+    ),
+    "a stale revision": Bad(
+        lambda number, said, values: said.update(at=[number - 1]) if number else None, "", 1
+    ),
+    "of a round to come": Bad(lambda number, said, values: said.update(at=[number + 1]), "expected up"),
+    "no weight": Bad(lambda number, said, values: said.update(weight=-5), "a number of rows above 0"),
+}
+
+
+def job_hash(plan: Planned) -> str:
+    settings = json.dumps(dict(plan.specs[0].settings), sort_keys=True)
+    return hashlib.sha256(settings.encode()).hexdigest()
+
+
+def reasons(caplog: pytest.LogCaptureFixture, message: str = "update refused") -> list[Any]:
+    return [record for record in caplog.records if record.message == message]
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_a_bad_update_is_refused_by_name_and_the_round_goes_on(
+    case: str, tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    bad, plan = BAD[case], federated(tiny("llama")[1], tmp_path, eval_rows=0)
+    with caplog.at_level(logging.WARNING):
+        server = finished(run_threads(plan, ranks={0: stranger(plan, bad.wrong)}))[-1]
+    found = reasons(caplog)
+    assert [record.member for record in found] == ["client0"] * bad.refused
+    assert all(bad.reason in record.reason for record in found)
+    rows = steps_of(server)
+    assert rows[-1]["refused"] == bad.refused
+    assert "up_0" not in rows[-1]
+    assert all("up_1" in row for row in rows)
+    assert adapter_of(plan.folders[-1])
+
+
+def test_a_replay_of_a_former_round_is_left_out_and_counts_nothing_twice(tiny: Any, tmp_path: Path) -> None:
+    """Whole, before this round's own: the adapter is that of a job in which it never came."""
+    made = []
+    for name, is_twice in (("twice", True), ("once", False)):
+        plan = federated(tiny("llama")[1], tmp_path / name, eval_rows=0)
+        part = stranger(plan, lambda number, said, values: None)
+        finished(
+            run_threads(
+                plan,
+                ranks={0: (lambda channel, part=part: part(Replays(channel)))} if is_twice else {0: part},
+            )
+        )
+        made.append(adapter_of(plan.folders[-1]))
+    for name in made[0]:
+        np.testing.assert_array_equal(made[0][name], made[1][name])
+
+
+class Replays:
+    """A channel that says what it said in the round before once more."""
+
+    def __init__(self, channel: Any) -> None:
+        self._channel, self._former = channel, None
+        self.poll, self.receive = channel.poll, channel.receive
+
+    def send(self, to: int, header: dict[str, Any], frames: Any = ()) -> None:
+        if header["k"] == "up":
+            if self._former is not None:
+                self._channel.send(to, *self._former)
+            self._former = (header, frames)
+        self._channel.send(to, header, frames)
+
+
+def test_another_base_is_refused_by_name_before_the_first_round(tiny: Any, tmp_path: Path) -> None:
+    plan = federated(tiny("llama")[1], tmp_path, eval_rows=0)
+
+    def greets(channel: Any) -> None:
+        channel.send(2, _messages.hello(job_hash(plan), "1" * 64))
+
+    outcomes = run_threads(plan, ranks={0: greets})
+    error = next(outcome.error for outcome in outcomes if isinstance(outcome.error, EngineError))
+    assert error.code == "model-differs"
+    assert "client0" in str(error)
+
+
+@pytest.mark.parametrize(("job", "node"), [(0, 3), (3, 0), (500, 3), (3, 500)])
+def test_a_member_that_says_it_has_many_rows_counts_as_the_least_bound(
+    job: int, node: int, tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """10^12 rows are 3, and the log names the member and counts."""
+    made = []
+    for name, says in (("lies", 10**12), ("honest", 3)):
+        plan = federated(
+            tiny("llama")[1], tmp_path / name, weight_most=job, node_weight_most=node, rounds=2, eval_rows=0
+        )
+        part = stranger(plan, lambda number, said, values, says=says: said.update(weight=says))
+        with caplog.at_level(logging.WARNING):
+            finished(run_threads(plan, ranks={0: part}))
+        made.append(adapter_of(plan.folders[-1]))
+    for name in made[0]:
+        np.testing.assert_array_equal(made[0][name], made[1][name])
+    found = [record for record in reasons(caplog, "weight bounded") if record.member == "client0"]
+    assert [(r.round, r.said, r.counted, r.times) for r in found] == [(0, 10**12, 3, 1), (1, 10**12, 3, 2)]
+
+
+def test_a_nodes_bound_is_a_setting_of_its_profile() -> None:
+    entries = personal_lora.edged_aggregators({"weight_most": 700})
+    assert {entry.weight_most for entry in entries} == {700}
+    for settings, says in (
+        ({"weight_least": 1}, "no setting plugin.personal_lora.weight_least; known: weight_most"),
+        ({"weight_most": "many"}, "weight_most: expected rows from 0"),
+        ({"weight_most": -1}, "weight_most: expected rows from 0"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            personal_lora.edged_aggregators(settings)
+
+
+def test_a_masked_job_must_keep_the_nodes_bound_itself(tiny: Any, tmp_path: Path) -> None:
+    """The server sees no weight, so the job's own bound must be within the node's."""
+    plan = federated(
+        tiny("llama")[1], tmp_path, clients=({}, {}, {}), masked=True, weight_most=9, node_weight_most=8
+    )
+    error = next(outcome.error for outcome in run_threads(plan) if "profile" in str(outcome.error))
+    assert "expected weight_most of at most 8 in a masked job" in str(error)
