@@ -303,6 +303,15 @@ class Lost:
 
 
 @dataclass(frozen=True, slots=True)
+class Left:
+    """To the ranks that go on: this one takes no part in the group any more."""
+
+    group: str
+    rank: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Resting:
     reason: str
 
@@ -331,13 +340,15 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Train:
-    """Begin at `step`. `told`: the first step of which the coordinator has no report, to be told again."""
+    """Begin at `step`. `told`: the first step of which the coordinator has no report, to be told again.
+    `away`: optional ranks that are not there."""
 
     group: str
     job: str
     epoch: int
     step: int
     told: int = 0
+    away: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -431,6 +442,7 @@ BODIES: dict[str, type[Any]] = {
     "probe_start": ProbeStart,
     "usage": Usage,
     "lost": Lost,
+    "left": Left,
     "generate": Generate,
     "cancel": Cancel,
     "tokens": Tokens,
