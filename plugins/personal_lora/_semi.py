@@ -110,15 +110,19 @@ class Rounds:
 
     def _choice(self, number: int) -> Choice:
         clients = self._job.clients
-        takes = getattr(self._server.channel, "takes", lambda rank: True)
         entrants = [
-            Entrant(rank, NodeView(str(rank), clients[rank].node, online=self._is_free(rank) and takes(rank)))
+            Entrant(rank, NodeView(str(rank), clients[rank].node, online=self._is_free(rank)))
             for rank in range(len(clients))
         ]
         return choose(entrants, number, self._job.seed, self._job.fraction, Rules())
 
     def _is_free(self, rank: int) -> bool:
-        return rank not in self.left and rank not in self._owes
+        return rank not in self.left and rank not in self._owes and self._takes(rank)
+
+    def _takes(self, rank: int) -> bool:
+        """Would its link take a message at once? A channel that cannot say is one whose links always do."""
+        takes: Callable[[int], bool] = getattr(self._server.channel, "takes", lambda rank: True)
+        return takes(rank)
 
     def _reason(self, rank: int, said: str) -> str:
         if rank in self.left:
@@ -129,6 +133,9 @@ class Rounds:
 
     def send(self, rank: int, send: Callable[[], int]) -> int | None:
         """The bytes of a member's download; None where it cannot be reached, which costs it its part."""
+        if not self._takes(rank):
+            self.left_out[rank] = LEFT
+            return None
         try:
             return send()
         except PeerError as error:
@@ -183,7 +190,7 @@ class Rounds:
         return {
             member.rank: Arriving(server.link(member.rank), number, server.update_most)
             for member in members
-            if member.rank not in self.left
+            if member.rank not in self.left and member.rank not in self.left_out
         }
 
     def _hear(self, number: int, pending: dict[int, Arriving], began: float) -> None:

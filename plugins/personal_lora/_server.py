@@ -306,6 +306,8 @@ class Server(Rank):
         """Have every member load and evaluate what the last round made; give the adapter away."""
         number = self.job.rounds
         semi = self.semi
+        if semi is not None:
+            semi.left_out = {}
         for member in self.members:
             part = partial(self._send, number, member, "")
             if semi is None:

@@ -145,3 +145,30 @@ def test_killed_members_and_a_killed_server_change_no_byte(trio: list[Node], met
     assert rig.adapter_files(trio[2], lossy["adapter"]) == rig.adapter_files(trio[2], calm["adapter"])
     wait_online(trio)
     wait_no_workers(*trio)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("struck", ["worker", "daemon"])
+def test_a_client_that_is_killed_costs_its_own_updates_and_no_epoch(trio: list[Node], struck: str) -> None:
+    more = {"mode": "semi-synchronous", "method": "fedavg", "rounds": 14, "local_steps": 4}
+    begun = rig.begun(trio[2], job(**more, adapter=f"left-{struck}"))
+    rig.until_step(trio[2], begun, 2)
+    if struck == "worker":
+        for worker in trio[1].workers():
+            worker.kill()
+    else:
+        trio[1].kill()
+    document = rig.followed(trio[2], begun).end()
+    assert document["plan"]["epoch"] == 1
+    assert document["measured"]["recoveries"] == []
+    log, gone = document["rounds_log"], trio[1].node_id
+    assert [row["round"] for row in log] == list(range(14))
+    assert all(trio[0].node_id in row["members"] for row in log)
+    assert gone in log[1]["members"]
+    assert gone not in log[-1]["members"]
+    assert gone in log[-1]["left_out"]
+    assert adapters(trio[2])[f"left-{struck}"] == "global"
+    if struck == "daemon":
+        trio[1].start().wait_ready()
+    wait_online(trio)
+    wait_no_workers(*trio)
