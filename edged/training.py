@@ -363,7 +363,10 @@ class Trainings:
                 views = {view.node_id: view for view in await self._viewer.views(measure=False)}
                 silent = [self._peers.name_of(r.node_id) for r in roles if r.node_id not in views]
                 resting = [views[r.node_id] for r in roles if r.node_id in views and views[r.node_id].refuses]
-                away = sorted({*away, *silent, *(f"{view.name} ({view.refuses})" for view in resting)})
+                away = [
+                    *dict.fromkeys([*away, *silent]),
+                    *(f"{view.name} ({view.refuses})" for view in resting),
+                ]
                 able = [r for r in optional if r.node_id in views and not views[r.node_id].refuses]
                 if len(able) < least:
                     away.append(f"{least} of {len(optional)} other nodes, of which {len(able)} are there")
