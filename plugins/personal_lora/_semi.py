@@ -87,6 +87,7 @@ class Rounds:
         self.left: dict[int, str] = {}  # ranks that have no part any more; written by another thread
         self.left_out: dict[int, str] = {}  # of this round, and why
         self.arrived: dict[int, Gathered] = {}
+        self._sit_out: set[int] = set()  # who said of this round that it cannot
 
     # --- whom a round asks --------------------------------------------------------------------------
 
@@ -99,12 +100,13 @@ class Rounds:
             choice = self._choice(number)
             if len(choice.chosen) >= need_of(self._job):
                 break
+            self.left_out = {rank: self._reason(rank, why) for rank, why in choice.left_out.items()}
             if not self._owes or self.clock() - began >= self._job.wait_most_s:
                 raise self._too_few(number, len(choice.chosen), "can be asked")
             self._server.look()
             self._server.channel.poll(next(iter(self._owes)), POLL_S)
             said = self._tell_alive(said, number, report)
-        self.left_out = {rank: self._reason(rank, said) for rank, said in choice.left_out.items()}
+        self.left_out = {rank: self._reason(rank, why) for rank, why in choice.left_out.items()}
         self._began[number] = self.clock()
         return set(choice.chosen)
 
@@ -146,7 +148,8 @@ class Rounds:
     # --- how long it waits --------------------------------------------------------------------------
 
     def wait(self, number: int, cohort: Sequence[Member], report: Report) -> list[Member]:
-        """Those of the cohort whose updates came in time, which `arrived` has. EngineError (quorum)."""
+        """Those of the cohort whose updates came in time, which `arrived` has. EngineError (quorum): at the
+        ceiling, so that an epoch in which devices cannot train is not followed at once by the next."""
         pending = self._pending(number, cohort)
         history = [list(offsets.values()) for offsets in self._offsets.values()]
         deadline_s = self._waiting.deadline_s(history)
@@ -155,15 +158,16 @@ class Rounds:
         while True:
             self._hear(number, pending, began)
             arrived, elapsed = len(self.arrived), self.clock() - began
-            if not pending:
-                verdict = "close" if arrived >= need_of(self._job) else "fail"
-            else:
-                verdict = self._waiting.verdict(arrived, wanted_of(self._job), elapsed, deadline_s)
+            if not pending and arrived >= need_of(self._job):
+                break
+            verdict = self._waiting.verdict(arrived, wanted_of(self._job), elapsed, deadline_s)
+            if not pending and not self._sit_out:  # who left does not come back in this epoch
+                verdict = "fail"
             if verdict == "fail":
                 raise self._too_few(number, arrived, "sent an update")
             if verdict == "close":
                 break
-            said = self._pause(number, pending, said, report)
+            said = self._pause(number, next(iter(pending), cohort[0].rank), said, report)
         for rank, arriving in pending.items():
             self.left_out[rank] = LATE
             self._owes[rank] = arriving
@@ -181,11 +185,11 @@ class Rounds:
         while pending and self.clock() - began < limit_s:
             self._hear(number, pending, began)
             if pending:
-                said = self._pause(number, pending, said, report)
+                said = self._pause(number, next(iter(pending)), said, report)
         return sorted(self.arrived)
 
     def _pending(self, number: int, members: Sequence[Member]) -> dict[int, Arriving]:
-        self.arrived = {}
+        self.arrived, self._sit_out = {}, set()
         server = self._server
         return {
             member.rank: Arriving(server.link(member.rank), number, server.update_most)
@@ -202,14 +206,15 @@ class Rounds:
                 continue
             elif arriving.last["k"] == "cannot":
                 self.left_out[rank] = str(arriving.last.get("because"))[:100]
+                self._sit_out.add(rank)
             else:
                 self.arrived[rank] = Gathered(arriving.link, arriving.messages)
                 self._offsets[number][rank] = self.clock() - began
             del pending[rank]
 
-    def _pause(self, number: int, pending: Mapping[int, Arriving], said: float, report: Report) -> float:
+    def _pause(self, number: int, rank: int, said: float, report: Report) -> float:
         self._server.look()
-        self._server.channel.poll(next(iter(pending)), POLL_S)
+        self._server.channel.poll(rank, POLL_S)
         return self._tell_alive(said, number, report)
 
     def _tell_alive(self, said: float, number: int, report: Report) -> float:

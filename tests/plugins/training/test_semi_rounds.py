@@ -232,7 +232,10 @@ def test_a_device_that_is_not_what_the_job_asks_for_sits_out(tiny: Any, tmp_path
 
 
 def test_a_round_without_its_quorum_ends_the_epoch_by_name(tiny: Any, tmp_path: Path) -> None:
-    plan = federated(tiny("llama")[1], tmp_path, clients=THREE, mode=SEMI, rounds=1, only_charging=True)
+    waits = {"wait_least_s": 0.1, "wait_most_s": 0.3}
+    plan = federated(
+        tiny("llama")[1], tmp_path, clients=THREE, mode=SEMI, rounds=1, only_charging=True, **waits
+    )
     changes = {rank: (lambda trainer: trainer.device(UNPLUGGED)) for rank in (0, 1)}
     error = raised(run_threads(plan, changes=changes))
     assert isinstance(error, EngineError)
