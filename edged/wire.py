@@ -31,6 +31,7 @@ key `pair` is the only kind that is read.
     start       coordinator -> member   connect and load                  answer: started, or error
     stop        coordinator -> member   end the role
     lost        member -> coordinator   a worker of this group ended
+    left        coordinator -> member   a rank takes no part any more; go on without it
     usage       coordinator -> member   what its role sent, holds, spent  answer: used
     draining    member -> coordinator   give my roles no new job; I leave when they are done
     resting     member -> coordinator   I save energy: move what runs here elsewhere if you can
