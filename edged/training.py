@@ -500,8 +500,9 @@ class Trainings:
         views = {view.node_id: view for view in await self._viewer.views(measure=False)}
         now, long_s = time.monotonic(), max(BACK_S, BACK_LOADS * group.load_ms / 1000)
         for rank in set(group.away) - run.failed_ranks:
-            node = views.get(group.load.roles[rank].node_id)
-            if node is None or node.refuses:
+            node_id = group.load.roles[rank].node_id
+            node = views.get(node_id)  # a busy one may not answer in time
+            if not self._peers.is_online(node_id) or (node is not None and node.refuses):
                 run.back_since.pop(rank, None)
             else:
                 run.back_since.setdefault(rank, now)
