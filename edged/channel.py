@@ -248,6 +248,10 @@ class ZmqChannel:
     def poll(self, source: int, timeout_s: float) -> bool:
         return bool(self._links[source].poll(round(timeout_s * 1000)))
 
+    def takes(self, to: int) -> bool:
+        """Would a message to that rank be taken over at once? Not where its process has ended, say."""
+        return bool(self._links[to].poll(0, zmq.POLLOUT))
+
     def close(self) -> None:
         self._keys_known.set()  # whoever knocked before `open` is refused, and not waited for
         for sock in self._links.values():

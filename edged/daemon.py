@@ -150,6 +150,7 @@ class Daemon:
                 self._parts.roles.tidy(time.time() - self._parts.profile.jobs.keep)
                 self._watch_memory()
                 self._watch_energy()
+                self._parts.roles.tell_device()
                 self._parts.refresh_conditions()
             except (EdgedError, OSError):  # a full disk, say: it may be over the next time
                 log.exception("not tidied")

@@ -115,7 +115,8 @@ def rounds_log(
     steps: Sequence[tuple[int, str, Mapping[str, float]]], nodes: Sequence[str]
 ) -> list[dict[str, Any]]:
     """A row for each round of a federated training, from what its server told: "down_3" and "up_3" are bytes
-    to and from rank 3, whose update counted where it has an "up". `nodes` by rank. Empty of other kinds."""
+    to and from rank 3, whose update counted where it has an "up"; "out_3_it_is_not_charging" why it did not.
+    `nodes` by rank. Empty of other kinds."""
     found = []
     for step, kind, values in steps:
         if kind != "step" or not any(key.startswith("down_") for key in values):
@@ -130,5 +131,17 @@ def rounds_log(
         }
         row: dict[str, Any] = {"round": step, "loss": values["loss"], "residual": values.get("residual")}
         row |= {"bytes_up": sent["up"], "bytes_down": sent["down"], "members": list(sent["up"])}
+        row["left_out"] = _left_out(values, nodes)
         found.append(row)
+    return found
+
+
+def _left_out(values: Mapping[str, float], nodes: Sequence[str]) -> dict[str, str]:
+    """Why a node's update did not count, of keys "out_RANK_words_of_the_reason"."""
+    found = {}
+    for key in values:
+        word, _, rest = key.partition("_")
+        rank, _, reason = rest.partition("_")
+        if word == "out" and rank.isdecimal() and int(rank) < len(nodes):
+            found[nodes[int(rank)]] = reason.replace("_", " ")
     return found

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from . import wire
-from .errors import PeerError, PolicyViolation, ProtocolError
+from .errors import EdgedError, PeerError, PolicyViolation, ProtocolError
 from .peers import Peers
 from .types import AdapterFile, CacheType, Candidate, NodeView, Numerics, PlanRequest, Right, Role, Zone
 
@@ -48,6 +48,7 @@ class Load:
     cache_type: CacheType
     training: tuple[wire.TrainingOffer, ...] = ()  # by rank; empty: it generates
     adapter: AdapterFile | None = None
+    optional: frozenset[int] = frozenset()  # ranks of a training without which it goes on
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -100,10 +101,11 @@ class Group:
     tokens: int = 0  # that came, of all jobs
     sustained: tuple[float, ...] = ()  # what its nodes sustained when they were first asked; 0: unknown
     has_moved_rate: bool = False  # one of them sustains another part since
-    started: tuple[wire.Started, ...] = ()  # what each rank said when it was loaded
     swaps: bool = False  # its engine takes adapters beside the model
     beside: dict[str, Beside] = field(default_factory=dict)  # these, by SHA-256, the longest unused first
     freed: asyncio.Event = field(default_factory=asyncio.Event)  # a job left; somebody may wait for that
+    started: tuple[wire.Started, ...] = ()  # what each rank said when it was loaded; nothing, of one away
+    away: dict[int, str] = field(default_factory=dict)  # optional ranks that have no part any more, and why
 
     @property
     def rank_0(self) -> str:
@@ -133,6 +135,7 @@ class Groups:
         self._when_lost: list[Callable[[Group], None]] = []
         self.when_rate_moved: Callable[[str], None] = lambda node_id: None
         peers.takes("lost", self._told_lost)
+        self.when_left: Callable[[Group, int, str], None] = lambda group, rank, reason: None
         self.when_resting: Callable[[Group, str, str], None] = lambda group, node_id, reason: None
         peers.takes("draining", self._told_draining)
         peers.takes("resting", self._told_resting)
@@ -352,9 +355,15 @@ class Groups:
     async def _make(self, group: Group, nodes: Mapping[str, NodeView]) -> None:
         started, load = time.monotonic(), group.load
         try:
-            listeners = _listeners(load.roles, nodes)
-            offered = await self._each(load.roles, lambda role: self._offer(group, role, listeners))
-            said = await self._each(load.roles, lambda role: self._start(group, role, offered, listeners))
+            roles = self._there(group, nodes)
+            listeners = _listeners(roles, nodes)
+            answers = await self._each(roles, lambda role: self._offer_or_leave(group, role, listeners))
+            offered = {
+                role.rank: answer for role, answer in zip(roles, answers, strict=True) if answer is not None
+            }
+            roles = [role for role in roles if role.rank in offered]
+            started_by = await self._each(roles, lambda role: self._start(group, role, offered, listeners))
+            said = dict(zip(offered, started_by, strict=True))
             if group.lost is not None:
                 raise group.lost
         except BaseException as error:
@@ -362,9 +371,31 @@ class Groups:
             if group.lost is not None:  # it names the node; the error may be of another that was stopped
                 raise group.lost from error
             raise
-        group.started = tuple(said)
+        group.started = tuple(said.get(role.rank, wire.Started(0.0, 0, {}, ())) for role in load.roles)
         group.idle_since = time.monotonic()
         group.load_ms = (group.idle_since - started) * 1000
+
+    def _there(self, group: Group, nodes: Mapping[str, NodeView]) -> list[Role]:
+        """The roles of a group but for optional ones whose node is not to be seen, or takes no new role."""
+        roles = []
+        for role in group.load.roles:
+            node = nodes.get(role.node_id)
+            if role.rank in group.load.optional and (node is None or node.refuses):
+                group.away[role.rank] = node.refuses if node is not None else "it is offline"
+            else:
+                roles.append(role)
+        return roles
+
+    async def _offer_or_leave(self, group: Group, role: Role, listeners: Listeners) -> wire.Offered | None:
+        """None of an optional rank that does not take its role."""
+        try:
+            return await self._offer(group, role, listeners)
+        except EdgedError as error:
+            if role.rank not in group.load.optional or group.lost is not None:
+                raise
+            group.away[role.rank] = str(error)[:REASON_CHARS_MAX]
+            self._stop(group.group_id, [role])
+            return None
 
     async def _each(self, roles: Sequence[Role], work: Callable[[Role], Coroutine[Any, Any, T]]) -> list[T]:
         """`work` for every role at once; the first error ends the others."""
@@ -404,12 +435,12 @@ class Groups:
         self,
         group: Group,
         role: Role,
-        offered: Sequence[wire.Offered],
+        offered: Mapping[int, wire.Offered],
         listeners: Listeners,
     ) -> wire.Started:
         ends = []
         for other in group.load.roles:
-            if other.rank == role.rank:
+            if other.rank == role.rank or other.rank not in offered:
                 continue
             listens = listeners[_pair(role.rank, other.rank)] == other.rank
             dialler = role.rank if listens else None
@@ -431,24 +462,24 @@ class Groups:
     def _told_lost(self, node_id: str, body: wire.Lost) -> None:
         group = self._groups.get(body.group)
         if group is not None and any(role.node_id == node_id for role in group.load.roles):
-            self.lose(group, node_id, body.reason)
+            self._lose_or_leave(group, node_id, body.reason[:REASON_CHARS_MAX])
 
     def _peer_gone(self, node_id: str, reason: str) -> None:
         for group in list(self._groups.values()):
             if any(role.node_id == node_id for role in group.load.roles):
-                self.lose(group, node_id, reason)
+                self._lose_or_leave(group, node_id, reason)
 
     def _told_draining(self, node_id: str, body: wire.Empty) -> None:
         """A node wants to leave: its groups get no new job, and end with the last one; a training waits."""
         for group in self._retire_all(node_id):
             if group.load.training:
-                self.lose(group, node_id, "it leaves")
+                self._lose_or_leave(group, node_id, "it leaves")
 
     def _told_resting(self, node_id: str, body: wire.Resting) -> None:
         """A node saves energy: its groups get no new job, and what runs in them may move."""
         for group in self._retire_all(node_id):
             if group.load.training:  # it waits until the node works again
-                self.lose(group, node_id, f"it rests: {body.reason[:REASON_CHARS_MAX]}")
+                self._lose_or_leave(group, node_id, f"it rests: {body.reason[:REASON_CHARS_MAX]}")
             elif group.is_made:
                 self.when_resting(group, node_id, body.reason[:REASON_CHARS_MAX])
 
@@ -467,6 +498,29 @@ class Groups:
             if any(role.node_id == node_id for role in group.load.roles):
                 log.info("idle group ended for memory", extra={"group": group.group_id, "peer": node_id[:8]})
                 self.end(group)
+
+    def _lose_or_leave(self, group: Group, node_id: str, reason: str) -> None:
+        """A node is lost: the group with it, unless its rank is optional. One that is lost while the group is
+        loaded ends that: the others wait for it already."""
+        [rank, *_] = [role.rank for role in group.load.roles if role.node_id == node_id]
+        if rank not in group.load.optional or (not group.is_made and rank not in group.away):
+            self.lose(group, node_id, reason)
+        else:
+            self.leave(group, rank, reason)
+
+    def leave(self, group: Group, rank: int, reason: str) -> None:
+        """An optional rank has no part any more: its worker ends, and the others are told."""
+        if rank in group.away:
+            return
+        group.away[rank] = reason
+        for role in group.load.roles:
+            if role.rank == rank:
+                self._stop(group.group_id, [role])
+            elif role.rank not in group.away:
+                left = wire.Left(group.group_id, rank, reason)
+                self._peers.tell_if_online(role.node_id, "left", left)
+        log.warning("a rank left", extra={"group": group.group_id, "rank": rank, "reason": reason})
+        self.when_left(group, rank, reason)
 
     def lose(self, group: Group, node_id: str, reason: str) -> None:
         name = self._peers.name_of(node_id)

@@ -114,6 +114,7 @@ class Roles:
         peers.takes("generate", self._generate)
         peers.takes("cancel", self._cancel)
         peers.takes("train", self._train)
+        peers.takes("left", self._left)
         peers.when_gone(self._peer_gone)
         device.promised = lambda: self.memory_promised
 
@@ -463,7 +464,20 @@ class Roles:
         return need
 
     def _train(self, coordinator: str, body: wire.Train) -> None:
-        self._of(coordinator, body.group).worker.send("train", body)
+        worker = self._of(coordinator, body.group).worker
+        worker.send("device", self._device.read())
+        worker.send("train", body)
+
+    def _left(self, coordinator: str, body: wire.Left) -> None:
+        self._of(coordinator, body.group).worker.send("left", body)
+
+    def tell_device(self) -> None:
+        """Give the workers that train a new reading of this device; called every few seconds."""
+        workers = [held.worker for held in self._held.values() if held.offer.training is not None]
+        reading = self._device.read() if workers else None
+        for worker in workers:
+            with contextlib.suppress(EdgedError):  # one that just ended: its end is told elsewhere
+                worker.send("device", reading)
 
     def _named(self, error: EdgedError) -> EdgedError:
         """The same error, saying whose it is."""

@@ -3,6 +3,9 @@
 Every rank keeps checkpoints. After a loss the same plan is loaded again as soon as all its nodes are there,
 and every rank goes on from the last step that all of them have kept: the trajectory is that of a run which
 nothing disturbed. A job whose client leaves goes on; one whose daemon ends goes on when it is back.
+
+A plan may have optional ranks: one that is lost leaves the epoch, and no more. When its node is back for a
+while, the next step is the last of the epoch, and the next epoch has it again.
 """
 
 from __future__ import annotations
@@ -28,7 +31,7 @@ from .choosing import Chooser
 from .control import Emit
 from .datasets import DataStore
 from .errors import ConfigError, EdgedError, EngineError, JobError, PeerError, PolicyViolation
-from .groups import Asked, Group, Groups, Load
+from .groups import REASON_CHARS_MAX, Asked, Group, Groups, Load
 from .jobs import Job, JobStore, State
 from .models import ModelStore
 from .peers import Peers
@@ -55,7 +58,10 @@ LOOK_S = 1.0  # between looks whether all nodes are there, and between offers to
 ASKED_MAX = 5  # at the end, for what was sent and spent, and for reports that are under way
 REST_S = 15.0  # the longest between two offers to a node that refuses for now
 POLL_S = 2.0  # between questions what was sent and spent
-GONE = ("worker-ended", "worker-silent")  # codes of errors that are losses, beside PeerError
+BACK_S = 15.0  # how long a node that had left must be back before an epoch begins with it
+BACK_LOADS = 2.0  # likewise, in times that it takes to load: what it brings must be worth what all pay
+BACK_STEPS = 2  # fewer are left: not any more
+GONE = ("worker-ended", "worker-silent", "quorum")  # codes of errors that are losses, beside PeerError
 FINAL = ("no-right", "stayed-away", "privacy-budget", "privacy-changed")  # codes of what no waiting mends
 SENT = "bytes_sent"  # beside a step's figures in the store: what the job had sent until then
 
@@ -85,6 +91,7 @@ class Trainings:
         self.is_draining = False
         peers.takes("trained", self._trained)
         groups.when_lost(self._group_lost)
+        groups.when_left = self._rank_left
 
     @property
     def running(self) -> int:
@@ -348,14 +355,23 @@ class Trainings:
     async def _until_all_there(self, run: TrainingRun) -> None:
         """Wait for every node of the plan; PeerError when one stays away for the job's patience."""
         until = time.monotonic() + run.patience_s
-        roles = run.plan.roles if run.plan is not None else ()
+        every = run.plan.roles if run.plan is not None else ()
+        least = run.plan.optional_least if run.plan is not None else 0
+        optional = [r for r in every if run.plan is not None and r.rank in run.plan.optional]
+        roles = [r for r in every if r not in optional]
         while True:
             away = [self._peers.name_of(r.node_id) for r in roles if not self._peers.is_online(r.node_id)]
-            if not away:
+            if not away or optional:
                 views = {view.node_id: view for view in await self._viewer.views(measure=False)}
                 silent = [self._peers.name_of(r.node_id) for r in roles if r.node_id not in views]
                 resting = [views[r.node_id] for r in roles if r.node_id in views and views[r.node_id].refuses]
-                away = [*silent, *(f"{view.name} ({view.refuses})" for view in resting)]
+                away = [
+                    *dict.fromkeys([*away, *silent]),
+                    *(f"{view.name} ({view.refuses})" for view in resting),
+                ]
+                able = [r for r in optional if r.node_id in views and not views[r.node_id].refuses]
+                if len(able) < least:
+                    away.append(f"{least} of {len(optional)} other nodes, of which {len(able)} are there")
             if not away:
                 break
             waits_for = ", ".join(away)
@@ -393,9 +409,12 @@ class Trainings:
             0,
             "f32",
             offers,
+            optional=frozenset(plan.optional),
         )
         asked = Asked(model.sha256, PlanRequest(strategy=run.training.name), frozenset())
         run.finished = asyncio.get_running_loop().create_future()
+        run.back_since.clear()
+        run.returning, run.failed_ranks = (), set()
         run.reports.clear()
         run.tell({"event": "progress", "text": "loading"})
         run.group = self._groups.begin(load, asked, candidate, {node.node_id: node for node in nodes})
@@ -433,7 +452,8 @@ class Trainings:
                 )
             run.settings = run.plan.settings
         for role in run.plan.roles:
-            if not self._peers.is_online(role.node_id):
+            is_needed = role.rank not in run.plan.optional or run.epoch == 0
+            if is_needed and not self._peers.is_online(role.node_id):
                 raise PeerError(f"node {self._peers.name_of(role.node_id)} is offline")
         return run.plan
 
@@ -441,7 +461,11 @@ class Trainings:
         """Have every rank go on from the last step that all of them have kept."""
         surveys = [started.survey for started in group.started]
         run.cost = run.training.cost(plan, manifest.model, surveys)
-        keepers = [started for started in group.started if started.survey.get("keeps", True)]
+        keepers = [
+            started
+            for rank, started in enumerate(group.started)
+            if started.survey.get("keeps", True) and rank not in plan.optional
+        ]
         kept = [{0, *keeper.steps_kept} for keeper in keepers] or [{0}]
         run.step = max(step for step in set.intersection(*kept) if step <= plan.steps)
         run.forget_from(run.step)
@@ -459,9 +483,11 @@ class Trainings:
             }
         )
         run.patience.begin(time.monotonic())
+        away = tuple(sorted(group.away))
         for role in plan.roles:
-            body = wire.Train(group.group_id, run.job_id, run.epoch, run.step, told)
-            self._peers.tell(role.node_id, "train", body)
+            if role.rank not in away:
+                body = wire.Train(group.group_id, run.job_id, run.epoch, run.step, told, away)
+                self._peers.tell(role.node_id, "train", body)
 
     async def _until_finished(self, run: TrainingRun) -> Mapping[str, float]:
         """Wait for the collector's last report, as long as reports keep coming."""
@@ -469,16 +495,33 @@ class Trainings:
         while not run.finished.done():
             await asyncio.wait([run.finished], timeout=POLL_S)
             await self._ask_used(run, run.group)
+            if run.group.away and run.group.load.optional:
+                await self._look_who_is_back(run, run.group)
             if run.patience.is_over(time.monotonic()) and not run.finished.done():
                 raise self._stalled(run)
         return run.finished.result()
+
+    async def _look_who_is_back(self, run: TrainingRun, group: Group) -> None:
+        """Note the nodes that left and are there again for long enough: `_report` ends the epoch for them."""
+        views = {view.node_id: view for view in await self._viewer.views(measure=False)}
+        now, long_s = time.monotonic(), max(BACK_S, BACK_LOADS * group.load_ms / 1000)
+        for rank in set(group.away) - run.failed_ranks:
+            node_id = group.load.roles[rank].node_id
+            node = views.get(node_id)  # a busy one may not answer in time
+            if not self._peers.is_online(node_id) or (node is not None and node.refuses):
+                run.back_since.pop(rank, None)
+            else:
+                run.back_since.setdefault(rank, now)
+        run.returning = tuple(sorted(rank for rank, since in run.back_since.items() if now - since >= long_s))
 
     async def _ask_used(self, run: TrainingRun, group: Group) -> None:
         """What every role sent and spent; what one does not answer stays as it last was."""
         answers = await self._groups.used(group)
         before = run.used or (None,) * len(answers)
         run.silent = tuple(
-            role.node_id for role, used in zip(group.load.roles, answers, strict=True) if used is None
+            role.node_id
+            for role, used in zip(group.load.roles, answers, strict=True)
+            if used is None and role.rank not in group.away
         )
         run.used = tuple(now or last for now, last in zip(answers, before, strict=True))
 
@@ -514,7 +557,7 @@ class Trainings:
         if not 0 <= body.rank < len(roles) or roles[body.rank].node_id != node_id:
             return
         if body.kind == "error":
-            run.fail(self._error_of(node_id, body))
+            self._failed(run, run.group, body.rank, self._error_of(node_id, body))
         elif body.kind == "done":
             if node_id == self._peers.identity.node_id and not run.finished.done():
                 run.finished.set_result(body.values)
@@ -522,6 +565,21 @@ class Trainings:
             run.patience.heard(time.monotonic())
         elif body.kind in ("step", "eval") and run.plan is not None and figures.is_sound(body, run.plan):
             self._report(run, run.plan, body)
+
+    def _failed(self, run: TrainingRun, group: Group, rank: int, error: EdgedError) -> None:
+        """What fails in an optional rank costs its part, in this epoch; it is not waited for."""
+        if rank in group.load.optional:
+            run.failed_ranks.add(rank)
+            self._groups.leave(group, rank, str(error)[:REASON_CHARS_MAX])
+        else:
+            run.fail(error)
+
+    def _rank_left(self, group: Group, rank: int, reason: str) -> None:
+        for run in self._runs.values():
+            if run.group is group:
+                name = self._peers.name_of(group.load.roles[rank].node_id)
+                run.back_since.pop(rank, None)
+                run.tell({"event": "progress", "text": f"{name} left: {reason}; the others go on"})
 
     def _error_of(self, node_id: str, body: wire.Trained) -> EdgedError:
         name = self._peers.name_of(node_id)
@@ -553,6 +611,9 @@ class Trainings:
                 run.furthest, run.failures = body.step + 1, 0
             run.losses[body.step] = values["loss"]
             run.step = max(run.step, body.step + 1)
+            if run.returning and body.step + BACK_STEPS < plan.steps:
+                names = [self._peers.name_of(plan.roles[rank].node_id) for rank in run.returning]
+                run.fail(PeerError(f"{', '.join(names)} is back: the next epoch has it again", code="back"))
         else:
             run.evals[body.step] = values
         run.tell({"event": body.kind, "step": body.step, "steps": plan.steps} | values | self._pace(run))

@@ -50,6 +50,9 @@ class TrainingRun:
     news: asyncio.Event = field(default_factory=asyncio.Event)
     finished: asyncio.Future[dict[str, float]] = field(default_factory=asyncio.Future)
     is_cancelled: bool = False
+    back_since: dict[int, float] = field(default_factory=dict)  # ranks that left, whose nodes are there again
+    returning: tuple[int, ...] = ()  # of these, who is there for long enough
+    failed_ranks: set[int] = field(default_factory=set)  # optional ones, by an error of their own
     has_begun: bool = False  # every node took its role once: what refuses now may not for long
     waits_for: str = ""
     task: asyncio.Task[dict[str, Any]] | None = None

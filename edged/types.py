@@ -447,7 +447,9 @@ class TrainingPlan:
     `settings`: the job's, with everything in it that was left to the planner. By rank: its role, whose
     `memory_bytes` it needs there; in `data` the data set of its node that it trains on, "" for none.
     `collector`: the rank of the submitter's node. `reporters`: the ranks that tell the loss of every step.
-    `step_s`: of one step; None where a node was never measured.
+    `step_s`: of one step; None where a node was never measured. `optional`: ranks without which it goes on;
+    `optional_least`: how many of these must be there when an epoch begins. Their checkpoints do not say where
+    it goes on, and its trainers take `left`.
     """
 
     settings: Mapping[str, Any]
@@ -459,6 +461,8 @@ class TrainingPlan:
     step_s: float | None = None
     refused_because: str = ""
     explanation: tuple[str, ...] = ()
+    optional: tuple[int, ...] = ()
+    optional_least: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -506,6 +510,10 @@ class Trainer(Protocol):
     `run` goes on from `step` (0, or one that every rank has kept) to the end; it looks at `is_stopped` at
     least every second, and returns early then. PeerError: another rank is gone; any other EdgedError ends
     the job.
+
+    Two more that a trainer may have, called on another thread than `run`, also before it:
+    `left(rank, reason)`, an optional rank takes no part any more; `device(state)`, a new reading of this
+    device (DeviceState).
     """
 
     survey: Mapping[str, Any]

@@ -31,6 +31,7 @@ key `pair` is the only kind that is read.
     start       coordinator -> member   connect and load                  answer: started, or error
     stop        coordinator -> member   end the role
     lost        member -> coordinator   a worker of this group ended
+    left        coordinator -> member   a rank takes no part any more; go on without it
     usage       coordinator -> member   what its role sent, holds, spent  answer: used
     draining    member -> coordinator   give my roles no new job; I leave when they are done
     resting     member -> coordinator   I save energy: move what runs here elsewhere if you can
@@ -322,6 +323,15 @@ class Lost:
 
 
 @dataclass(frozen=True, slots=True)
+class Left:
+    """To the ranks that go on: this one takes no part in the group any more."""
+
+    group: str
+    rank: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class Resting:
     reason: str
 
@@ -364,13 +374,15 @@ class Cancel:
 
 @dataclass(frozen=True, slots=True)
 class Train:
-    """Begin at `step`. `told`: the first step of which the coordinator has no report, to be told again."""
+    """Begin at `step`. `told`: the first step of which the coordinator has no report, to be told again.
+    `away`: optional ranks that are not there."""
 
     group: str
     job: str
     epoch: int
     step: int
     told: int = 0
+    away: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -465,6 +477,7 @@ BODIES: dict[str, type[Any]] = {
     "usage": Usage,
     "lost": Lost,
     "adapt": Adapt,
+    "left": Left,
     "generate": Generate,
     "cancel": Cancel,
     "tokens": Tokens,

@@ -15,6 +15,8 @@ process when the daemon is gone. A request is one of
     cancel    {job}
     train     {wire.Train}           a trainer only: run it to its end; events trained follow
     usage     {}                     answer {wire.Spent}, also during a computation
+    left      {wire.Left}            a trainer only, at once: a rank takes no part any more
+    device    {DeviceState}          likewise: a new reading of this device
     stop      {}
 """
 
@@ -47,6 +49,7 @@ from .streams import Streams
 from .types import (
     Channel,
     Computed,
+    DeviceState,
     Engine,
     EngineSpec,
     LinkCost,
@@ -136,9 +139,26 @@ class Worker:
             if message.kind == "usage":  # answered here, also while the main thread computes
                 self._send(wire.pack("ok", self._usage(), answers=message.request))
                 continue
+            if message.kind in ("left", "device"):  # likewise
+                self._tell_trainer(message)
+                continue
             if message.kind == "stop":  # a trainer looks at it between two steps
                 self._asked_to_stop.set()
             self._inbox.put(message)
+
+    def _tell_trainer(self, message: wire.Message) -> None:
+        """What it may want to know while it runs; nothing where it does not, or is not loaded yet."""
+        told = getattr(self._trainer, message.kind, None)
+        if told is None:
+            return
+        try:
+            if message.kind == "left":
+                body = wire.read_body(wire.Left, message.body)
+                told(body.rank, body.reason)
+            else:
+                told(wire.read_body(DeviceState, message.body))
+        except EdgedError:
+            log.exception("not told", extra={"kind": message.kind})
 
     def _usage(self) -> wire.Spent:
         sent = 0
@@ -274,6 +294,8 @@ class Worker:
                 reports.add(kind, step, values)
             tell(kind, step, values)
 
+        for rank in request.away:
+            getattr(trainer, "left")(rank, "it was away when this began")  # noqa: B009 - few trainers have it
         for kind, step, values in reports.begin(request.step):
             if step >= request.told:
                 tell(kind, step, values)

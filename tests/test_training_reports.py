@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -9,7 +10,7 @@ import pytest
 
 from edged import wire
 from edged.figures import mean
-from edged.training import Trainings
+from edged.training import BACK_S, Trainings
 from edged.training_run import TrainingRun
 from edged.types import TrainingPlan
 
@@ -62,3 +63,67 @@ def test_losses_are_weighed_by_their_targets() -> None:
     found = mean([LOSS, {"loss": 1.0, "targets": 3.0}, {"loss": float("nan"), "targets": 0.0}])
     assert found["loss"] == pytest.approx((2.5 * 7 + 1.0 * 3) / 10)
     assert found["targets"] == 10
+
+
+# --- ranks that left ------------------------------------------------------------------------------
+
+
+class Away:
+    """A training that rank 1 has left, and what its node seems to be."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.online, self.refuses, self.answers = 1000.0, True, "", True
+        told = Told()
+        self.told, self.run = told, told.run
+        roles = [SimpleNamespace(node_id=name) for name in ("phone", "jetson")]
+        self.group = cast("Any", SimpleNamespace(away={1: "it left"}, load_ms=1.0))
+        self.group.load = SimpleNamespace(roles=roles, optional={0, 1})
+        told.trainings._viewer = cast("Any", SimpleNamespace(views=self._views))
+        told.trainings._peers = cast(
+            "Any", SimpleNamespace(is_online=lambda node_id: self.online, name_of=lambda node_id: node_id)
+        )
+        monkeypatch.setattr("edged.training.time", SimpleNamespace(monotonic=lambda: self.now))
+
+    async def _views(self, measure: bool) -> list[Any]:
+        return [SimpleNamespace(node_id="jetson", refuses=self.refuses)] if self.answers else []
+
+    def look(self, after_s: float) -> tuple[int, ...]:
+        self.now += after_s
+        asyncio.run(self.told.trainings._look_who_is_back(self.run, self.group))
+        return self.run.returning
+
+
+def test_a_node_that_is_back_for_long_enough_is_to_take_part_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    away = Away(monkeypatch)
+    assert away.look(0.0) == ()
+    away.answers = False  # a busy node that is silent once is no node that went
+    assert away.look(BACK_S - 1) == ()
+    assert away.look(1.0) == (1,)
+
+
+@pytest.mark.parametrize(("online", "refuses"), [(False, ""), (True, "its battery is low")])
+def test_a_node_that_goes_again_is_waited_for_anew(
+    online: bool, refuses: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = Away(monkeypatch)
+    away.look(0.0)
+    away.online, away.refuses = online, refuses
+    assert away.look(BACK_S) == ()
+    away.online, away.refuses = True, ""
+    assert away.look(1.0) == ()
+    assert away.look(BACK_S) == (1,)
+
+
+def test_loading_that_takes_long_is_worth_a_longer_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    away = Away(monkeypatch)
+    away.group.load_ms = 60_000.0
+    away.look(0.0)
+    assert away.look(119.0) == ()
+    assert away.look(1.0) == (1,)
+
+
+def test_a_rank_that_failed_by_itself_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    away = Away(monkeypatch)
+    away.run.failed_ranks.add(1)
+    away.look(0.0)
+    assert away.look(BACK_S) == ()

@@ -20,7 +20,10 @@ LOSSES = ("answer", "all")
 WEIGHTS = ("f32", "bf16")
 PERSONAL = ("none", "dual", "ditto")
 PARAMETERS = ("adapter", "all")
+MODES = ("synchronous", "semi-synchronous")
+CHOICE = ("only_charging", "battery_least", "celsius_most", "metered", "idle_s")
 MASKED_LEAST = 3
+WAIT_MOST_S = 86_400.0
 CLIENT_KEYS = ("node", "data", "r", "alpha", "method", "learning_rate", "weight")
 
 
@@ -50,6 +53,10 @@ class Job:
         "(fedkseed: it sends seeds alone) where not as the job says",
     )
     server: str = key("", "[server] node: who aggregates; it sees adapters, never rows")
+    mode: str = key(
+        "synchronous",
+        "synchronous: a round waits for all that train in it; semi-synchronous: for those that come in time",
+    )
     rounds: int = key(
         4, "times that clients train and the server aggregates; fedbuff, delayed-nesterov: revisions"
     )
@@ -94,6 +101,19 @@ class Job:
         0.0, "budget of a client's privacy; a job that would pass it is refused; 0: none"
     )
     client_delta: float = key(1e-5, "of the budget")
+    quorum: float = key(0.5, "semi-synchronous: part of those asked without whose updates no round closes")
+    wait_least_s: float = key(1.0, "semi-synchronous: a round waits at least so long")
+    wait_most_s: float = key(
+        600.0, "semi-synchronous: and at most so long, also for its quorum; then the epoch ends"
+    )
+    wait_spread: float = key(
+        3.0, "semi-synchronous: between these the median of earlier arrivals, and so many median deviations"
+    )
+    only_charging: bool = key(False, "semi-synchronous: a client on its battery sits a round out")
+    battery_least: float = key(0.0, "semi-synchronous: likewise below so many percent, unless it charges")
+    celsius_most: float = key(0.0, "semi-synchronous: likewise above so many degrees; 0: at any")
+    metered: bool = key(True, "semi-synchronous: may a client train whose link costs money by the byte?")
+    idle_s: float = key(0.0, "semi-synchronous: a client trains when nobody has used it for so long")
     adapter: str = key("", 'its name; "": the file\'s')
     patience_s: float = key(600.0, "how long a lost node is waited for")
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # keys of the method alone
@@ -107,6 +127,10 @@ class Job:
     def is_whole(self) -> bool:
         """Are all weights of the model tuned, in place of an adapter?"""
         return self.parameters == "all"
+
+    @property
+    def is_semi(self) -> bool:
+        return self.mode == "semi-synchronous"
 
     @property
     def r_most(self) -> int:
@@ -204,6 +228,7 @@ def check_federated(aggregators: Mapping[str, AggregatorEntry], table: Mapping[s
             *(_whole_rules(aggregators, job) if job.is_whole else ()),
             *_mode.rules(job),
             *_client_privacy.rules(aggregators, job),
+            *(_semi_rules(job, travels, least) if job.is_semi else ()),
         ]
     )
     return to_table(job)
@@ -293,6 +318,24 @@ def _rules(job: Job) -> list[file.Rule]:
         one_of("loss_on", LOSSES),
         one_of("weights", WEIGHTS),
         one_of("parameters", PARAMETERS),
+        one_of("mode", MODES),
+        *(
+            (
+                job.is_semi or getattr(job, name) == getattr(DEFAULTS, name),
+                f"mode = semi-synchronous with {name}; a synchronous round waits for whoever was drawn",
+            )
+            for name in CHOICE
+        ),
+        (0 < job.quorum <= 1, f"quorum above 0 and at most 1; {job.quorum!r} came"),
+        (
+            0 < job.wait_least_s <= job.wait_most_s <= WAIT_MOST_S,
+            f"0 < wait_least_s <= wait_most_s <= {WAIT_MOST_S:.0f}; "
+            f"{job.wait_least_s:g} and {job.wait_most_s:g} came",
+        ),
+        least("wait_spread", 0, 1e6),
+        least("battery_least", 0, 100),
+        least("celsius_most", 0, 200),
+        least("idle_s", 0, 1e6),
         one_of("personal", ("", *PERSONAL)),
         (job.personal in ("", "dual") or job.method != "fdlora", "personal = dual with fdlora"),
         least("personal_steps", 1, 100_000),
@@ -376,5 +419,25 @@ def _whole_rules(aggregators: Mapping[str, AggregatorEntry], job: Job) -> list[f
         (
             not unlike and not any(client.r or client.alpha for client in job.clients),
             f'no {", ".join(unlike) or "r or alpha of a client"} with parameters = "all"',
+        ),
+    ]
+
+
+def _semi_rules(job: Job, travels: Travels, least: int) -> list[file.Rule]:
+    quorum = math.ceil(job.quorum * math.ceil(job.fraction * len(job.clients)) - 1e-9)
+    return [
+        (
+            not travels.stack,
+            f"mode = synchronous with {job.method}: who misses a round misses for good what it merged",
+        ),
+        (not job.masked, "mode = synchronous with masked = true: keys and shares are agreed on by all"),
+        (
+            not job.client_noise or job.fraction == 1,
+            "fraction = 1 with client_noise and mode = semi-synchronous: who is drawn there depends on who "
+            "is away, and the budget counts by the draw",
+        ),
+        (
+            quorum >= least,
+            f"a quorum of at least {least} clients with {job.method}; {quorum} of them close a round",
         ),
     ]

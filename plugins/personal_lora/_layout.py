@@ -24,6 +24,7 @@ from edged import (
 from .._training.nodes import find, shortage
 from .._training.sizes import F32, WORKER_BYTES, block_values, flops_s, saved_values
 from . import _mode
+from ._cohort import need_of
 from ._job import Job, read, to_table
 from ._messages import bytes_sent
 
@@ -63,6 +64,8 @@ def plan(
         _round_s(job, model, chosen[:server]),
         shortage(roles, chosen),
         (),
+        tuple(rank for rank in range(server) if job.is_semi and roles[rank].node_id != nodes[0].node_id),
+        need_of(job) - any(role.node_id == nodes[0].node_id for role in roles[:server]) if job.is_semi else 0,
     )
 
 

@@ -10,22 +10,24 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
-from edged import Download, EngineError, LocalPart, ProtocolError
+from edged import DeviceState, Download, EngineError, LocalPart, ProtocolError
 
 from .._training.loss import summed, targets_of
 from .._training.rows import Rows, seed_of
 from . import _messages
 from ._client_noise import cut_factors
+from ._cohort import rules_of
 from ._fusion import fuse, joined
 from ._local import Local
 from ._masked import Left, MaskedMember, terms_of
 from ._rank import PREFIX, THIN_UP, Arrays, Rank, Report, own_words, resolve, write_adapter
+from ._semi import Ahead, OwnDevice, asked
 from ._whole import Weights
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's own
@@ -43,6 +45,7 @@ class Member(Rank):
         self._local = self._local_part()
         self._own: Mapping[str, np.ndarray] = {}  # of the method, from round to round
         self._personal: Arrays | None = None  # an adapter that never leaves this node
+        self._own_device = OwnDevice(rules_of(job))
 
     def _local_part(self) -> LocalPart | None:
         """Of this node's own plugins, where the method takes no gradients."""
@@ -76,7 +79,24 @@ class Member(Rank):
         return self.job.clients[self.rank].weight or self.rows.count
 
     def count(self) -> dict[str, Any]:
-        return {"weight": self.weight, "dropped": self.rows.dropped}
+        keeps = {"keeps": False} if self.job.is_semi else {}  # it may miss rounds: nothing goes on from here
+        return {"weight": self.weight, "dropped": self.rows.dropped} | keeps
+
+    def device(self, state: DeviceState) -> None:
+        """A new reading of this node's device, from its daemon; on another thread."""
+        self._own_device.hear(state)
+
+    def rounds_from(self, step: int) -> Iterable[int]:
+        if not self.job.is_semi:
+            return super().rounds_from(step)
+        link = self._links[self.server] = Ahead(self.link(self.server))
+        return asked(link, step, self.job.rounds)
+
+    def kept_at(self, step: int) -> int:
+        """In a job whose rounds it may miss, the last one that it was in."""
+        if not self.job.is_semi:
+            return step
+        return max((kept for kept in self.checkpoints.steps if kept <= step), default=0)
 
     # --- a round ------------------------------------------------------------------------------------
 
@@ -93,7 +113,7 @@ class Member(Rank):
         """In the round of all, if it is drawn for it; Left where its sum is masked, and this member is out of
         it."""
         frozen, before = self._load(number), self.bytes_sent
-        if frozen is None:
+        if frozen is None or self._sits_out(number):
             return False
         masked = self._masked(number, frozen) if self.job.masked else None
         if masked is not None:
@@ -121,6 +141,13 @@ class Member(Rank):
         if masked is not None:
             masked.reveal()
         return True
+
+    def _sits_out(self, number: int) -> bool:
+        """Say that this device cannot train now, where the job asks for more than it is."""
+        because = self._own_device.cannot() if self.job.is_semi else ""
+        if because:
+            self.link(self.server).send("cannot", [number], {"because": because}, [])
+        return bool(because)
 
     def _masked(self, number: int, frozen: str) -> MaskedMember:
         """Of a round, by what was loaded for it."""

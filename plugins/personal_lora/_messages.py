@@ -7,6 +7,8 @@
                      Asynchronous: `round` is the revision that it is of; `turn`, `first` and `steps`, too
     mask   [round]   one frame, a bit for each value: after values that say `thin`, which of them came; what
                      did not is 0 in a download, and in an update as it was loaded
+    cannot [round]   word `because`: in place of `up` and `told` in a semi-synchronous job, where the member's
+                     device is not what the job asks for
     keys, same, shares, masked, reveal [round]   of a masked sum (`_masked`), in place of `up`
     extras [round]   words `arrays`, [name, dtype, shape] each, and their frames: what a method needs beside
                      factors, after a download or an update that says `extras`
@@ -194,7 +196,7 @@ def bytes_sent(
         travels = travels_of(entries[job.method], round, [ranks[rank] for rank in former])
         stacked += travels.stack
         cohort = cohort_of(job, round) if round < job.rounds else range(server)
-        total += (server - len(cohort)) * rest_bytes(round, travels, shapes)
+        total += 0 if job.is_semi else (server - len(cohort)) * rest_bytes(round, travels, shapes)
         for rank, r in ((rank, ranks[rank]) for rank in cohort):
             total += down_bytes(job, round, travels, r, shapes) + told_bytes(round)
             if round < job.rounds and job.masked:
@@ -202,7 +204,7 @@ def bytes_sent(
             elif round < job.rounds:
                 joins = job.joins(rank)
                 sent = travels_of(entries[joins], round, ranks) if joins else travels
-                total += up_bytes(job, round, sent, r, surveys[rank]["weight"], shapes)
+                total += up_bytes(job, round, sent, r, surveys[rank].get("weight", 1), shapes)
     if collector != server:
         total += _part_bytes(job, shapes, stacked)
     return total

@@ -42,6 +42,7 @@ def rules(job: Any) -> list[Rule]:
     method = job.method
     found: list[Rule] = [
         (job.keeps == "none", f"personal = none with {method}: personal steps are of rounds"),
+        (not job.is_semi, f"mode = synchronous with {method}, whose server waits for nobody anyway"),
         (job.fraction == 1, f"fraction = 1 with {method}: nobody is drawn where nobody is waited for"),
         (
             not any(job.joins(rank) for rank in range(len(job.clients))),

@@ -9,7 +9,7 @@ import importlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -97,10 +97,11 @@ class Rank(abc.ABC):
         self._is_stopped = is_stopped
         try:
             self._shake_hands()
-            if step:
-                self._restore(step)
+            kept = self.kept_at(step)
+            if kept:
+                self._restore(kept)
             self.checkpoints.forget_after(step)
-            for number in range(step, self.job.rounds):
+            for number in self.rounds_from(step):
                 if is_stopped():
                     return
                 self.round(number, report)
@@ -108,6 +109,18 @@ class Rank(abc.ABC):
             self.finish(report)
         except Stopped:
             return
+
+    def rounds_from(self, step: int) -> Iterable[int]:
+        """The rounds that this rank has a part in, in order."""
+        return range(step, self.job.rounds)
+
+    def kept_at(self, step: int) -> int:
+        """The checkpoint to go on from; 0 for none."""
+        return step
+
+    def check_there(self, other: int) -> bool:
+        """True; PeerError where a rank is known to have left."""
+        return True
 
     def close(self) -> None:
         self._links.clear()
@@ -147,7 +160,8 @@ class Rank(abc.ABC):
     def link(self, other: int) -> Link:
         if other not in self._links:
             codec = codecs.make("f32", 1.0, 1)
-            self._links[other] = Link(self.channel, other, codec, lambda: self._is_stopped())
+            is_over = lambda: self.check_there(other) and self._is_stopped()  # noqa: E731 - one word
+            self._links[other] = Link(self.channel, other, codec, is_over)
         return self._links[other]
 
     def name(self, rank: int) -> str:

@@ -10,6 +10,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -34,6 +35,7 @@ from ._masked import MaskedServer, is_stale, terms_of, unmasked
 from ._packing import Packing
 from ._rank import THIN_UP, Arrays, Rank, Report, own_words, resolve, write_adapter
 from ._residual import Residual
+from ._semi import Rounds
 from ._weights import Weights
 from ._whole import give, take
 
@@ -55,6 +57,26 @@ class Server(Rank):
         masked_most = _messages.weight_most(job) if job.masked else 0
         self._weights = Weights(job.weight_most, self.spec.weight_most, masked_most)
         self._most = UPDATE_SLACK + 3 * 8 * _messages.values_of("AB", job.r_most, self.shapes)
+        self.semi = Rounds(self) if job.is_semi else None
+
+    @property
+    def update_most(self) -> int:
+        """Bytes of what a member says in a round."""
+        return self._most
+
+    @property
+    def neighbours(self) -> Sequence[int]:
+        return [rank for rank in range(self.server) if self.semi is None or rank not in self.semi.left]
+
+    def left(self, rank: int, reason: str) -> None:
+        """A member has no part any more; on another thread, and before the first round, too."""
+        if self.semi is not None and rank < self.server:
+            self.semi.left.setdefault(rank, reason)
+
+    def check_there(self, other: int) -> bool:
+        if self.semi is not None and other in self.semi.left:
+            raise PeerError(f"{self.name(other)} left: {self.semi.left[other]}", rank=other)
+        return True
 
     def _aggregator(self) -> Any:
         """Of this node's own plugins, by the job's word."""
@@ -78,19 +100,30 @@ class Server(Rank):
 
     def round(self, number: int, report: Report) -> None:
         began = time.monotonic()
-        ranks = set(cohort_of(self.job, number))
+        semi = self.semi
+        ranks = set(cohort_of(self.job, number)) if semi is None else semi.cohort(number, report)
         cohort = [member for member in self.members if member.rank in ranks]
         self.aggregator.begin(number, cohort)
         frozen = self.aggregator.frozen(number)
         values: dict[str, float] = {}
         for member in self.members:
             is_drawn = member.rank in ranks
+            if semi is not None:
+                part = partial(self._send, number, member, frozen)
+                told_bytes = semi.send(member.rank, part) if is_drawn else None
+                if told_bytes is not None:
+                    values[f"down_{member.rank}"] = float(told_bytes)
+                continue
             sent = self._send(number, member, frozen) if is_drawn else self._rest(number, member)
             values[f"down_{member.rank}"] = float(sent)
         self._packing.forget()
+        if semi is not None:
+            cohort = semi.wait(number, cohort, report)
         meter = Residual()
         take = self._take_masked if self.job.masked else self._take
         told = take(number, frozen, meter, cohort)
+        if semi is not None:
+            values |= semi.figures(told)
         for rank, figures in told.items():
             values[f"up_{rank}"] = figures["sent"]
             values[f"down_{rank}"] += figures.get("said", 0.0)
@@ -128,7 +161,7 @@ class Server(Rank):
                     if update.factors:
                         meter.add(update)
             except (ConfigError, PolicyViolation, ProtocolError) as error:
-                self._refuse(number, member.rank, error)
+                self.refuse(number, member.rank, error)
                 continue
             told[member.rank] = figures
         return told
@@ -141,7 +174,7 @@ class Server(Rank):
         loaded = download.factors
         sides = "".join(side for side in "AB" if side != frozen) if loaded else ""
         terms = terms_of(self, number, sides, loaded, download.extras)
-        masked = MaskedServer(self, number, terms, self._gather, self._told, self._refuse)
+        masked = MaskedServer(self, number, terms, self._gather, self._told, self.refuse)
         mean, weight = masked.mean()
         with self.computing():
             factors, extras = unmasked(self, sides, loaded, mean.astype("<f4"))
@@ -170,7 +203,7 @@ class Server(Rank):
         self.link(member.rank).send_values("down", [number], own_words(words), values)
         return self.bytes_sent - before
 
-    def _refuse(self, number: int, rank: int, error: Exception) -> None:
+    def refuse(self, number: int, rank: int, error: Exception) -> None:
         """An update that cannot be used costs itself: it is counted, and the round goes on."""
         self._refused[rank] += 1
         log.warning(
@@ -182,6 +215,8 @@ class Server(Rank):
         """All that a member says in a round, up to its figures, so that what is wrong in it ends there. What
         is of an earlier round is left out, and all of one that is too large: its end is waited for. PeerError
         where there is none."""
+        if self.semi is not None and rank in self.semi.arrived:
+            return self.semi.arrived[rank]
         link, messages, size, heard, is_much = self.link(rank), [], 0, 0, False
         while heard < 2 * MESSAGES_MOST and size < DRAINED_MOST * self._most:
             self.look()
@@ -283,10 +318,19 @@ class Server(Rank):
     def finish(self, report: Report) -> None:
         """Have every member load and evaluate what the last round made; give the adapter away."""
         number = self.job.rounds
+        semi = self.semi
+        if semi is not None:
+            semi.left_out = {}
         for member in self.members:
-            self._send(number, member, "")
+            part = partial(self._send, number, member, "")
+            if semi is None:
+                part()
+            elif member.rank not in semi.left:
+                semi.send(member.rank, part)
         self._packing.forget()
         ranks = [member.rank for member in self.members]
+        if semi is not None:
+            ranks = semi.last(number, self.members, report)
         told = {rank: self._told(self._gather(number, rank), number) for rank in ranks}
         self._tell_eval(number, told, report)
         if self.job.is_whole:

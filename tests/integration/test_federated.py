@@ -235,3 +235,24 @@ def test_a_model_tuned_by_seeds_alone_is_written_added_and_run(trio: list[Node],
     assert written["model"]["bytes"] < out.stat().st_size
     desk.add(out, "whole")
     assert desk.call("generate", asked | {"model": "whole"})["tokens"]
+
+
+@pytest.mark.slow
+def test_a_killed_client_costs_its_own_updates_and_no_epoch(trio: list[Node]) -> None:
+    more = {"mode": "semi-synchronous", "method": "fedavg", "rounds": 14, "local_steps": 4}
+    begun = rig.begun(trio[2], job(**more, adapter="left"))
+    rig.until_step(trio[2], begun, 2)
+    trio[1].kill()  # and its worker with it
+    document = rig.followed(trio[2], begun).end()
+    assert document["plan"]["epoch"] == 1
+    assert document["measured"]["recoveries"] == []
+    log, gone = document["rounds_log"], trio[1].node_id
+    assert [row["round"] for row in log] == list(range(14))
+    assert all(trio[0].node_id in row["members"] for row in log)
+    assert gone in log[1]["members"]
+    assert gone not in log[-1]["members"]
+    assert gone in log[-1]["left_out"]
+    assert adapters(trio[2])["left"] == "global"
+    trio[1].start().wait_ready()
+    wait_online(trio)
+    wait_no_workers(*trio)
