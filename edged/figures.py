@@ -75,5 +75,6 @@ def rounds_log(
         }
         row: dict[str, Any] = {"round": step, "loss": values["loss"], "residual": values.get("residual")}
         row |= {"bytes_up": sent["up"], "bytes_down": sent["down"], "members": list(sent["up"])}
+        row |= {key: values[key] for key in ("accuracy", "margin") if key in values}  # of preferences
         found.append(row)
     return found

@@ -26,6 +26,7 @@ from typing import Any
 from edged import AggregatorEntry, Travels
 
 from .._training.sizes import HASH, message_bytes, values_bytes
+from . import _seen
 from ._cohort import cohort_of
 from ._job import Job
 
@@ -160,8 +161,8 @@ def arrays_of(
     return [(name, dtype, [int(known[n]) for n in shape]) for name, dtype, shape in extras]
 
 
-def told_bytes(round: int) -> int:
-    return message_bytes({"k": "told", "at": [round]}, [8 * len(FIGURES)])
+def told_bytes(round: int, figures: int = len(FIGURES)) -> int:
+    return message_bytes({"k": "told", "at": [round]}, [8 * figures])
 
 
 def travels_of(entry: AggregatorEntry, round: int, ranks: Sequence[int]) -> Travels:
@@ -178,7 +179,7 @@ def bytes_sent(
     shapes: Shapes = [(rows, columns) for rows, columns in surveys[server]["shapes"]]
     ranks = [job.r_of(rank) for rank in range(server)]
     total = 2 * server * message_bytes(hello("0" * HASH, "0" * HASH))
-    stacked = 0
+    stacked, figures = 0, len(FIGURES) + len(_seen.names(job))
     for round in range(job.rounds + 1):
         former = cohort_of(job, max(0, round - 1))  # whose updates come down now
         travels = travels_of(entries[job.method], round, [ranks[rank] for rank in former])
@@ -186,7 +187,7 @@ def bytes_sent(
         cohort = cohort_of(job, round) if round < job.rounds else range(server)
         total += (server - len(cohort)) * rest_bytes(round, travels, shapes)
         for rank, r in ((rank, ranks[rank]) for rank in cohort):
-            total += down_bytes(job, round, travels, r, shapes) + told_bytes(round)
+            total += down_bytes(job, round, travels, r, shapes) + told_bytes(round, figures)
             if round < job.rounds and job.masked:
                 total += masked_bytes(job, round, travels, r, shapes)
             elif round < job.rounds:
