@@ -132,6 +132,7 @@ def rounds_log(
         row: dict[str, Any] = {"round": step, "loss": values["loss"], "residual": values.get("residual")}
         row |= {"bytes_up": sent["up"], "bytes_down": sent["down"], "members": list(sent["up"])}
         row["left_out"] = _left_out(values, nodes)
+        row |= {key: values[key] for key in ("accuracy", "margin") if key in values}  # of preferences
         found.append(row)
     return found
 

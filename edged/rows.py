@@ -7,6 +7,12 @@ counts, other keys are left alone, and empty lines are skipped:
     {"instruction": "...", "output": "...", "input": "..."}     `input` may be absent or empty
     {"text": "..."}
 
+A pair of preferences is a row as well, for trainings that read such alone; each of the three may be a list
+of messages, and without `prompt` the other two begin with it:
+
+    {"prompt": "...", "chosen": "...", "rejected": "..."}
+
+A row may say `"rehearsal": true` (a training that rehearses mixes it into its batches)
 and may say `"split": "train"` (what it is without one) or `"test"`. What is taken here, every training
 takes; a training may ask for more (a row to train on).
 """
@@ -21,7 +27,7 @@ LINE_BYTES_MAX = 4 << 20  # with its break; far above what a context holds; boun
 ROLES = ("system", "user", "assistant")
 SPLITS = ("train", "test")
 SHOWN_CHARS = 40  # of a wrong word in a message
-FORMS = "`messages`, `instruction` and `output`, or `text`"
+FORMS = "`messages`, `instruction` and `output`, or `text` (or `chosen` and `rejected`, a pair)"
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 Absent = msgspec.UnsetType
 
@@ -37,6 +43,10 @@ class _Row(msgspec.Struct):
     output: str | Absent = msgspec.UNSET
     messages: list[_Message] | Absent = msgspec.UNSET
     text: str | Absent = msgspec.UNSET
+    prompt: str | list[_Message] | Absent = msgspec.UNSET
+    chosen: str | list[_Message] | Absent = msgspec.UNSET
+    rejected: str | list[_Message] | Absent = msgspec.UNSET
+    rehearsal: bool | Absent = msgspec.UNSET
     split: str | Absent = msgspec.UNSET
 
 
@@ -116,10 +126,30 @@ def _check_form(row: _Row) -> None:
             _check_text(name, getattr(row, name))
     elif not isinstance(row.text, Absent):
         _check_text("text", row.text)
+    elif not (isinstance(row.chosen, Absent) and isinstance(row.rejected, Absent)):
+        _check_pair(row)
     else:
         raise ConfigError(f"expected one of {FORMS}; none of them came")
     if row.split is not msgspec.UNSET and row.split not in SPLITS:
         raise ConfigError(f"expected `split` to be train or test; {str(row.split)[:SHOWN_CHARS]!r} came")
+
+
+def _check_pair(row: _Row) -> None:
+    prompt = [] if isinstance(row.prompt, Absent) else _said("prompt", row.prompt, "user")
+    chosen = [*prompt, *_said("chosen", row.chosen, "assistant")]
+    rejected = [*prompt, *_said("rejected", row.rejected, "assistant")]
+    _check_messages(chosen)
+    _check_messages(rejected)
+    if chosen[:-1] != rejected[:-1]:
+        raise ConfigError("expected `chosen` and `rejected` to answer the same prompt; they do not")
+
+
+def _said(name: str, value: str | list[_Message] | Absent, role: str) -> list[_Message]:
+    """Messages as they stand there, or a text as one of them."""
+    if isinstance(value, list):
+        return value
+    _check_text(name, value)
+    return [_Message(role, str(value))]
 
 
 def _check_text(name: str, text: str | Absent) -> None:

@@ -7,6 +7,14 @@ this list counts; keys that mean nothing here are left alone. Empty lines are sk
     {"instruction": "...", "input": "...", "output": "..."}      "input" may be missing or empty
     {"text": "..."}
 
+Of preferences, which a training of them reads instead, a row is a prompt with a better and a worse answer:
+
+    {"prompt": "...", "chosen": "...", "rejected": "..."}
+
+Each may be a list of messages; without a prompt `chosen` and `rejected` begin with it (TRL's formats). Both
+answer the same prompt: they differ in their last message alone. `"rehearsal": true` marks a row that is
+mixed into the batches of a training that rehearses; elsewhere it says nothing.
+
 `"split": "test"` keeps a row out of training, for evaluation; "train" is what a row is without it.
 
 The format of instruction rows is Stanford Alpaca's, of messages OpenAI's. Needs numpy, never torch.
@@ -17,7 +25,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -31,6 +39,7 @@ LENGTH_MULTIPLE = 8  # of a batch, so that few different lengths occur
 MERGED_TOKENS_MOST = 4  # that a prompt may end with and its answer begins otherwise
 ROLES = ("system", "user", "assistant")
 FORMS = "messages, or instruction and output, or text"
+PAIR = "chosen and rejected, with a prompt"
 
 
 class Tokenizer(Protocol):
@@ -57,6 +66,8 @@ class Row:
     messages: tuple[Mapping[str, str], ...] = ()
     text: str = ""
     split: Literal["train", "test"] = "train"
+    rejected: tuple[Mapping[str, str], ...] = ()  # of a pair: `messages` with the worse answer
+    is_rehearsal: bool = False
 
     @property
     def prompt(self) -> tuple[Mapping[str, str], ...]:
@@ -77,25 +88,31 @@ class Encoded:
     ids: np.ndarray  # (S) int32
     labels: np.ndarray  # (S) int32
     split: Literal["train", "test"] = "train"
+    rejected: Encoded | None = None  # of a pair
+    is_rehearsal: bool = False
 
     @property
     def predicted(self) -> int:
-        """How many ids are in the loss. The first has nothing before it that could predict it."""
-        return int(np.count_nonzero(self.labels[1:] != IGNORED))
+        """How many ids are in the loss, of a pair the fewer. The first has nothing before it that could
+        predict it."""
+        found = int(np.count_nonzero(self.labels[1:] != IGNORED))
+        return found if self.rejected is None else min(found, self.rejected.predicted)
 
 
 # --- reading ----------------------------------------------------------------------------------------
 
 
-def read_rows(path: str | Path) -> list[Row]:
-    """The rows of a JSONL file in UTF-8.
+def read_rows(path: str | Path, pairs: bool = False) -> list[Row]:
+    """The rows of a JSONL file in UTF-8; `pairs`: those of preferences.
 
     Raises ConfigError, with the number of the line and none of its text, for the first row that is none,
     and for a file without a row to train on. OSError where the file cannot be read.
     """
-    rows = [_row(number, line) for number, line in _lines(path)]
+    rows = [_row(number, line, pairs) for number, line in _lines(path)]
     if not rows:
-        raise ConfigError(f"{path} has no rows", remedy=f"one JSON object a line, with {FORMS}")
+        raise ConfigError(
+            f"{path} has no rows", remedy=f"one JSON object a line, with {PAIR if pairs else FORMS}"
+        )
     if all(row.split == "test" for row in rows):
         raise ConfigError(
             f'all {len(rows)} rows of {path} have "split": "test"', remedy="leave some to train"
@@ -116,7 +133,7 @@ def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
                 yield number, line
 
 
-def _row(number: int, line: bytes) -> Row:
+def _row(number: int, line: bytes, pairs: bool = False) -> Row:
     try:
         found = json.loads(line.decode())
     except UnicodeDecodeError as error:
@@ -130,13 +147,49 @@ def _row(number: int, line: bytes) -> Row:
     split = found.get("split", "train")
     if split not in ("train", "test"):
         raise _fault(number, '"split": expected "train" or "test"', "something else")
+    more: dict[str, Any] = {"split": split, "is_rehearsal": _is_rehearsal(number, found)}
+    if pairs:
+        chosen, rejected = _pair(number, found)
+        return Row(number, chosen, rejected=rejected, **more)
     if "messages" in found:
-        return Row(number, _messages(number, found["messages"]), split=split)
+        return Row(number, _messages(number, found["messages"]), **more)
     if "instruction" in found or "output" in found:
-        return Row(number, _instruction(number, found), split=split)
+        return Row(number, _instruction(number, found), **more)
     if "text" in found:
-        return Row(number, text=_text(number, found, "text"), split=split)
+        return Row(number, text=_text(number, found, "text"), **more)
+    if "chosen" in found:
+        raise _fault(number, f"expected {FORMS}", 'a pair of preferences, for objective = "dpo"')
     raise _fault(number, f"expected {FORMS}", "none of them")
+
+
+def _is_rehearsal(number: int, found: Mapping[str, Any]) -> bool:
+    is_rehearsal = found.get("rehearsal", False)
+    if not isinstance(is_rehearsal, bool):
+        raise _fault(number, '"rehearsal": expected true or false', _kind(is_rehearsal))
+    return is_rehearsal
+
+
+def _pair(
+    number: int, found: Mapping[str, Any]
+) -> tuple[tuple[Mapping[str, str], ...], tuple[Mapping[str, str], ...]]:
+    """The better conversation and the worse one."""
+    if "chosen" not in found or "rejected" not in found:
+        raise _fault(number, f"expected {PAIR}", "none of it")
+    prompt = _said(number, found, "prompt", "user") if "prompt" in found else []
+    chosen, rejected = (
+        _messages(number, [*prompt, *_said(number, found, name, "assistant")])
+        for name in ("chosen", "rejected")
+    )
+    if chosen[:-1] != rejected[:-1]:
+        raise _fault(number, '"chosen" and "rejected": expected answers to the same prompt', "others")
+    return chosen, rejected
+
+
+def _said(number: int, found: Mapping[str, Any], key: str, role: str) -> list[Any]:
+    """Messages as they stand there, or a text as one of them."""
+    if isinstance(found[key], list):
+        return list(found[key])
+    return [{"role": role, "content": _text(number, found, key)}]
 
 
 def _messages(number: int, found: object) -> tuple[Mapping[str, str], ...]:
@@ -222,9 +275,21 @@ def encode(
 
 
 def _encode(row: Row, tokenizer: Tokenizer, max_length: int, loss_on: str) -> Encoded:
+    """Of a pair the loss is on both last answers, whatever `loss_on` says."""
+    rejected = None
+    if row.rejected:
+        worse = replace(row, messages=row.rejected, rejected=())
+        rejected = _encode_ids(worse, tokenizer, max_length, "last")
+        loss_on = "last"
+    found = _encode_ids(row, tokenizer, max_length, loss_on)
+    return replace(found, rejected=rejected, is_rehearsal=row.is_rehearsal)
+
+
+def _encode_ids(row: Row, tokenizer: Tokenizer, max_length: int, loss_on: str) -> Encoded:
     if row.messages:
         ids = tokenizer.chat(row.messages, answers=True)
         answers = [(0, len(ids))] if loss_on == "all" else _answers(row, tokenizer, ids)
+        answers = answers[:1] if loss_on == "last" else answers
     else:
         ids = [*tokenizer.encode(row.text), tokenizer.end]
         answers = [(0, len(ids))]

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from .._tensors.rows import Batches, Encoded, Tokenizer, encode, read_rows
+from .preference import batches_of
+from .rehearsal import Mixed, divided, split
 
 
 class Reading(Protocol):
@@ -28,36 +30,56 @@ class Reading(Protocol):
 class Rows:
     """A client's data: what it trains on, and what it holds out."""
 
-    batches: Batches
+    batches: Batches | Mixed
     held_out: list[Encoded]
     count: int
     dropped: int  # whose answers begin after `max_length`
     digest: str  # of all of them, as they are encoded
     job: Any
+    rehearsed: Sequence[Encoded] = ()  # held out, and of what is rehearsed
 
     @classmethod
-    def read(cls, path: str, tokenizer: Tokenizer, job: Reading, held_out: int) -> Rows:
+    def read(
+        cls,
+        path: str,
+        tokenizer: Tokenizer,
+        job: Reading,
+        held_out: int,
+        *,
+        objective: str = "sft",
+        rehearsal: float = 0.0,
+    ) -> Rows:
         """Of the file at `path`; of rows with split "test" the first `held_out`. ConfigError as of
-        `read_rows`."""
-        read = read_rows(path)
+        `read_rows`; rows are pairs with objective "dpo", and part `rehearsal` of a batch are marked ones."""
+        read = read_rows(path, pairs=objective == "dpo")
         found = encode(read, tokenizer, job.max_length, job.loss_on)  # type: ignore[arg-type]
-        kept = [row for row in found if row.split == "test"][:held_out]
-        train = [row for row in found if row.split == "train"]
-        batches = Batches(train, job.batch_size, job.seed, job.max_length)
-        return cls(batches, kept, len(train), len(read) - len(found), _digest([*train, *kept]), job)
+        test, train = ([row for row in found if row.split == name] for name in ("test", "train"))
+        dropped = len(read) - len(found)
+        if not rehearsal:
+            kept = test[:held_out]
+            batches = batches_of(train, job.batch_size, job.seed, job.max_length)
+            return cls(batches, kept, len(train), dropped, _digest([*train, *kept]), job)
+        new, old = split(train)
+        kept = [row for row in test if not row.is_rehearsal][:held_out]
+        rehearsed = [row for row in test if row.is_rehearsal][:held_out]
+        both = batches_of([*new, *old], job.batch_size, job.seed, job.max_length)
+        mixed = Mixed(both, (len(new), len(old)), divided(job.batch_size, rehearsal), job.seed)
+        digest = _digest([*new, *old, *kept, *rehearsed])
+        return cls(mixed, kept, len(new), dropped, digest, job, rehearsed)
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Ids and labels of a step, (B, S) int64."""
         return _tensors(self.batches.batch(step))
 
-    def eval_batches(self) -> list[tuple[Tensor, Tensor]]:
-        """Held-out rows in batches, in order: ids and labels (B, S)."""
-        if not self.held_out:
+    def eval_batches(self, rows: Sequence[Encoded] | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Held-out rows in batches, in order: ids and labels (B, S). `rows`: others than `held_out`."""
+        rows = self.held_out if rows is None else rows
+        if not rows:
             return []
         size = self.job.batch_size
-        batches = Batches(self.held_out, size, 0, self.job.max_length)
-        firsts = range(0, len(self.held_out), size)
-        return [_tensors(batches.of(range(first, min(first + size, len(self.held_out))))) for first in firsts]
+        batches = batches_of(rows, size, 0, self.job.max_length)
+        firsts = range(0, len(rows), size)
+        return [_tensors(batches.of(range(first, min(first + size, len(rows))))) for first in firsts]
 
     def shapes(self, steps: int) -> list[list[int]]:
         """[rows, length, how many] of the first batches."""
@@ -82,7 +104,8 @@ def _tensors(pair: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
 def _digest(rows: Sequence[Encoded]) -> str:
     found = hashlib.sha256()
     for row in rows:
-        for values in (row.ids, row.labels):
+        other = row.rejected
+        for values in (row.ids, row.labels, *((other.ids, other.labels) if other is not None else ())):
             found.update(len(values).to_bytes(8, "little") + np.asarray(values, "<i4").tobytes())
         found.update(row.split.encode())
     return found.hexdigest()

@@ -22,6 +22,7 @@ PERSONAL = ("none", "dual", "ditto")
 PARAMETERS = ("adapter", "all")
 MODES = ("synchronous", "semi-synchronous")
 CHOICE = ("only_charging", "battery_least", "celsius_most", "metered", "idle_s")
+OBJECTIVES = ("sft", "dpo")
 MASKED_LEAST = 3
 WAIT_MOST_S = 86_400.0
 CLIENT_KEYS = ("node", "data", "r", "alpha", "method", "learning_rate", "weight")
@@ -74,6 +75,13 @@ class Job:
     dropout: float = key(0.0, "before the adapter")
     seed: int = key(0, "of the adapter's start, and the order of rows")
     loss_on: str = key("answer", '"all": on the prompt\'s tokens, too')
+    objective: str = key(
+        "sft", "sft: learn answers; dpo: rows are pairs, prefer the chosen answer to the rejected"
+    )
+    beta: float = key(0.1, "dpo: how strongly the adapter is held to the model without it")
+    rehearsal: float = key(
+        0.0, 'part of each batch that are rows marked "rehearsal": true, against forgetting; 0: none'
+    )
     gradient_checkpointing: bool = key(False, "less memory, a third more time")
     parameters: str = key(
         "adapter", "what is tuned: adapter, or all weights of the model by a method that sends seeds"
@@ -136,6 +144,11 @@ class Job:
     def r_most(self) -> int:
         """The largest r of any client: that of the start."""
         return max((client.r or self.r for client in self.clients), default=self.r)
+
+    @property
+    def rows_most(self) -> int:
+        """Of a batch, as the model sees it: a pair has two."""
+        return self.batch_size * (2 if self.objective == "dpo" else 1)
 
     def joins(self, rank: int) -> str:
         """The method by which a client takes part in a job with another; "" for the job's own."""
@@ -223,6 +236,11 @@ def check_federated(aggregators: Mapping[str, AggregatorEntry], table: Mapping[s
             (
                 entry.unlike_ranks or len({job.scale_of(rank) for rank in range(len(job.clients))}) == 1,
                 f"one alpha for all clients with {job.method}",
+            ),
+            (
+                not travels.stack or job.objective != "dpo",
+                f"a method other than {job.method} with objective = dpo: it moves the weights that a "
+                "preference is weighed against",
             ),
             *(_masked_rules(aggregators, job) if job.masked else ()),
             *(_whole_rules(aggregators, job) if job.is_whole else ()),
@@ -336,6 +354,15 @@ def _rules(job: Job) -> list[file.Rule]:
         least("battery_least", 0, 100),
         least("celsius_most", 0, 200),
         least("idle_s", 0, 1e6),
+        one_of("objective", OBJECTIVES),
+        (0 < job.beta <= 1e3, f"beta above 0, up to 1000; {job.beta!r} came"),
+        (job.objective != "dpo" or job.loss_on == "answer", "loss_on = answer with objective = dpo"),
+        (0 <= job.rehearsal < 1, f"rehearsal from 0 to below 1; {job.rehearsal!r} came"),
+        (
+            not job.rehearsal or _is_whole(job.rehearsal * job.batch_size, job.batch_size),
+            f"rehearsal x batch_size as whole rows, from 1 to all but one; {job.rehearsal:g} x "
+            f"{job.batch_size} came",
+        ),
         one_of("personal", ("", *PERSONAL)),
         (job.personal in ("", "dual") or job.method != "fdlora", "personal = dual with fdlora"),
         least("personal_steps", 1, 100_000),
@@ -369,6 +396,10 @@ def _rules(job: Job) -> list[file.Rule]:
             "learning_rate from 0 to below 10, and weight from 0 to 2^40, for every client",
         ),
     ]
+
+
+def _is_whole(rows: float, all_rows: int) -> bool:
+    return abs(rows - round(rows)) < 1e-6 and 0 < round(rows) < all_rows
 
 
 def _masked_rules(aggregators: Mapping[str, AggregatorEntry], job: Job) -> list[file.Rule]:
@@ -416,6 +447,10 @@ def _whole_rules(aggregators: Mapping[str, AggregatorEntry], job: Job) -> list[f
             f'weights f32 with parameters = "all": what a step moves is lost in {job.weights}',
         ),
         (job.keeps == "none", 'personal = none with parameters = "all": there is no adapter'),
+        (
+            job.objective == "sft",
+            'objective = sft with parameters = "all": without an adapter there is nothing to weigh against',
+        ),
         (
             not unlike and not any(client.r or client.alpha for client in job.clients),
             f'no {", ".join(unlike) or "r or alpha of a client"} with parameters = "all"',

@@ -128,7 +128,7 @@ def memory_bytes(
         more += F32 * _values(job, model, min(height, model.hidden))  # all stacks together
         more += MASKED_SERVER * values if job.masked else F32 * len(job.clients) * values  # the residual's
         return round(WORKER_BYTES + SERVER_BYTES + 10 * F32 * values + more)
-    positions = job.batch_size * job.max_length
+    positions = job.rows_most * job.max_length
     weight = 2 if job.weights == "bf16" else F32
     total = float(WORKER_BYTES)
     total += weight * (model.layers * block_values(model) + 2 * model.vocab * model.hidden)
@@ -156,11 +156,12 @@ def _round_s(job: Job, model: ModelDescription, clients: Sequence[NodeView]) -> 
     """Seconds of the slowest client's local steps on full rows, or between two revisions that wait for
     nobody; None where one was never measured."""
     share = ANSWER_PART if job.loss_on == "answer" else 1
-    positions = job.batch_size * job.max_length
+    positions = job.rows_most * job.max_length
     flops = 4 * positions * (model.layers * block_values(model) + share * model.vocab * model.hidden)
     speeds = [flops_s(node) for node in clients]
     if not all(speeds):
         return None
+    flops *= 1.5 if job.objective == "dpo" else 1  # a forward pass of the reference
     work = job.local_steps * flops * (4 / 3 if job.gradient_checkpointing else 1)
     seconds = [work / speed for speed in speeds if speed]
     return _mode.waited_s(job, seconds) if _mode.is_asynchronous(job) else max(seconds)

@@ -18,9 +18,9 @@ import torch
 
 from edged import DeviceState, Download, EngineError, LocalPart, ProtocolError
 
-from .._training.loss import summed, targets_of
+from .._training.preference import objective_of
 from .._training.rows import Rows, seed_of
-from . import _messages
+from . import _messages, _seen
 from ._client_noise import cut_factors
 from ._cohort import rules_of
 from ._fusion import fuse, joined
@@ -37,7 +37,16 @@ class Member(Rank):
     def build(self) -> None:
         job = self.job
         share = max(1, job.eval_rows // len(job.clients)) if job.eval_rows else 0
-        self.rows = Rows.read(self.spec.data_path, self.blocks.tokenizer, job, share)
+        self.objective = objective_of(job.objective, job.beta)
+        self._seen: dict[str, float] = {}  # beside the loss, until it is told
+        self.rows = Rows.read(
+            self.spec.data_path,
+            self.blocks.tokenizer,
+            job,
+            share,
+            objective=job.objective,
+            rehearsal=job.rehearsal,
+        )
         self.r = job.r_of(self.rank)
         self.span = self._span(1)
         self._start = self.start(self.r)
@@ -119,8 +128,9 @@ class Member(Rank):
         if masked is not None:
             masked.agree()
         with self.computing():
-            evaluated = self._evaluate() if self._is_due(number) else (0.0, 0.0)
+            evaluated = self._evaluate_common() if self._is_due(number) else (0.0, 0.0)
             trained = self._train(number, frozen)
+            self._seen |= self.objective.take()
         factors, sides = self._factors(), "".join(side for side in "AB" if side not in frozen)
         if self._local is None:
             factors, extras, self._own = self._part.finish(
@@ -174,7 +184,7 @@ class Member(Rank):
         if self.job.keeps != "none" and self._personal is None:  # it was never drawn
             self._personal = self._start
         with self.computing():
-            evaluated = self._evaluate()
+            evaluated = self._evaluate_common()
         own = 0.0
         if self._personal is not None:
             with self.computing():
@@ -189,6 +199,8 @@ class Member(Rank):
         self._tell(number, [0.0, 0.0, 0.0, 0.0, *evaluated, own, 0.0])
 
     def _tell(self, number: int, figures: list[float]) -> None:
+        seen, self._seen = self._seen, {}
+        figures = [*figures, *(seen.get(name, 0.0) for name in _seen.names(self.job))]
         self.link(self.server).send("told", [number], {}, [np.array(figures, "<f8").tobytes()])
 
     def _is_due(self, number: int) -> bool:
@@ -305,8 +317,8 @@ class Member(Rank):
                 self._set(views)
             ids, labels = self.rows.batch(step)
             with torch.no_grad():
-                found = summed(self.span, self.span(ids), labels).item()
-            count = targets_of(labels)
+                found = self.objective.summed(self.span, ids, labels).item()
+            count = self.objective.targets(labels)
             sums[0], sums[1], sums[2] = sums[0] + found, sums[1] + count, sums[2] + ids.numel()
             return found / max(1, count)
 
@@ -348,8 +360,8 @@ class Member(Rank):
             self.look()
             torch.manual_seed(seed_of(job.seed, step, self.rank))
             ids, labels = self.rows.batch(step)
-            count = targets_of(labels)
-            loss = summed(self.span, self.span(ids), labels) / max(1, count)
+            count = self.objective.targets(labels)
+            loss = self.objective.summed(self.span, ids, labels) / max(1, count)
             if not math.isfinite(loss.item()):
                 raise EngineError(
                     f"{where}, step {step}: the loss is {loss.item()}; nothing of this round is kept",
@@ -380,13 +392,23 @@ class Member(Rank):
         """The loss of what is held out, summed, and its targets."""
         return self._loss_of(self.rows.eval_batches())
 
+    def _evaluate_common(self) -> tuple[float, float]:
+        """The same, of the adapter of all; what is seen beside it is kept until it is told."""
+        self.objective.take()
+        found = self._evaluate()
+        self._seen |= {f"eval_{name}": value for name, value in self.objective.take().items()}
+        loss, targets = self._loss_of(self.rows.eval_batches(self.rows.rehearsed))
+        self._seen |= {"rehearsal_loss": loss, "rehearsal_targets": targets}
+        self.objective.take()
+        return found
+
     def _loss_of(self, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
         losses, targets = 0.0, 0
         with torch.no_grad():
             for ids, labels in batches:
                 self.look()
-                losses += summed(self.span, self.span(ids), labels).item()
-                targets += targets_of(labels)
+                losses += self.objective.summed(self.span, ids, labels).item()
+                targets += self.objective.targets(labels)
         return losses, float(targets)
 
     # --- what is this member's own ------------------------------------------------------------------

@@ -29,7 +29,7 @@ from typing import Any
 from edged import AggregatorEntry, Travels
 
 from .._training.sizes import HASH, message_bytes, values_bytes
-from . import _mode
+from . import _mode, _seen
 from ._cohort import cohort_of
 from ._job import Job
 
@@ -169,8 +169,8 @@ def arrays_of(
     return [(name, dtype, [int(known[n]) for n in shape]) for name, dtype, shape in extras]
 
 
-def told_bytes(round: int) -> int:
-    return message_bytes({"k": "told", "at": [round]}, [8 * len(FIGURES)])
+def told_bytes(round: int, figures: int = len(FIGURES)) -> int:
+    return message_bytes({"k": "told", "at": [round]}, [8 * figures])
 
 
 def travels_of(entry: AggregatorEntry, round: int, ranks: Sequence[int]) -> Travels:
@@ -190,7 +190,7 @@ def bytes_sent(
     if _mode.is_asynchronous(job):
         total += pushed_bytes(job, [survey["weight"] for survey in surveys[:server]], shapes)
         return total + (_part_bytes(job, shapes, 0) if collector != server else 0)
-    stacked = 0
+    stacked, figures = 0, len(FIGURES) + len(_seen.names(job))
     for round in range(job.rounds + 1):
         former = cohort_of(job, max(0, round - 1))  # whose updates come down now
         travels = travels_of(entries[job.method], round, [ranks[rank] for rank in former])
@@ -198,7 +198,7 @@ def bytes_sent(
         cohort = cohort_of(job, round) if round < job.rounds else range(server)
         total += 0 if job.is_semi else (server - len(cohort)) * rest_bytes(round, travels, shapes)
         for rank, r in ((rank, ranks[rank]) for rank in cohort):
-            total += down_bytes(job, round, travels, r, shapes) + told_bytes(round)
+            total += down_bytes(job, round, travels, r, shapes) + told_bytes(round, figures)
             if round < job.rounds and job.masked:
                 total += masked_bytes(job, round, travels, r, shapes)
             elif round < job.rounds:

@@ -43,6 +43,8 @@ def rules(job: Any) -> list[Rule]:
     found: list[Rule] = [
         (job.keeps == "none", f"personal = none with {method}: personal steps are of rounds"),
         (not job.is_semi, f"mode = synchronous with {method}, whose server waits for nobody anyway"),
+        (job.objective == "sft", f"objective = sft with {method}: it tells one loss of each push"),
+        (not job.rehearsal, f"rehearsal = 0 with {method}: it tells one loss of each push"),
         (job.fraction == 1, f"fraction = 1 with {method}: nobody is drawn where nobody is waited for"),
         (
             not any(job.joins(rank) for rank in range(len(job.clients))),

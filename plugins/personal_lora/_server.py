@@ -28,7 +28,7 @@ from edged import (
 )
 
 from .._training.link import Gathered, Link
-from . import _messages
+from . import _messages, _seen
 from ._client_noise import Account, Private
 from ._cohort import cohort_of
 from ._masked import MaskedServer, is_stale, terms_of, unmasked
@@ -141,7 +141,7 @@ class Server(Rank):
             "targets": targets,
             "tokens": sum(figures["tokens"] for figures in told.values()),
             "seconds": time.monotonic() - began,
-        }
+        } | _seen.of_round(told)
         if self._refused:
             values["refused"] = float(sum(self._refused.values()))
         if not math.isfinite(values["loss"]):
@@ -273,19 +273,20 @@ class Server(Rank):
 
     def _told(self, link: Link, number: int) -> dict[str, float]:
         (_, frames), rank = link.receive("told", [number]), link.other
-        size = 8 * len(_messages.FIGURES)
+        names = (*_messages.FIGURES, *_seen.names(self.job))
+        size = 8 * len(names)
         if [frame.nbytes for frame in frames] != [size]:
             raise ProtocolError(f"expected figures of {self.name(rank)} in {size} bytes")
         found = np.frombuffer(frames[0], "<f8")
         if not (np.isfinite(found).all() and (found >= 0).all()):
             raise ProtocolError(f"expected finite figures of {self.name(rank)}, of 0 or more")
-        return dict(zip(_messages.FIGURES, map(float, found), strict=True))
+        return dict(zip(names, map(float, found), strict=True))
 
     def _tell_eval(self, number: int, told: Mapping[int, dict[str, float]], report: Report) -> None:
         targets = sum(figures["eval_targets"] for figures in told.values())
         if targets:
             loss = sum(figures["eval_loss"] for figures in told.values()) / targets
-            values = {"loss": loss, "targets": targets}
+            values = {"loss": loss, "targets": targets} | _seen.of_eval(told)
             if number == self.job.rounds and self.job.keeps != "none":
                 values["own_loss"] = sum(figures["own_loss"] for figures in told.values()) / targets
             for rank, figures in told.items():

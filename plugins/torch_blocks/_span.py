@@ -7,6 +7,7 @@ meta device) and get their tensors one by one, so that no more of a model is eve
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import math
@@ -298,6 +299,21 @@ class Span(nn.Module):
                     came = list(state[name].shape) if name in state else "nothing"
                     raise EngineError(f"expected {name!r} of shape {list(parameter.shape)}, {came} came")
                 parameter.copy_(state[name])
+
+    @contextlib.contextmanager
+    def bare(self) -> Iterator[None]:
+        """Within it the model is as it is without LoRA; what is to be trained is as before afterwards."""
+        layers = [module for module in self.modules() if hasattr(module, "enable_adapters")]
+        trained = [(parameter, parameter.requires_grad) for parameter in self.trainable()]
+        for layer in layers:
+            layer.enable_adapters(False)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.enable_adapters(True)
+            for parameter, is_trained in trained:
+                parameter.requires_grad_(is_trained)
 
     def merge(self, factors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
         """Add B A to the frozen weights for good, by the full names of `linears`: A (r, in), B (out, r).

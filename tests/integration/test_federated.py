@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -185,6 +187,32 @@ def test_revisions_go_on_after_a_killed_member_and_a_killed_server(trio: list[No
     assert adapters(trio[2])["pushed"] == "global"
     wait_online(trio)
     wait_no_workers(*trio)
+
+
+@pytest.mark.slow
+def test_members_prefer_answers_and_rehearse_old_ones(trio: list[Node], tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"Add {a}.", "chosen": f"{a}", "rejected": f"{a} or not", "rehearsal": a % 3 == 0}
+        | ({"split": "test"} if a > 12 else {})
+        for a in range(17)
+    ]
+    file = tmp_path / "pairs.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for node in trio[:2]:
+        rig.add_rows(node, file, "pairs")
+    clients = [{"node": name, "data": "pairs"} for name in (PHONE, JETSON)]
+    more = {"method": "fedavg", "objective": "dpo", "rehearsal": 0.5, "eval_rows": 8, "adapter": "preferred"}
+    document = rig.finetune(trio[2], job(clients=clients, **more, local_steps=6, personal="ditto"))
+    first, last = document["evals"][0], document["evals"][-1]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert last["loss"] < first["loss"]
+    assert last["rehearsal_loss"] < first["rehearsal_loss"]
+    assert last["margin"] > 0
+    assert all(0 <= row["accuracy"] <= 1 for row in document["rounds_log"])
+    assert document["plan"]["predicted"]["bytes_sent"] == pytest.approx(
+        document["bytes_sent"], abs=HANDSHAKES
+    )
+    assert adapters(trio[2])["preferred"] == "global"
 
 
 @pytest.mark.slow
