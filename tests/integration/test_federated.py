@@ -146,6 +146,20 @@ def test_members_that_send_no_gradients_make_an_adapter_too(
         assert all(sum(row["bytes_up"].values()) < 1000 for row in document["rounds_log"])
 
 
+@pytest.mark.slow
+def test_a_private_job_says_what_it_spent_and_none_beyond_its_budget_begins(trio: list[Node]) -> None:
+    """Noise 4 with epsilon 2 at delta 1e-5 is enough for four rounds."""
+    noisy = {"client_clip": 0.1, "client_noise": 4.0, "client_epsilon": 2.0, "adapter": "private"}
+    document = rig.finetune(trio[2], job(method="fedavg", **noisy))
+    assert document["measured"]["epsilon"] == pytest.approx(1.6980, abs=1e-3)
+    assert document["measured"]["delta"] == 1e-5
+    adapters = trio[2].call("adapters.ls")["adapters"]
+    [kept] = [row for row in adapters if row["name"] == "private"]
+    assert kept["provenance"]["epsilon"] == document["measured"]["epsilon"]
+    with pytest.raises(rig.EdgedError, match="allows 4 rounds of one client"):
+        rig.finetune(trio[2], job(method="fedavg", **(noisy | {"rounds": 5})))
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
