@@ -183,7 +183,7 @@ def _tuning_advice(parameters: float, room: float) -> Advice:
     if parameters * FORWARD_BYTES <= room:
         return Advice(
             "tuning",
-            "forward passes only (mezo, fedkseed)",
+            "forward passes only (fedkseed, mezo, fwdllm)",
             "a backward pass does not fit, a forward one does",
             FORWARD_SOURCE,
         )

@@ -185,12 +185,19 @@ class Rank(abc.ABC):
             header, _ = self.link(other).receive("hello", [])
             for word in ("model", "job"):
                 if header.get(word) != mine[word]:
-                    raise EngineError(
+                    error = EngineError(
                         f"expected the same {word} at every node; {self.name(other)} has "
                         f"{str(header.get(word))[:12]}, and here it is {mine[word][:12]}",
                         remedy="give both nodes the same file",
                         code="model-differs" if word == "model" else "job-differs",
                     )
+                    if not self.goes_on_without(other, error):
+                        raise error
+                    break
+
+    def goes_on_without(self, other: int, error: EngineError) -> bool:
+        """May the job do without a rank that trains another model, or another job?"""
+        return False
 
     def send_mask(self, other: int, round: int, mask: np.ndarray) -> None:
         """Which values came, after them."""

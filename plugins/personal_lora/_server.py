@@ -42,6 +42,7 @@ from ._whole import give, take
 log = logging.getLogger(__name__)
 UPDATE_SLACK = 1 << 20  # bytes of an update beside its values
 MESSAGES_MOST = 1000  # of an update: values travel in pieces
+VOID_MOST = 3  # rounds on end whose updates were too few for the method
 DRAINED_MOST = 16  # times the largest update, of one that is heard to its end and not kept
 
 
@@ -54,6 +55,7 @@ class Server(Rank):
         self._account: Account | None = None  # of what noise on the sum of changes leaves to be learnt
         self.aggregator = self._aggregator()
         self._refused: Counter[int] = Counter()  # updates, by rank
+        self._void = 0  # rounds on end with too few updates
         masked_most = _messages.weight_most(job) if job.masked else 0
         self._weights = Weights(job.weight_most, self.spec.weight_most, masked_most)
         self._most = UPDATE_SLACK + 3 * 8 * _messages.values_of("AB", job.r_most, self.shapes)
@@ -72,6 +74,13 @@ class Server(Rank):
         """A member has no part any more; on another thread, and before the first round, too."""
         if self.semi is not None and rank < self.server:
             self.semi.left.setdefault(rank, reason)
+
+    def goes_on_without(self, other: int, error: EngineError) -> bool:
+        if self.semi is None:
+            return False
+        self.refuse(0, other, error)
+        self.left(other, str(error))
+        return True
 
     def check_there(self, other: int) -> bool:
         if self.semi is not None and other in self.semi.left:
@@ -128,9 +137,12 @@ class Server(Rank):
             values[f"up_{rank}"] = figures["sent"]
             values[f"down_{rank}"] += figures.get("said", 0.0)
         with self.computing():
-            self.aggregator.finish()
-            residual = meter.of([(m, self.aggregator.download(m)) for m in self.members])
+            is_void = self._is_void(number, told)
+            loads = [] if is_void else [(m, self.aggregator.download(m)) for m in self.members]
+            residual = math.nan if is_void else meter.of(loads)
         self.count_computed(meter.compute_s)
+        if is_void:
+            values["void"] = 1.0
         # there is none of sums of scalars, or where updates are masked; with noise it would tell of those
         if math.isfinite(residual) and not self.job.client_noise:
             values["residual"] = residual
@@ -147,6 +159,20 @@ class Server(Rank):
         if not math.isfinite(values["loss"]):
             raise EngineError(f"round {number}: expected finite losses of its members", code="nan-loss")
         report("step", number, values)
+
+    def _is_void(self, number: int, told: Mapping[int, Any]) -> bool:
+        """Make the next state; or, where too few updates came that can be used, stay with this one, and log
+        it. PolicyViolation where none came, and where VOID_MOST rounds on end had too few."""
+        try:
+            self.aggregator.finish()
+        except PolicyViolation as error:
+            self._void += 1
+            if not told or self._void >= VOID_MOST:
+                raise
+            log.warning("round void", extra={"round": number, "reason": str(error)[:300]})
+            return True
+        self._void = 0
+        return False
 
     def _take(
         self, number: int, frozen: str, meter: Residual, cohort: Sequence[Member]
@@ -226,6 +252,9 @@ class Server(Rank):
             if is_much:
                 messages.clear()
             if is_stale(header, number):
+                if header.get("k") == "up" and len(header["at"]) == 1:
+                    stale = f"expected an update of round {number}; one of round {header['at'][0]} came"
+                    self.refuse(number, rank, ProtocolError(stale))
                 continue
             if not is_much:
                 messages.append((header, frames))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -16,7 +17,7 @@ from edged_plugins import personal_lora
 from edged_plugins.personal_lora import _messages
 from rig import Planned, finished, run_threads
 from rounds_rig import federated
-from test_rounds import VALUES, adapter_of, steps_of, stranger
+from test_rounds import VALUES, adapter_of, spoil, steps_of, stranger
 
 from edged import ConfigError, EngineError
 
@@ -49,7 +50,7 @@ BAD = {
         lambda number, said, values: resize(values, said, VALUES // 2), f"expected {VALUES} values of client0"
     ),
     "a stale revision": Bad(
-        lambda number, said, values: said.update(at=[number - 1]) if number else None, "", 1
+        lambda number, said, values: said.update(at=[number - 1]) if number else None, "expected "
     ),
     "of a round to come": Bad(lambda number, said, values: said.update(at=[number + 1]), "expected up"),
     "no weight": Bad(lambda number, said, values: said.update(weight=-5), "a number of rows above 0"),
@@ -83,17 +84,18 @@ def test_a_bad_update_is_refused_by_name_and_the_round_goes_on(
 
 
 def test_a_replay_of_a_former_round_is_left_out_and_counts_nothing_twice(tiny: Any, tmp_path: Path) -> None:
-    """Whole, before this round's own: the adapter is that of a job in which it never came."""
+    """Whole, before this round's own: the adapter is that of a job in which it never came; it is refused."""
     made = []
     for name, is_twice in (("twice", True), ("once", False)):
         plan = federated(tiny("llama")[1], tmp_path / name, eval_rows=0)
         part = stranger(plan, lambda number, said, values: None)
-        finished(
+        told = finished(
             run_threads(
                 plan,
                 ranks={0: (lambda channel, part=part: part(Replays(channel)))} if is_twice else {0: part},
             )
-        )
+        )[-1]
+        assert [row.get("refused", 0.0) for row in steps_of(told)] == [0.0, float(is_twice)]
         made.append(adapter_of(plan.folders[-1]))
     for name in made[0]:
         np.testing.assert_array_equal(made[0][name], made[1][name])
@@ -124,6 +126,39 @@ def test_another_base_is_refused_by_name_before_the_first_round(tiny: Any, tmp_p
     error = next(outcome.error for outcome in outcomes if isinstance(outcome.error, EngineError))
     assert error.code == "model-differs"
     assert "client0" in str(error)
+
+
+def test_a_member_with_another_model_costs_itself_where_members_may_leave(tiny: Any, tmp_path: Path) -> None:
+    plan = federated(tiny("llama")[1], tmp_path, mode="semi-synchronous", wait_least_s=0.1, quorum=0.5)
+
+    def greets(channel: Any) -> None:
+        channel.send(len(plan.plan.settings["clients"]), _messages.hello("0" * 64, "1" * 64))
+
+    rows = steps_of(finished(run_threads(plan, ranks={0: greets}))[-1])
+    assert [row["refused"] for row in rows] == [1.0, 1.0]
+    assert all("up_0" not in row and "up_1" in row for row in rows)
+
+
+@pytest.mark.parametrize("poisoned", [1, 3])
+def test_a_round_with_too_few_sound_updates_leaves_the_state_as_it_was(
+    poisoned: int, tiny: Any, tmp_path: Path
+) -> None:
+    """Krum of five members, of whom one sends what is none in `poisoned` rounds of four."""
+    plan = federated(tiny("llama")[1], tmp_path, method="krum", clients=[{}] * 5, rounds=4, liars=1)
+    part = stranger(plan, lambda number, said, values: spoil(values, np.nan) if number < poisoned else None)
+
+    def poisons(channel: Any) -> None:
+        with contextlib.suppress(AssertionError):  # it waits for a server that has ended the job
+            part(channel)
+
+    outcomes = run_threads(plan, ranks={0: poisons})
+    if poisoned == 3:  # nothing would ever come of it
+        assert "expected 5 updates or more" in str(next(o.error for o in outcomes if o.error is not None))
+        return
+    rows = steps_of(finished(outcomes)[-1])
+    assert [row.get("void", 0.0) for row in rows] == [1.0, 0.0, 0.0, 0.0]
+    assert "residual" not in rows[0]
+    assert adapter_of(plan.folders[-1])
 
 
 @pytest.mark.parametrize(("job", "node"), [(0, 3), (3, 0), (500, 3), (3, 500)])

@@ -433,7 +433,7 @@ def test_an_update_that_is_none_costs_itself_and_the_round_goes_on(
 
 
 def test_a_sound_stranger_counts_and_what_is_of_an_earlier_round_does_not(tiny: Any, tmp_path: Path) -> None:
-    """A replay of the round before comes with the second update, and is left out."""
+    """A replay of the round before comes with the second update, and is refused; the update itself counts."""
     plan = federated(tiny("llama")[1], tmp_path)
     made = stranger(plan, lambda number, said, values: None)
 
@@ -449,7 +449,9 @@ def test_a_sound_stranger_counts_and_what_is_of_an_earlier_round_does_not(tiny: 
             self._channel.send(to, header, frames)
 
     server = finished(run_threads(plan, ranks={0: lambda channel: made(Twice(channel))}))[-1]
-    assert all("refused" not in row and "up_0" in row for row in steps_of(server))
+    rows = steps_of(server)
+    assert [row.get("refused", 0.0) for row in rows] == [0.0, 1.0]
+    assert all("up_0" in row for row in rows)
 
 
 def test_a_weight_is_bounded_by_the_job(tiny: Any, tmp_path: Path) -> None:
