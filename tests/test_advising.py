@@ -37,7 +37,7 @@ def test_a_size_is_bound_by_memory_or_by_speed(gib: float, speed: float, size: s
     ("gib", "method"),
     [
         (16, "LoRA here"),
-        (2.5, "forward passes only (mezo, fedkseed)"),
+        (2.5, "forward passes only (fedkseed, mezo, fwdllm)"),
         (1, "split learning, or a smaller model"),
     ],
 )
