@@ -56,21 +56,23 @@ class PushedServer(Server):
 
     def round(self, number: int, report: Report) -> None:
         """Take pushes until there is revision `number` + 1."""
-        began, meter = time.monotonic(), Residual()
+        began = time.monotonic()
         told: list[tuple[int, int, dict[str, float]]] = []  # rank, staleness, figures
         if not self._given:
             for member in self.members:
                 self._give(member)
-        while self.aggregator.revision == number:
-            rank = self._next()
-            if rank is None:
-                continue
-            pushed = self._take(rank, meter, report)
-            if pushed is not None:
-                told.append((rank, number - pushed[0], pushed[1]))
-        with self.computing():
-            self._packing.forget()
-            residual = meter.of([(m, self.aggregator.download(m)) for m in self.members[:1]])
+        with Residual() as meter:
+            while self.aggregator.revision == number:
+                rank = self._next()
+                if rank is None:
+                    continue
+                pushed = self._take(rank, meter, report)
+                if pushed is not None:
+                    told.append((rank, number - pushed[0], pushed[1]))
+            with self.computing():
+                self._packing.forget()
+                residual = meter.of([(m, self.aggregator.download(m)) for m in self.members[:1]])
+        self.count_computed(meter.compute_s)
         if self.aggregator.revision < self.job.rounds:
             self._give(self.members[told[-1][0]])
         report("step", number, self._figures(number, told, residual) | {"seconds": time.monotonic() - began})
@@ -133,7 +135,7 @@ class PushedServer(Server):
                 if counted is not None:
                     meter.add(counted)
         except (ConfigError, PolicyViolation, ProtocolError) as error:
-            self._refuse(number, rank, error)
+            self.refuse(number, rank, error)
             self._in_vain += 1
             if self._in_vain > REFUSED_MOST * self.server:
                 raise PolicyViolation(

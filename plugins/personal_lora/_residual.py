@@ -28,8 +28,8 @@ class Residual:
     """Fed update by update, then asked. Memory: the updates' factors while the rank of all together is not
     far above min(in, out) of their matrix, and that matrix from then on, whatever the cohort.
 
-    Sums are made in a thread of its own, in the order of the updates, while the next one comes. `compute_s`:
-    what that thread took of a processor.
+    Sums are made in a thread of its own, in the order of the updates, while the next one comes; it ends with
+    the `with` block. `compute_s`: what that thread took of a processor.
     """
 
     def __init__(self) -> None:
@@ -39,6 +39,12 @@ class Residual:
         self._thread = ThreadPoolExecutor(1, "residual")
         self._added: deque[Future[float]] = deque()
         self.compute_s = 0.0
+
+    def __enter__(self) -> Residual:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
 
     def add(self, update: Update) -> None:
         """With both factors, the frozen one as its member has it. ConfigError for a weight not above 0."""
@@ -60,7 +66,6 @@ class Residual:
         any update, and for values that are NaN."""
         self.compute_s += sum(each.result() for each in self._added)
         self._added.clear()
-        self._thread.shutdown()
         if not self._sums:
             return math.nan
         loads = list(downloads)  # held, so that a place in memory means one array
@@ -85,10 +90,10 @@ class Residual:
 
 def residual(updates: Iterable[Update], downloads: Iterable[tuple[Member, Download]]) -> float:
     """The residual of one round, at once: as `Residual`."""
-    meter = Residual()
-    for update in updates:
-        meter.add(update)
-    return meter.of(downloads)
+    with Residual() as meter:
+        for update in updates:
+            meter.add(update)
+        return meter.of(downloads)
 
 
 def _place(array: Array) -> tuple[Any, ...]:

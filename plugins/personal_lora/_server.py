@@ -128,18 +128,18 @@ class Server(Rank):
         self._packing.forget()
         if semi is not None:
             cohort = semi.wait(number, cohort, report)
-        meter = Residual()
         take = self._take_masked if self.job.masked else self._take
-        told = take(number, frozen, meter, cohort)
+        with Residual() as meter:
+            told = take(number, frozen, meter, cohort)
+            with self.computing():
+                is_void = self._is_void(number, told)
+                loads = [] if is_void else [(m, self.aggregator.download(m)) for m in self.members]
+                residual = math.nan if is_void else meter.of(loads)
         if semi is not None:
             values |= semi.figures(told)
         for rank, figures in told.items():
             values[f"up_{rank}"] = figures["sent"]
             values[f"down_{rank}"] += figures.get("said", 0.0)
-        with self.computing():
-            is_void = self._is_void(number, told)
-            loads = [] if is_void else [(m, self.aggregator.download(m)) for m in self.members]
-            residual = math.nan if is_void else meter.of(loads)
         self.count_computed(meter.compute_s)
         if is_void:
             values["void"] = 1.0

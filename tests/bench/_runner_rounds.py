@@ -89,6 +89,12 @@ class Unmeasured:
 
     compute_s = 0.0
 
+    def __enter__(self) -> Unmeasured:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
     def add(self, update: Any) -> None:
         pass
 

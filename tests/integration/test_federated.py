@@ -163,7 +163,7 @@ def test_a_private_job_says_what_it_spent_and_none_beyond_its_budget_begins(trio
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"method": "fedmagic"}, "expected method as one of fdlora, .*; 'fedmagic' came"),
+        ({"method": "fedmagic"}, "expected method as one of delayed-nesterov, .*; 'fedmagic' came"),
         ({"mu": 1.0}, "no key 'mu' in a training job"),
         ({"method": "fedprox", "mu": "much"}, "expected a number for mu; 'much' came"),
         ({"method": "fedavg", "clients": [{"node": PHONE, "data": "sums", "r": 1},

@@ -88,7 +88,7 @@ def test_the_adapter_is_the_submitters(
             "joules",
             "joules_source",
         ),
-        *("rounds_log", "plan", "measured"),
+        *("rounds_log", "plan", "measured", "egress"),
     }
     assert document["adapter"].startswith(f"{submitter}-sums")
     assert [row["step"] for row in document["evals"]] == [0, 3, 4]

@@ -30,7 +30,7 @@ import numpy as np
 import peft
 import torch
 from edged_plugins._tensors.rows import Batches, encode, read_rows
-from edged_plugins._training.link import Stopped
+from edged_plugins._training.link import LOOK_S, Stopped
 from edged_plugins.split_learning._cost import cost
 from edged_plugins.split_learning._job import check_local, check_split, read
 from edged_plugins.split_learning._layout import plan_local, plan_split
@@ -334,7 +334,11 @@ class Hall:
         self.is_stopped = False
 
     def wait(self, rank: int, box: deque[Any], timeout_s: float) -> None:
-        """Until there is something in the box; AssertionError where nobody is left to put it there."""
+        """Until there is something in the box; AssertionError where nobody is left to put it there. Who waits
+        for less than a look has a clock of its own, and is nobody's deadlock."""
+        if timeout_s < LOOK_S:
+            self.turn.wait_for(lambda: bool(box) or self.is_stopped, timeout_s)
+            return
         self.waits[rank] = box
         if len(self.waits) == self.at_work and not any(self.waits.values()) and not self.is_stopped:
             self.stop()
