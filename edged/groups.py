@@ -106,6 +106,7 @@ class Group:
     freed: asyncio.Event = field(default_factory=asyncio.Event)  # a job left; somebody may wait for that
     started: tuple[wire.Started, ...] = ()  # what each rank said when it was loaded; nothing, of one away
     away: dict[int, str] = field(default_factory=dict)  # optional ranks that have no part any more, and why
+    refused: set[int] = field(default_factory=set)  # of these, who is there and said no: asking again is vain
 
     @property
     def rank_0(self) -> str:
@@ -394,6 +395,8 @@ class Groups:
             if role.rank not in group.load.optional or group.lost is not None:
                 raise
             group.away[role.rank] = str(error)[:REASON_CHARS_MAX]
+            if not isinstance(error, PeerError):
+                group.refused.add(role.rank)
             self._stop(group.group_id, [role])
             return None
 

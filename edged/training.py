@@ -505,7 +505,7 @@ class Trainings:
         """Note the nodes that left and are there again for long enough: `_report` ends the epoch for them."""
         views = {view.node_id: view for view in await self._viewer.views(measure=False)}
         now, long_s = time.monotonic(), max(BACK_S, BACK_LOADS * group.load_ms / 1000)
-        for rank in set(group.away) - run.failed_ranks:
+        for rank in set(group.away) - run.failed_ranks - group.refused:
             node_id = group.load.roles[rank].node_id
             node = views.get(node_id)  # a busy one may not answer in time
             if not self._peers.is_online(node_id) or (node is not None and node.refuses):

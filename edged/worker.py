@@ -294,8 +294,9 @@ class Worker:
                 reports.add(kind, step, values)
             tell(kind, step, values)
 
+        left: Callable[[int, str], None] = getattr(trainer, "left", lambda rank, reason: None)
         for rank in request.away:
-            getattr(trainer, "left")(rank, "it was away when this began")  # noqa: B009 - few trainers have it
+            left(rank, "it was away when this began")
         for kind, step, values in reports.begin(request.step):
             if step >= request.told:
                 tell(kind, step, values)

@@ -76,7 +76,7 @@ class Away:
         told = Told()
         self.told, self.run = told, told.run
         roles = [SimpleNamespace(node_id=name) for name in ("phone", "jetson")]
-        self.group = cast("Any", SimpleNamespace(away={1: "it left"}, load_ms=1.0))
+        self.group = cast("Any", SimpleNamespace(away={1: "it left"}, refused=set(), load_ms=1.0))
         self.group.load = SimpleNamespace(roles=roles, optional={0, 1})
         told.trainings._viewer = cast("Any", SimpleNamespace(views=self._views))
         told.trainings._peers = cast(
@@ -125,5 +125,14 @@ def test_loading_that_takes_long_is_worth_a_longer_wait(monkeypatch: pytest.Monk
 def test_a_rank_that_failed_by_itself_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     away = Away(monkeypatch)
     away.run.failed_ranks.add(1)
+    away.look(0.0)
+    assert away.look(BACK_S) == ()
+
+
+def test_a_rank_whose_node_is_there_and_says_no_is_not_asked_again_and_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    away = Away(monkeypatch)
+    away.group.refused.add(1)
     away.look(0.0)
     assert away.look(BACK_S) == ()

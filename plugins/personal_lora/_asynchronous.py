@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edged import ConfigError, EngineError, PeerError, PolicyViolation, ProtocolError, Update
+from edged import ConfigError, EdgedError, EngineError, PeerError, PolicyViolation, ProtocolError, Update
 from edged import Member as Sender
 
 from .._rounds.asynchronous import REPLAY, local_steps
@@ -49,7 +49,8 @@ class PushedServer(Server):
         self._speeds: dict[int, float] = {}  # steps a second, with what travels
         self._evals: dict[int, tuple[int, dict[str, float]]] = {}  # the newest of each, and its revision
         self._evals_told = -1
-        self._in_vain = 0  # pushes that were refused since the last that counted
+        self._in_vain: Counter[int] = Counter()  # refused since the last push that counted, by rank
+        self._unheard: set[int] = set()  # ranks of which too many were
         self._down: Counter[int] = Counter()  # bytes, by rank, since the last revision
 
     # --- a revision ---------------------------------------------------------------------------------
@@ -107,23 +108,29 @@ class PushedServer(Server):
         heard = False
         for _ in range(self.server):
             rank = next(self._ranks)
-            if self.channel.poll(rank, 0.0):
+            if rank not in self._unheard and self.channel.poll(rank, 0.0):
                 heard = True
-                if self._came[rank].take(self.link(rank).next(), self.name(rank)):
+                try:
+                    is_all = self._came[rank].take(self.link(rank).next(), self.name(rank))
+                except ProtocolError as error:
+                    self._refuse_of(rank, error)
+                    continue
+                if is_all:
                     return rank
         if not heard:
-            self.channel.poll(next(self._ranks), NAP_S)
+            self.channel.poll(next(rank for rank in self._ranks if rank not in self._unheard), NAP_S)
         return None
 
     def _take(self, rank: int, meter: Residual, report: Report) -> tuple[int, dict[str, float]] | None:
         """A push that counted: the revision that it began at, and its figures. None where it was refused, or
         was an evaluation. Its member has got the newest then, but where this made a revision."""
-        number, member = self.aggregator.revision, self.members[rank]
+        number, member, is_push = self.aggregator.revision, self.members[rank], True
         try:
             link, began = self._came[rank].all_of(self.link(rank), self.name(rank))
             if link is None:
                 return None
-            if not link.is_push:
+            is_push = link.is_push
+            if not is_push:
                 if began > number:
                     raise ProtocolError(f"expected losses up to revision {number}; those of {began} came")
                 self._evaluated(began, rank, self._told(link, began), report)
@@ -135,21 +142,29 @@ class PushedServer(Server):
                 if counted is not None:
                     meter.add(counted)
         except (ConfigError, PolicyViolation, ProtocolError) as error:
-            self.refuse(number, rank, error)
-            self._in_vain += 1
-            if self._in_vain > REFUSED_MOST * self.server:
-                raise PolicyViolation(
-                    f"expected pushes that count; the last {self._in_vain} were refused",
-                    remedy="look at the log of the server's node, which names their members",
-                ) from error
-            if error.code != REPLAY:  # its member waits for the answer to another
+            is_heard = self._refuse_of(rank, error)
+            if is_push and is_heard and error.code != REPLAY:  # its member waits for the answer to another
                 self._give(member)
             return None
-        self._in_vain = 0
+        self._in_vain[rank] = 0
         self._pace(rank)
         if self.aggregator.revision == number:
             self._give(member)
         return began, figures
+
+    def _refuse_of(self, rank: int, error: EdgedError) -> bool:
+        """Count it; is the member heard any longer? PolicyViolation where nobody is."""
+        self.refuse(self.aggregator.revision, rank, error)
+        self._in_vain[rank] += 1
+        if self._in_vain[rank] <= REFUSED_MOST:
+            return True
+        self._unheard.add(rank)
+        if len(self._unheard) == self.server:
+            raise PolicyViolation(
+                f"expected pushes that count; of every member the last {REFUSED_MOST} were refused",
+                remedy="look at the log of the server's node, which names them",
+            ) from error
+        return False
 
     def _read(self, link: Link, began: int, member: Sender) -> tuple[Update, dict[str, float]]:
         """ProtocolError where it is no push."""
@@ -168,7 +183,7 @@ class PushedServer(Server):
         weight = self.job.clients[member.rank].weight or header.get("weight")
         if type(weight) is not int or weight < 1:
             raise ProtocolError(f"expected a number of rows above 0 of {name}; {str(weight)[:20]} came")
-        weight = min(weight, self.job.weight_most or weight)
+        weight = self._weights.counted(weight, member.rank, name, began)
         given = self.unflat(values, "AB", member.r)
         factors = {layer: (pair["A"], pair["B"]) for layer, pair in given.items()}
         update = Update(member, began, float(weight), factors, {"turn": turn})
@@ -197,7 +212,7 @@ class PushedServer(Server):
     def _evaluated(self, began: int, rank: int, figures: dict[str, float], report: Report) -> None:
         """Tell the held-out loss of all members when each has told of this revision or a newer one."""
         self._evals[rank] = (began, figures)
-        if len(self._evals) == self.server:
+        if len(self._evals.keys() | self._unheard) == self.server:
             oldest = min(revision for revision, _ in self._evals.values())
             if oldest > self._evals_told:
                 self._evals_told = oldest

@@ -465,6 +465,11 @@ def _semi_rules(job: Job, travels: Travels, least: int) -> list[file.Rule]:
             not travels.stack,
             f"mode = synchronous with {job.method}: who misses a round misses for good what it merged",
         ),
+        (
+            job.method != "scaffold",
+            "mode = synchronous with scaffold: its server has the mean of what members hold, and an update "
+            "that is lost parts them for good",
+        ),
         (not job.masked, "mode = synchronous with masked = true: keys and shares are agreed on by all"),
         (
             not job.client_noise or job.fraction == 1,

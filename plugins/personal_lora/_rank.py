@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from edged import Channel, Computed, EngineError, ProtocolError, TrainingSpec
+from edged import Channel, Computed, EdgedError, EngineError, PeerError, ProtocolError, TrainingSpec
 
 from .._tensors import codecs
 from .._training.adapter_folder import write_lora
@@ -179,24 +179,34 @@ class Rank(abc.ABC):
         """Server and member must train the same model by the same words."""
         mine = self.hello()
         words = {key: value for key, value in mine.items() if key not in ("k", "at")}
-        for other in self.neighbours:
-            self.link(other).send("hello", [], words, [])
-        for other in self.neighbours:
-            header, _ = self.link(other).receive("hello", [])
-            for word in ("model", "job"):
-                if header.get(word) != mine[word]:
-                    error = EngineError(
-                        f"expected the same {word} at every node; {self.name(other)} has "
-                        f"{str(header.get(word))[:12]}, and here it is {mine[word][:12]}",
-                        remedy="give both nodes the same file",
-                        code="model-differs" if word == "model" else "job-differs",
-                    )
-                    if not self.goes_on_without(other, error):
-                        raise error
-                    break
+        for other in list(self.neighbours):
+            with self._or_without(other):
+                self.link(other).send("hello", [], words, [])
+        for other in list(self.neighbours):
+            with self._or_without(other):
+                header, _ = self.link(other).receive("hello", [])
+                self._compare(other, header, mine)
 
-    def goes_on_without(self, other: int, error: EngineError) -> bool:
-        """May the job do without a rank that trains another model, or another job?"""
+    def _compare(self, other: int, header: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
+        for word in ("model", "job"):
+            if header.get(word) != mine[word]:
+                raise EngineError(
+                    f"expected the same {word} at every node; {self.name(other)} has "
+                    f"{str(header.get(word))[:12]}, and here it is {mine[word][:12]}",
+                    remedy="give both nodes the same file",
+                    code="model-differs" if word == "model" else "job-differs",
+                )
+
+    @contextmanager
+    def _or_without(self, other: int) -> Iterator[None]:
+        try:
+            yield
+        except (EngineError, PeerError, ProtocolError) as error:
+            if not self.goes_on_without(other, error):
+                raise
+
+    def goes_on_without(self, other: int, error: EdgedError) -> bool:
+        """May the job do without a rank that is not there, or trains another model or another job?"""
         return False
 
     def send_mask(self, other: int, round: int, mask: np.ndarray) -> None:

@@ -28,6 +28,9 @@ POLL_S = 0.05  # on one member's link, while others may come meanwhile
 ALIVE_S = 5.0  # between two signs of life of a server that waits
 LAST_TIMES = 2.0  # the end waits so many deadlines: of what a member loads then it keeps something
 REASON_CHARS = 33  # of a figure's name, which says why a member was left out
+AT_ONCE = 64  # messages of one member between two looks at the others and at the clock
+MESSAGES_MOST, HEARD_MOST = 1000, 2000  # of an update: that are kept, and that are heard to its end
+DRAINED_MOST = 16  # times the largest update, likewise
 ENDS = ("told", "cannot")  # of what a member says in a round
 LATE = "its update came too late"
 LEFT = "it left in mid round"
@@ -52,6 +55,7 @@ class Arriving:
     limit: int
     messages: deque[Any] = field(default_factory=deque)
     size: int = 0
+    heard: int = 0
     last: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -59,13 +63,24 @@ class Arriving:
         return bool(self.last)
 
     def hear(self, channel: Channel) -> bool:
-        """All that is there now; is it the end? What is of an earlier round is left out."""
-        while not self.is_over and channel.poll(self.link.other, 0.0):
-            header, frames = self.link.next()
+        """What is there now, at most AT_ONCE messages; is it the end? What is of an earlier round is left
+        out, and all where a message is none, or where there is too much. PeerError where there is no end."""
+        for _ in range(AT_ONCE):
+            if self.is_over or not channel.poll(self.link.other, 0.0):
+                break
+            self.heard += 1
+            if self.heard > HEARD_MOST or self.size > DRAINED_MOST * self.limit:
+                raise PeerError(f"expected an update of at most {self.limit} bytes; more came, and no end")
+            try:
+                header, frames = self.link.next()
+            except ProtocolError:
+                self.size = max(self.size, self.limit + 1)
+                self.messages.clear()
+                continue
             if is_stale(header, self.number):
                 continue
             self.size += sum(frame.nbytes for frame in frames)
-            if self.size <= self.limit:
+            if self.size <= self.limit and self.heard <= MESSAGES_MOST:
                 self.messages.append((header, frames))
             else:
                 self.messages.clear()
@@ -202,8 +217,10 @@ class Rounds:
         for rank, arriving in list(pending.items()):
             if rank in self.left:  # what came before it left counts no more: the order of both is chance
                 self.left_out[rank] = LEFT
-            elif not arriving.hear(self._server.channel):
-                continue
+            elif not self._is_heard(rank, arriving):
+                if rank not in self.left:
+                    continue
+                self.left_out[rank] = LEFT
             elif arriving.last["k"] == "cannot":
                 self.left_out[rank] = str(arriving.last.get("because"))[:100]
                 self._sit_out.add(rank)
@@ -211,6 +228,14 @@ class Rounds:
                 self.arrived[rank] = Gathered(arriving.link, arriving.messages)
                 self._offsets[number][rank] = self.clock() - began
             del pending[rank]
+
+    def _is_heard(self, rank: int, arriving: Arriving) -> bool:
+        """To its end? Who has none has left."""
+        try:
+            return arriving.hear(self._server.channel)
+        except PeerError as error:
+            self.left.setdefault(rank, str(error))
+            return False
 
     def _pause(self, number: int, rank: int, said: float, report: Report) -> float:
         self._server.look()
@@ -229,7 +254,7 @@ class Rounds:
         for rank, arriving in list(self._owes.items()):
             if rank in self.left:
                 del self._owes[rank]
-            elif arriving.hear(self._server.channel):
+            elif self._is_heard(rank, arriving):
                 del self._owes[rank]
                 number = arriving.number
                 if number in self._offsets:

@@ -19,6 +19,7 @@ import torch
 from edged import (
     ConfigError,
     Download,
+    EdgedError,
     EngineError,
     Member,
     PeerError,
@@ -75,10 +76,11 @@ class Server(Rank):
         if self.semi is not None and rank < self.server:
             self.semi.left.setdefault(rank, reason)
 
-    def goes_on_without(self, other: int, error: EngineError) -> bool:
+    def goes_on_without(self, other: int, error: EdgedError) -> bool:
         if self.semi is None:
             return False
-        self.refuse(0, other, error)
+        if not isinstance(error, PeerError):
+            self.refuse(0, other, error)
         self.left(other, str(error))
         return True
 
@@ -361,7 +363,12 @@ class Server(Rank):
         ranks = [member.rank for member in self.members]
         if semi is not None:
             ranks = semi.last(number, self.members, report)
-        told = {rank: self._told(self._gather(number, rank), number) for rank in ranks}
+        told = {}
+        for rank in ranks:
+            try:
+                told[rank] = self._told(self._gather(number, rank), number)
+            except ProtocolError as error:  # figures alone: what was made stands
+                self.refuse(number, rank, error)
         self._tell_eval(number, told, report)
         if self.job.is_whole:
             give(self, self.aggregator.download(self.members[0]).extras, report)

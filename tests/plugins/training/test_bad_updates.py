@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +15,15 @@ from typing import Any
 import numpy as np
 import pytest
 from edged_plugins import personal_lora
+from edged_plugins._tensors import codecs
+from edged_plugins._training.link import Link
 from edged_plugins.personal_lora import _messages
+from edged_plugins.personal_lora._semi import AT_ONCE, HEARD_MOST, MESSAGES_MOST, Arriving
 from rig import Planned, finished, run_threads
 from rounds_rig import federated
 from test_rounds import VALUES, adapter_of, spoil, steps_of, stranger
 
-from edged import ConfigError, EngineError
+from edged import ConfigError, EngineError, PeerError, ProtocolError
 
 Wrong = Callable[[int, dict[str, Any], bytearray], None]
 
@@ -137,6 +141,49 @@ def test_a_member_with_another_model_costs_itself_where_members_may_leave(tiny: 
     rows = steps_of(finished(run_threads(plan, ranks={0: greets}))[-1])
     assert [row["refused"] for row in rows] == [1.0, 1.0]
     assert all("up_0" not in row and "up_1" in row for row in rows)
+
+
+class Floods:
+    """A channel on which a member says endlessly what is nothing, in each round."""
+
+    def __init__(self) -> None:
+        self.heard = 0
+
+    def poll(self, source: int, timeout_s: float) -> bool:
+        return True
+
+    def receive(self, source: int, timeout_s: float) -> Any:
+        self.heard += 1
+        if self.heard % 7 == 0:
+            raise ProtocolError("expected a map; bytes came")
+        return {"k": "noise", "at": [3]}, []
+
+
+def test_a_flood_is_heard_a_part_at_a_time_and_has_an_end() -> None:
+    channel = Floods()
+    arriving = Arriving(Link(channel, 0, codecs.make("f32", 1.0, 1), lambda: False), 3, 1 << 20)
+    assert not arriving.hear(channel)
+    assert channel.heard == AT_ONCE
+    with pytest.raises(PeerError, match="no end"):
+        any(arriving.hear(channel) for _ in range(HEARD_MOST))
+    assert channel.heard <= HEARD_MOST
+    assert len(arriving.messages) <= MESSAGES_MOST
+
+
+@pytest.mark.parametrize("mode", ["synchronous", "semi-synchronous"])
+def test_a_last_figure_that_is_none_loses_no_adapter(mode: str, tiny: Any, tmp_path: Path) -> None:
+    plan = federated(tiny("llama")[1], tmp_path, rounds=1, mode=mode)
+
+    def wild(trainer: Any) -> None:
+        real = trainer._tell
+
+        def tell(number: int, figures: list[float]) -> None:
+            real(number, [math.nan] * len(figures) if number else figures)
+
+        trainer._tell = tell
+
+    finished(run_threads(plan, changes={0: wild}))
+    assert adapter_of(plan.folders[-1])
 
 
 @pytest.mark.parametrize("poisoned", [1, 3])

@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from edged_plugins._tensors.adapters import pairs_of, read_peft
+from edged_plugins._training.link import Stopped
 from edged_plugins.personal_lora import ASYNCHRONOUS
+from edged_plugins.personal_lora._asynchronous import REFUSED_MOST
 from rig import Outcome, Planned, finished, raised, run_threads
 from rounds_rig import federated
 
@@ -219,6 +221,27 @@ def test_a_push_that_must_not_count_costs_itself(tiny: Any, tmp_path: Path) -> N
     assert refused["update-future"] >= 2
     for product in made_by(plan).values():
         assert np.isfinite(product).all()
+
+
+def test_a_member_that_only_says_nonsense_is_not_heard_any_longer(tiny: Any, tmp_path: Path) -> None:
+    """And the others' pushes make every revision; its word for its rows is bounded by the server's node."""
+    plan = federated(
+        tiny("llama")[1], tmp_path, method="fedbuff", rounds=6, buffer=1, eval_rows=0, node_weight_most=2
+    )
+
+    def wild(trainer: Any) -> None:
+        def turn(revision: int, way: Any) -> None:
+            for _ in range(3 * REFUSED_MOST):
+                way.send("told", [50], {}, [bytes(64)])
+            raise Stopped
+
+        trainer._turn = turn
+
+    server = finished(run_threads(plan, changes={1: wild}))[-1]
+    rows = steps_of(server)
+    assert len(rows) == 6
+    assert REFUSED_MOST < rows[-1]["refused"] <= REFUSED_MOST + 2
+    assert all("up_1" not in row for row in rows)
 
 
 def test_slow_members_take_fewer_steps_where_those_are_dynamic(tiny: Any, tmp_path: Path) -> None:

@@ -98,7 +98,7 @@ def at_round(round: int, act: Callable[[Any], None]) -> Callable[[Any], None]:
     return change
 
 
-@pytest.mark.parametrize("keys", [{"method": "fedavg"}, {"method": "scaffold", "fraction": 0.6}], ids=str)
+@pytest.mark.parametrize("keys", [{"method": "fedavg"}, {"method": "fedadam", "fraction": 0.6}], ids=str)
 def test_where_all_come_in_time_the_rounds_are_those_that_wait(
     keys: dict[str, Any], tiny: Any, tmp_path: Path
 ) -> None:
@@ -249,6 +249,7 @@ def test_a_round_without_its_quorum_ends_the_epoch_by_name(tiny: Any, tmp_path: 
     [
         ({"mode": "sometimes"}, "mode"),
         ({"mode": SEMI, "method": "flora"}, "mode = synchronous with flora"),
+        ({"mode": SEMI, "method": "scaffold"}, "mode = synchronous with scaffold"),
         ({"mode": SEMI, "masked": True}, "mode = synchronous with masked"),
         ({"mode": SEMI, "method": "krum", "quorum": 0.5, "clients": [{}] * 5}, "a quorum of at least 5"),
         ({"mode": SEMI, "quorum": 0.0}, "quorum above 0"),
