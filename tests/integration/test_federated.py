@@ -282,6 +282,7 @@ def test_a_model_tuned_by_seeds_alone_is_written_added_and_run(trio: list[Node],
 @pytest.mark.slow
 def test_a_killed_client_costs_its_own_updates_and_no_epoch(trio: list[Node]) -> None:
     more = {"mode": "semi-synchronous", "method": "fedavg", "rounds": 14, "local_steps": 4}
+    warm = {worker.pid for worker in trio[2].workers()}  # of one that generated
     begun = rig.begun(trio[2], job(**more, adapter="left"))
     rig.until_step(trio[2], begun, 2)
     trio[1].kill()  # and its worker with it
@@ -297,4 +298,5 @@ def test_a_killed_client_costs_its_own_updates_and_no_epoch(trio: list[Node]) ->
     assert adapters(trio[2])["left"] == "global"
     trio[1].start().wait_ready()
     wait_online(trio)
-    wait_no_workers(*trio)
+    wait_no_workers(*trio[:2])
+    wait_until("the job's own workers to end", lambda: {worker.pid for worker in trio[2].workers()} <= warm)
