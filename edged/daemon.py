@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import identity as ids
-from . import sdnotify
+from . import logs, sdnotify
 from .commands import Commands
 from .control import ControlServer
 from .errors import EdgedError
@@ -213,19 +213,7 @@ async def _serve(home: Home) -> None:
     await Daemon(home).run()
 
 
-class _Formatter(logging.Formatter):
-    """Constant message, then the fields of `extra`."""
-
-    _KNOWN = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
-
-    def format(self, record: logging.LogRecord) -> str:
-        fields = {key: value for key, value in vars(record).items() if key not in self._KNOWN}
-        return super().format(record) + "".join(f" {key}={value}" for key, value in fields.items())
-
-
 def _log_to_stderr() -> None:
-    handler = logging.StreamHandler(sys.stderr)
     under_journal = bool(os.environ.get("JOURNAL_STREAM"))  # it adds the time by itself
     prefix = "" if under_journal else "%(asctime)s "
-    handler.setFormatter(_Formatter(f"{prefix}%(levelname)s %(name)s: %(message)s"))
-    logging.basicConfig(level=os.environ.get("EDGED_LOG", "INFO"), handlers=[handler])
+    logs.to_stderr(f"{prefix}%(levelname)s %(name)s: %(message)s", os.environ.get("EDGED_LOG", "INFO"))

@@ -39,7 +39,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from . import framing, wire
+from . import framing, logs, wire
 from .certificate import new_credential
 from .channel import End, ZmqChannel
 from .errors import ConfigError, EdgedError, EngineError, PeerError, PolicyViolation, ProtocolError
@@ -601,7 +601,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--parent", type=int, required=True)
     chosen = parser.parse_args(arguments)
     _bind_to_daemon(chosen.parent)
-    logging.basicConfig(stream=sys.stderr, format="worker %(process)d %(levelname)s %(message)s")
+    logs.to_stderr("worker %(process)d %(levelname)s %(message)s")
     Worker(socket.socket(fileno=chosen.fd)).run()
 
 

@@ -20,7 +20,7 @@ CORE, PLUGINS = ROOT / "edged", ROOT / "plugins"
 
 LAYERS = {
     0: "types errors version",
-    1: "hookspecs config wire sizes rows",
+    1: "hookspecs config wire sizes rows logs",
     2: "pricing rules correcting metering sustaining queueing scenario",
     3: "accounting figures plugins node planning simulation advising jobs identity token requests framing",
     4: "transport certificate stream meeting streams channel exchanging dataplane control client "
