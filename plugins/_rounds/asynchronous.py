@@ -221,8 +221,8 @@ class DelayedNesterov:
 
 
 def local_steps(H: int, speeds: Mapping[int, float], percentile: float = 90.0) -> dict[int, int]:
-    """Dynamic local updates of the same paper: floor(H v / v_p), at least 1, for each rank's v in steps a
-    second; v_p: that percentile of all, interpolated.
+    """Dynamic local updates (DyLU) of the same paper: floor(H v / v_p), at least 1, of each rank with v steps
+    a second; v_p: that percentile of all, interpolated.
 
     Then all take the time H / v_p, within one step of their own, but those that are too slow for one.
     ConfigError for a speed that is no number above 0.

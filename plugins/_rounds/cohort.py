@@ -1,4 +1,4 @@
-"""Who takes part in a round, how long it is waited for, and how many local steps each takes. Pure.
+"""Who takes part in a round, and how long it is waited for. Pure.
 
 A member is asked only if its device can bear it, and each that is not has a reason. What a sensor does not
 say changes nothing, as everywhere in edged; a device without a battery is on mains.
@@ -7,8 +7,6 @@ The deadline is the median of earlier arrivals plus k times their median absolut
 influence curve and its role in robust estimation"; asked for by users of hivemind instead of fixed
 timeouts). A member that never came counts as infinitely late: with those who came in time alone, each
 deadline would be shorter than the one before.
-
-Local steps: DyLU (Liu et al. 2024, "Asynchronous Local-SGD Training for Language Modeling", 2401.09135).
 """
 
 from __future__ import annotations
@@ -169,31 +167,3 @@ class Waiting:
         if has_quorum and elapsed_s >= deadline_s:
             return "close"
         return "fail" if elapsed_s >= self.ceiling_s else "wait"
-
-
-# --- how much each does ---------------------------------------------------------------------------
-
-
-def local_steps(H: int, speeds: Mapping[int, float], percentile: float = 90.0) -> dict[int, int]:
-    """floor(H v / v_p), at least 1, for each rank's v in steps a second; v_p: that percentile of all,
-    interpolated.
-
-    Then all take the time H / v_p, within one step of their own, but those that are too slow for one.
-    ConfigError for a speed that is no number above 0.
-    """
-    if H < 1 or not 0 <= percentile <= 100:
-        raise ConfigError(f"expected steps and a percentile, got {H} and {percentile}")
-    if not all(0 < speed < math.inf for speed in speeds.values()):
-        raise ConfigError("expected speeds above 0, in steps a second")
-    if not speeds:
-        return {}
-    fast = _percentile(sorted(speeds.values()), percentile)
-    return {rank: max(1, math.floor(H * (speed / fast) + NEARLY)) for rank, speed in speeds.items()}
-
-
-def _percentile(ordered: Sequence[float], percent: float) -> float:
-    """Interpolated between the two nearest."""
-    place = (len(ordered) - 1) * percent / 100
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])

@@ -131,12 +131,35 @@ class Link:
         return gradient
 
 
+class Peeking(Link):
+    """A link whose next message can be looked at before it is taken."""
+
+    def __init__(self, link: Link) -> None:
+        super().__init__(link._channel, link.other, link.codec, link._is_stopped)
+        self._first: deque[tuple[dict[str, Any], list[memoryview]]] = deque()
+
+    def next(self) -> tuple[dict[str, Any], list[memoryview]]:
+        return self._first.popleft() if self._first else super().next()
+
+    def peek(self) -> dict[str, Any]:
+        """The header of what comes next."""
+        if not self._first:
+            self._first.append(super().next())
+        return self._first[0][0]
+
+    @property
+    def is_waiting(self) -> bool:
+        """Is there something already?"""
+        return bool(self._first) or self._channel.poll(self.other, 0.0)
+
+
 class Gathered(Link):
-    """Messages that came already, looked at as if they came now."""
+    """Messages that came already, looked at as if they came now. `first`: the header of the first of them."""
 
     def __init__(self, link: Link, messages: Iterable[tuple[dict[str, Any], list[memoryview]]]) -> None:
         super().__init__(link._channel, link.other, link.codec, link._is_stopped)
         self._messages = deque(messages)
+        self.first = self._messages[0][0] if self._messages else {}
 
     def next(self) -> tuple[dict[str, Any], list[memoryview]]:
         if not self._messages:

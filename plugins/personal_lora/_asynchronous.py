@@ -8,32 +8,33 @@ fence lets no push count twice. Members keep nothing: the server says which of t
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 import torch
 
-from edged import ConfigError, EdgedError, EngineError, PeerError, PolicyViolation, ProtocolError, Update
+from edged import ConfigError, EdgedError, EngineError, PolicyViolation, ProtocolError, Update
 from edged import Member as Sender
 
 from .._rounds.asynchronous import REPLAY, local_steps
-from .._training.link import Gathered, Link, Stopped
+from .._training.link import Link, Peeking, Stopped
 from . import _messages, _mode
+from ._inbox import Inbox
 from ._member import Member
 from ._mode import STEPS_MOST
 from ._rank import Report, own_words
 from ._residual import Residual
-from ._server import DRAINED_MOST, MESSAGES_MOST, Server
+from ._server import Server
 
+log = logging.getLogger(__name__)
 NAP_S = 0.02  # of a server to which nobody has said anything: short against local steps
 REFUSED_MOST = 16  # pushes of each member, without one that counts: then no revision will ever be
 TURNS_MOST = 1 << 40
-
-Message = tuple[dict[str, Any], list[memoryview]]
 
 
 class PushedServer(Server):
@@ -42,7 +43,7 @@ class PushedServer(Server):
     def build(self) -> None:
         super().build()
         self._ranks = itertools.cycle(range(self.server))
-        self._came: dict[int, Inbox] = {rank: Inbox(self._most) for rank in range(self.server)}
+        self._came: dict[int, Inbox] = {rank: self._inbox(rank) for rank in range(self.server)}
         self._steps_done = np.zeros(self.server, np.int64)  # by rank, of pushes that counted
         self._steps: dict[int, int] = {}  # that are on their way
         self._given: dict[int, float] = {}  # when
@@ -111,12 +112,10 @@ class PushedServer(Server):
             if rank not in self._unheard and self.channel.poll(rank, 0.0):
                 heard = True
                 try:
-                    is_all = self._came[rank].take(self.link(rank).next(), self.name(rank))
-                except ProtocolError as error:
-                    self._refuse_of(rank, error)
-                    continue
-                if is_all:
-                    return rank
+                    if self._came[rank].hear():
+                        return rank
+                except ProtocolError as error:  # it has no end
+                    self._ignore(rank, error)
         if not heard:
             self.channel.poll(next(rank for rank in self._ranks if rank not in self._unheard), NAP_S)
         return None
@@ -126,10 +125,9 @@ class PushedServer(Server):
         was an evaluation. Its member has got the newest then, but where this made a revision."""
         number, member, is_push = self.aggregator.revision, self.members[rank], True
         try:
-            link, began = self._came[rank].all_of(self.link(rank), self.name(rank))
-            if link is None:
-                return None
-            is_push = link.is_push
+            inbox, self._came[rank] = self._came[rank], self._inbox(rank)
+            link = inbox.all()
+            is_push, began = link.first["k"] != "told", revision_of(link.first.get("at"), self.name(rank))
             if not is_push:
                 if began > number:
                     raise ProtocolError(f"expected losses up to revision {number}; those of {began} came")
@@ -158,13 +156,24 @@ class PushedServer(Server):
         self._in_vain[rank] += 1
         if self._in_vain[rank] <= REFUSED_MOST:
             return True
+        self._ignore(rank, error)
+        return False
+
+    def _ignore(self, rank: int, error: EdgedError) -> None:
+        """Hear nothing more of a member. PolicyViolation where nobody else is left."""
+        log.warning(
+            "member not heard any more", extra={"member": self.name(rank), "reason": str(error)[:300]}
+        )
         self._unheard.add(rank)
         if len(self._unheard) == self.server:
             raise PolicyViolation(
                 f"expected pushes that count; of every member the last {REFUSED_MOST} were refused",
                 remedy="look at the log of the server's node, which names them",
             ) from error
-        return False
+
+    def _inbox(self, rank: int) -> Inbox:
+        """For a push or an evaluation of any revision."""
+        return Inbox(self.link(rank), self.name(rank), self._most)
 
     def _read(self, link: Link, began: int, member: Sender) -> tuple[Update, dict[str, float]]:
         """ProtocolError where it is no push."""
@@ -226,74 +235,6 @@ class PushedServer(Server):
     def set_state(self, state: Mapping[str, torch.Tensor]) -> None:
         super().set_state(state)
         self._steps_done = state["steps_done"].numpy().astype(np.int64).reshape(self.server)
-
-
-class Heard(Gathered):
-    """All messages of a push, or of an evaluation."""
-
-    is_push = False
-
-
-class Inbox:
-    """What came of one member, message by message, up to its figures. `most`: bytes that are kept of it."""
-
-    def __init__(self, most: int) -> None:
-        self._most = most
-        self._forget()
-
-    def _forget(self) -> None:
-        self._messages: list[Message] = []
-        self._heard, self._size, self._is_much = 0, 0, False
-
-    def take(self, message: Message, name: str) -> bool:
-        """Is that all? PeerError where there is no end."""
-        header, frames = message
-        self._heard, self._size = self._heard + 1, self._size + sum(frame.nbytes for frame in frames)
-        self._is_much |= self._size > self._most or self._heard > MESSAGES_MOST
-        if self._is_much:
-            self._messages.clear()
-        else:
-            self._messages.append(message)
-        if header.get("k") == "told":
-            return True
-        if self._heard >= 2 * MESSAGES_MOST or self._size >= DRAINED_MOST * self._most:
-            raise PeerError(
-                f"expected an update of at most {self._most} bytes of {name}; more came, and no end",
-                remedy="look at what runs there",
-            )
-        return False
-
-    def all_of(self, link: Link, name: str) -> tuple[Heard, int]:
-        """What was taken, and the revision it is of. ProtocolError where it is too large, or of none."""
-        messages, is_much = self._messages, self._is_much
-        self._forget()
-        if is_much:
-            raise ProtocolError(f"expected an update of at most {self._most} bytes of {name}; more came")
-        heard, at = Heard(link, messages), messages[0][0].get("at")
-        heard.is_push = messages[0][0].get("k") != "told"
-        return heard, revision_of(at, name)
-
-
-class Peeking(Link):
-    """A link whose next message can be looked at before it is taken."""
-
-    def __init__(self, link: Link) -> None:
-        super().__init__(link._channel, link.other, link.codec, link._is_stopped)
-        self._first: deque[Message] = deque()
-
-    def next(self) -> Message:
-        return self._first.popleft() if self._first else super().next()
-
-    def peek(self) -> dict[str, Any]:
-        """The header of what comes next."""
-        if not self._first:
-            self._first.append(super().next())
-        return self._first[0][0]
-
-    @property
-    def is_waiting(self) -> bool:
-        """Is there something already?"""
-        return bool(self._first) or self._channel.poll(self.other, 0.0)
 
 
 class Cut(Exception):
@@ -375,9 +316,10 @@ def revision_of(at: Any, name: str) -> int:
 def _words_of(header: Mapping[str, Any], name: str) -> tuple[int, int, int]:
     """Turn, number of its first local step, and how many."""
     turn, first, steps = (header.get(word) for word in ("turn", "first", "steps"))
-    for word in (turn, first, steps):
-        if type(word) is not int or not 0 <= word <= TURNS_MOST:
-            raise ProtocolError(f"expected a turn and its steps from {name}; {str(word)[:20]} came")
-    if not 1 <= steps <= STEPS_MOST:  # type: ignore[operator]
-        raise ProtocolError(f"expected 1 to {STEPS_MOST} steps from {name}; {steps} came")
-    return turn, first, steps  # type: ignore[return-value]
+    is_whole = all(type(word) is int for word in (turn, first, steps))
+    if not (is_whole and 0 <= turn <= TURNS_MOST and 0 <= first <= TURNS_MOST and 1 <= steps <= STEPS_MOST):
+        raise ProtocolError(
+            f"expected turns up to {TURNS_MOST} and 1 to {STEPS_MOST} steps from {name}; "
+            f"{str((turn, first, steps))[:60]} came"
+        )
+    return turn, first, steps

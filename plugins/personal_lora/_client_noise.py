@@ -22,13 +22,13 @@ import numpy as np
 from edged import Download, Factors, Member, PolicyViolation, Update
 
 from .._tensors.privacy import SHRINK, normal
+from .._training.secret import secret_of
 from ._client_privacy import epsilon_of, over_budget
 from ._cohort import cohort_of
 from ._factors import Array, Layout, check_update
 from ._job import Job
 
 log = logging.getLogger(__name__)
-SECRET_BYTES = 32
 SECRET, RELEASED = "client-noise.secret", "client-noise.released"
 LINE = re.compile(r"(\d{1,9}) ([0-9a-f]{64})")
 ROUNDING = 1.01  # times the clip; a longer change was not cut by its member
@@ -55,7 +55,7 @@ class Account:
     def __init__(self, job: Job, folder: str) -> None:
         self._job, place = job, Path(folder)
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
-        self.secret, self._path = _secret(place / SECRET), place / RELEASED
+        self.secret, self._path = secret_of(place / SECRET), place / RELEASED
         self._planned = Counter(rank for number in range(job.rounds) for rank in cohort_of(job, number))
         self._again: Counter[int] = Counter()  # releases of a round after its first one, by client
         self._seen: dict[int, set[str]] = {}
@@ -190,21 +190,3 @@ class Private:
 def _trained(layout: Layout, sides: str) -> Any:
     """Bool: which values are of the named sides."""
     return True if sides == "AB" else layout.is_of(sides)
-
-
-def _secret(path: Path) -> bytes:
-    """Made once for a job, 0600."""
-    try:
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        found = path.read_bytes()
-        if len(found) == SECRET_BYTES:
-            return found
-        file = os.open(path, os.O_WRONLY | os.O_TRUNC)  # a power cut came before anything was released
-    try:
-        made = os.urandom(SECRET_BYTES)
-        os.write(file, made)
-        os.fsync(file)
-    finally:
-        os.close(file)
-    return made

@@ -42,6 +42,7 @@ from .._rounds.unmasking import Unmasker
 from .._training.link import Link
 from .._training.sizes import message_bytes, pieces
 from . import _messages
+from ._inbox import is_stale
 from ._messages import KEYS_BYTES, SEALED_BYTES, SHARE_BYTES
 from ._rank import Arrays, Rank
 
@@ -294,12 +295,6 @@ def unmasked(rank: Rank, sides: str, loaded: Factors, values: np.ndarray) -> tup
         layer: (given[layer].get("A", pair[0]), given[layer].get("B", pair[1]))
         for layer, pair in loaded.items()
     }, {}
-
-
-def is_stale(header: Mapping[str, Any], number: int) -> bool:
-    """Is it of an earlier round?"""
-    at = header.get("at")
-    return isinstance(at, list) and bool(at) and type(at[0]) is int and at[0] < number
 
 
 def _answer(link: Link, number: int, kind: str) -> tuple[dict[str, Any], list[memoryview]]:

@@ -18,6 +18,7 @@ import torch
 
 from edged import DeviceState, Download, EngineError, LocalPart, ProtocolError
 
+from .._training.link import Peeking
 from .._training.preference import objective_of
 from .._training.rows import Rows, seed_of
 from . import _messages, _seen
@@ -27,7 +28,7 @@ from ._fusion import fuse, joined
 from ._local import Local
 from ._masked import Left, MaskedMember, terms_of
 from ._rank import PREFIX, THIN_UP, Arrays, Rank, Report, own_words, resolve, write_adapter
-from ._semi import Ahead, OwnDevice, asked
+from ._semi import OwnDevice, asked
 from ._whole import Weights
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's own
@@ -98,7 +99,7 @@ class Member(Rank):
     def rounds_from(self, step: int) -> Iterable[int]:
         if not self.job.is_semi:
             return super().rounds_from(step)
-        link = self._links[self.server] = Ahead(self.link(self.server))
+        link = self._links[self.server] = Peeking(self.link(self.server))
         return asked(link, step, self.job.rounds)
 
     def kept_at(self, step: int) -> int:

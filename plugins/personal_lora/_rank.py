@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -118,10 +119,6 @@ class Rank(abc.ABC):
         """The checkpoint to go on from; 0 for none."""
         return step
 
-    def check_there(self, other: int) -> bool:
-        """True; PeerError where a rank is known to have left."""
-        return True
-
     def close(self) -> None:
         self._links.clear()
 
@@ -160,9 +157,12 @@ class Rank(abc.ABC):
     def link(self, other: int) -> Link:
         if other not in self._links:
             codec = codecs.make("f32", 1.0, 1)
-            is_over = lambda: self.check_there(other) and self._is_stopped()  # noqa: E731 - one word
-            self._links[other] = Link(self.channel, other, codec, is_over)
+            self._links[other] = Link(self.channel, other, codec, partial(self.is_over, other))
         return self._links[other]
+
+    def is_over(self, other: int) -> bool:
+        """Should waiting for a rank end, because somebody wants it? PeerError where that rank is gone."""
+        return self._is_stopped()
 
     def name(self, rank: int) -> str:
         """Of a rank, as the job's file calls it."""

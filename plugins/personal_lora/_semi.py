@@ -11,26 +11,22 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
-from edged import Channel, DeviceState, EngineError, Member, NodeView, PeerError, ProtocolError
+from edged import DeviceState, EngineError, Member, NodeView, PeerError, ProtocolError
 
 from .._rounds.cohort import Choice, Entrant, Rules, Waiting, choose, unable
-from .._training.link import Gathered, Link
+from .._training.link import Peeking
 from ._cohort import need_of, wanted_of
+from ._inbox import Inbox
 from ._job import Job
-from ._masked import is_stale
 
 POLL_S = 0.05  # on one member's link, while others may come meanwhile
 ALIVE_S = 5.0  # between two signs of life of a server that waits
 LAST_TIMES = 2.0  # the end waits so many deadlines: of what a member loads then it keeps something
 REASON_CHARS = 33  # of a figure's name, which says why a member was left out
 AT_ONCE = 64  # messages of one member between two looks at the others and at the clock
-MESSAGES_MOST, HEARD_MOST = 1000, 2000  # of an update: that are kept, and that are heard to its end
-DRAINED_MOST = 16  # times the largest update, likewise
 ENDS = ("told", "cannot")  # of what a member says in a round
 LATE = "its update came too late"
 LEFT = "it left in mid round"
@@ -46,49 +42,6 @@ def key_of(rank: int, reason: str) -> str:
     return f"out_{rank}_{short or 'it_says_not_why'}"
 
 
-@dataclass
-class Arriving:
-    """What a member says of a round, as far as it came. `limit`: bytes that are kept of it."""
-
-    link: Link
-    number: int
-    limit: int
-    messages: deque[Any] = field(default_factory=deque)
-    size: int = 0
-    heard: int = 0
-    last: Mapping[str, Any] = field(default_factory=dict)
-
-    @property
-    def is_over(self) -> bool:
-        return bool(self.last)
-
-    def hear(self, channel: Channel) -> bool:
-        """What is there now, at most AT_ONCE messages; is it the end? What is of an earlier round is left
-        out, and all where a message is none, or where there is too much. PeerError where there is no end."""
-        for _ in range(AT_ONCE):
-            if self.is_over or not channel.poll(self.link.other, 0.0):
-                break
-            self.heard += 1
-            if self.heard > HEARD_MOST or self.size > DRAINED_MOST * self.limit:
-                raise PeerError(f"expected an update of at most {self.limit} bytes; more came, and no end")
-            try:
-                header, frames = self.link.next()
-            except ProtocolError:
-                self.size = max(self.size, self.limit + 1)
-                self.messages.clear()
-                continue
-            if is_stale(header, self.number):
-                continue
-            self.size += sum(frame.nbytes for frame in frames)
-            if self.size <= self.limit and self.heard <= MESSAGES_MOST:
-                self.messages.append((header, frames))
-            else:
-                self.messages.clear()
-            if header.get("k") in ENDS:
-                self.last = header
-        return self.is_over
-
-
 class Rounds:
     """The server's side. `server`: the trainer, whose links, figures and refusals it uses."""
 
@@ -97,11 +50,11 @@ class Rounds:
         self._server, self._job, self.clock = server, job, clock
         self._waiting = Waiting(job.wait_least_s, job.wait_most_s, job.wait_spread, job.quorum)
         self._offsets: dict[int, dict[int, float]] = {}  # by round and rank: seconds until an update came
-        self._owes: dict[int, Arriving] = {}  # asked in an earlier round, and not heard to the end
+        self._owes: dict[int, Inbox] = {}  # asked in an earlier round, and not heard to the end
         self._began: dict[int, float] = {}  # of the rounds that somebody owes an update of
         self.left: dict[int, str] = {}  # ranks that have no part any more; written by another thread
         self.left_out: dict[int, str] = {}  # of this round, and why
-        self.arrived: dict[int, Gathered] = {}
+        self.arrived: dict[int, Inbox] = {}
         self._sit_out: set[int] = set()  # who said of this round that it cannot
 
     # --- whom a round asks --------------------------------------------------------------------------
@@ -183,9 +136,9 @@ class Rounds:
             if verdict == "close":
                 break
             said = self._pause(number, next(iter(pending), cohort[0].rank), said, report)
-        for rank, arriving in pending.items():
+        for rank, inbox in pending.items():
             self.left_out[rank] = LATE
-            self._owes[rank] = arriving
+            self._owes[rank] = inbox
             self._offsets[number][rank] = math.inf
         self._forget_rounds()
         return [member for member in cohort if member.rank in self.arrived]
@@ -203,39 +156,42 @@ class Rounds:
                 said = self._pause(number, next(iter(pending)), said, report)
         return sorted(self.arrived)
 
-    def _pending(self, number: int, members: Sequence[Member]) -> dict[int, Arriving]:
+    def _pending(self, number: int, members: Sequence[Member]) -> dict[int, Inbox]:
         self.arrived, self._sit_out = {}, set()
-        server = self._server
         return {
-            member.rank: Arriving(server.link(member.rank), number, server.update_most)
+            member.rank: self._server.inbox(number, member.rank, ENDS)
             for member in members
             if member.rank not in self.left and member.rank not in self.left_out
         }
 
-    def _hear(self, number: int, pending: dict[int, Arriving], began: float) -> None:
+    def _hear(self, number: int, pending: dict[int, Inbox], began: float) -> None:
         """Take what is there, and strike out who came, cannot, or left."""
-        for rank, arriving in list(pending.items()):
+        for rank, inbox in list(pending.items()):
             if rank in self.left:  # what came before it left counts no more: the order of both is chance
                 self.left_out[rank] = LEFT
-            elif not self._is_heard(rank, arriving):
+            elif not self._is_heard(rank, inbox):
                 if rank not in self.left:
                     continue
                 self.left_out[rank] = LEFT
-            elif arriving.last["k"] == "cannot":
-                self.left_out[rank] = str(arriving.last.get("because"))[:100]
+            elif inbox.last["k"] == "cannot":
+                self.left_out[rank] = str(inbox.last.get("because"))[:100]
                 self._sit_out.add(rank)
             else:
-                self.arrived[rank] = Gathered(arriving.link, arriving.messages)
+                self.arrived[rank] = inbox
                 self._offsets[number][rank] = self.clock() - began
             del pending[rank]
 
-    def _is_heard(self, rank: int, arriving: Arriving) -> bool:
-        """To its end? Who has none has left."""
+    def _is_heard(self, rank: int, inbox: Inbox) -> bool:
+        """To its end, by what is there now? Who has no end has left."""
         try:
-            return arriving.hear(self._server.channel)
-        except PeerError as error:
+            for _ in range(AT_ONCE):
+                if not self._server.channel.poll(rank, 0.0):
+                    return False
+                if inbox.hear():
+                    return True
+        except ProtocolError as error:
             self.left.setdefault(rank, str(error))
-            return False
+        return False
 
     def _pause(self, number: int, rank: int, said: float, report: Report) -> float:
         self._server.look()
@@ -251,12 +207,12 @@ class Rounds:
 
     def _drain(self) -> None:
         """Hear late updates to their end, and refuse them."""
-        for rank, arriving in list(self._owes.items()):
+        for rank, inbox in list(self._owes.items()):
             if rank in self.left:
                 del self._owes[rank]
-            elif self._is_heard(rank, arriving):
+            elif self._is_heard(rank, inbox):
                 del self._owes[rank]
-                number = arriving.number
+                number = inbox.number
                 if number in self._offsets:
                     self._offsets[number][rank] = self.clock() - self._began[number]
                 late = ProtocolError(f"expected an update of round {number} while it was open; it is stale")
@@ -266,7 +222,7 @@ class Rounds:
         """What no deadline looks at any more."""
         for number in sorted(self._offsets)[: -self._waiting.rounds]:
             del self._offsets[number]
-        owed = {arriving.number for arriving in self._owes.values()}
+        owed = {inbox.number for inbox in self._owes.values()}
         self._began = {n: at for n, at in self._began.items() if n in self._offsets or n in owed}
 
     def _too_few(self, number: int, count: int, what: str) -> EngineError:
@@ -288,23 +244,7 @@ class Rounds:
 # --- the member's side ------------------------------------------------------------------------------
 
 
-class Ahead(Link):
-    """A link on which one can look at what comes next."""
-
-    def __init__(self, link: Link) -> None:
-        super().__init__(link._channel, link.other, link.codec, link._is_stopped)
-        self._first: deque[tuple[dict[str, Any], list[memoryview]]] = deque()
-
-    def peek(self) -> dict[str, Any]:
-        if not self._first:
-            self._first.append(super().next())
-        return self._first[0][0]
-
-    def next(self) -> tuple[dict[str, Any], list[memoryview]]:
-        return self._first.popleft() if self._first else super().next()
-
-
-def asked(link: Ahead, step: int, rounds: int) -> Iterator[int]:
+def asked(link: Peeking, step: int, rounds: int) -> Iterator[int]:
     """The rounds from `step` on that a member is asked in, until the end comes. ProtocolError where a
     download is of none of these."""
     least = step

@@ -32,7 +32,8 @@ from .._training.link import Gathered, Link
 from . import _messages, _seen
 from ._client_noise import Account, Private
 from ._cohort import cohort_of
-from ._masked import MaskedServer, is_stale, terms_of, unmasked
+from ._inbox import Inbox
+from ._masked import MaskedServer, terms_of, unmasked
 from ._packing import Packing
 from ._rank import THIN_UP, Arrays, Rank, Report, own_words, resolve, write_adapter
 from ._residual import Residual
@@ -42,9 +43,7 @@ from ._whole import give, take
 
 log = logging.getLogger(__name__)
 UPDATE_SLACK = 1 << 20  # bytes of an update beside its values
-MESSAGES_MOST = 1000  # of an update: values travel in pieces
 VOID_MOST = 3  # rounds on end whose updates were too few for the method
-DRAINED_MOST = 16  # times the largest update, of one that is heard to its end and not kept
 
 
 class Server(Rank):
@@ -63,11 +62,6 @@ class Server(Rank):
         self.semi = Rounds(self) if job.is_semi else None
 
     @property
-    def update_most(self) -> int:
-        """Bytes of what a member says in a round."""
-        return self._most
-
-    @property
     def neighbours(self) -> Sequence[int]:
         return [rank for rank in range(self.server) if self.semi is None or rank not in self.semi.left]
 
@@ -84,10 +78,10 @@ class Server(Rank):
         self.left(other, str(error))
         return True
 
-    def check_there(self, other: int) -> bool:
+    def is_over(self, other: int) -> bool:
         if self.semi is not None and other in self.semi.left:
             raise PeerError(f"{self.name(other)} left: {self.semi.left[other]}", rank=other)
-        return True
+        return super().is_over(other)
 
     def _aggregator(self) -> Any:
         """Of this node's own plugins, by the job's word."""
@@ -239,33 +233,24 @@ class Server(Rank):
             extra={"round": number, "member": self.name(rank), "reason": str(error)[:300]},
         )
 
+    def inbox(self, number: int, rank: int, ends: tuple[str, ...]) -> Inbox:
+        """For what a member says in a round; an update of an earlier one is refused and counted."""
+
+        def refuse(stale: int) -> None:
+            error = ProtocolError(f"expected an update of round {number}; one of round {stale} came")
+            self.refuse(number, rank, error)
+
+        return Inbox(self.link(rank), self.name(rank), self._most, ends, number, refuse)
+
     def _gather(self, number: int, rank: int) -> Gathered:
-        """All that a member says in a round, up to its figures, so that what is wrong in it ends there. What
-        is of an earlier round is left out, and all of one that is too large: its end is waited for. PeerError
-        where there is none."""
+        """All that a member says in a round, up to its figures, so that what is wrong in it ends there.
+        ProtocolError where it is none."""
         if self.semi is not None and rank in self.semi.arrived:
-            return self.semi.arrived[rank]
-        link, messages, size, heard, is_much = self.link(rank), [], 0, 0, False
-        while heard < 2 * MESSAGES_MOST and size < DRAINED_MOST * self._most:
+            return self.semi.arrived[rank].all()
+        inbox = self.inbox(number, rank, ("told", "no"))
+        while not inbox.hear():
             self.look()
-            header, frames = link.next()
-            heard, size = heard + 1, size + sum(frame.nbytes for frame in frames)
-            is_much = is_much or size > self._most or heard > MESSAGES_MOST
-            if is_much:
-                messages.clear()
-            if is_stale(header, number):
-                if header.get("k") == "up" and len(header["at"]) == 1:
-                    stale = f"expected an update of round {number}; one of round {header['at'][0]} came"
-                    self.refuse(number, rank, ProtocolError(stale))
-                continue
-            if not is_much:
-                messages.append((header, frames))
-            if header.get("k") in ("told", "no"):
-                return Gathered(link, messages)
-        raise PeerError(
-            f"expected an update of at most {self._most} bytes of {self.name(rank)}; more came, and no end",
-            remedy="look at what runs there",
-        )
+        return inbox.all()
 
     def _receive(self, number: int, member: Member, frozen: str) -> tuple[Update, dict[str, float]]:
         """A member's update of a round and its figures. ProtocolError where they are none."""

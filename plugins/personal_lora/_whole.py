@@ -19,7 +19,7 @@ import numpy as np
 
 from edged import Download, EngineError, Factors, WholePart
 
-from .._training.seeds_folder import write_seeds
+from .._training.adapter_folder import write_own
 from ._messages import SUMS
 from ._rank import Rank, Report, resolve
 
@@ -101,4 +101,4 @@ def write(rank: Rank, table: np.ndarray) -> None:
         "method": job.method,
         "settings": {"learning_rate": job.learning_rate, "seed": job.seed, **job.options},
     }
-    write_seeds(Path(rank.spec.state_folder) / "adapter", config, {TABLE: table})
+    write_own(Path(rank.spec.state_folder) / "adapter", "seeds", config, {TABLE: table})

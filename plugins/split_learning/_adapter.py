@@ -4,21 +4,16 @@ prompts, or the two files of a side network, which no other program knows."""
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
-import safetensors.numpy
-
-from edged import EngineError
 
 from .._tensors import adapters
-from .._training.adapter_folder import write_lora
+from .._training.adapter_folder import META, write_lora, write_own
 from ._job import Job
 
-CONFIG, TENSORS, META = "adapter_config.json", "adapter_model.safetensors", "meta.json"
 PROMPTS = "prompt_embeddings"  # PEFT's name of them
 
 
@@ -52,7 +47,6 @@ def _write_parallel(folder: Path, tensors: Mapping[str, np.ndarray], job: Job, m
     planes, hidden, width = tensors["side.down"].shape
     config = {
         "base_model_name_or_path": model,
-        "edged_kind": "parallel",
         "hidden": hidden,
         "layers": planes - 1,
         "lora_alpha": width,  # what every adapter is listed with; it counts once
@@ -60,21 +54,4 @@ def _write_parallel(folder: Path, tensors: Mapping[str, np.ndarray], job: Job, m
         "seed": job.seed,
         "width": width,
     }
-    files = {
-        CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
-        TENSORS: safetensors.numpy.save({name: tensors[name] for name in sorted(tensors)}),
-        META: json.dumps({"kind": "parallel"}).encode(),
-    }
-    try:
-        folder.mkdir(mode=0o700, parents=True)
-        for name, content in files.items():
-            with open(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-    except OSError as error:
-        raise EngineError(
-            f"expected to write an adapter at {folder}; {error.strerror}",
-            remedy="free disk space there, then go on with --resume",
-            code="disk",
-        ) from error
+    write_own(folder, "parallel", config, tensors)

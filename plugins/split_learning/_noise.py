@@ -22,9 +22,9 @@ from torch import Tensor
 from edged import PolicyViolation
 
 from .._tensors.privacy import Budget, Gaussian
+from .._training.secret import secret_of
 from ._job import Job
 
-SECRET_BYTES = 32
 EVALUATIONS = 1 << 32  # numbers of noise from here on are of evaluations, below it of steps
 SECRET, FOR, SENT = "noise.secret", "noise.for", "noise.sent"
 MATTERS = ("clip", "noise", "epsilon", "delta", "batch_size", "seed")  # what the noise and its count stand on
@@ -49,7 +49,7 @@ class Noise:
         place = Path(folder)
         place.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_same(place / FOR, {key: getattr(job, key) for key in MATTERS} | {"rows": rows.digest}, who)
-        self._gaussian = Gaussian(job.clip, job.noise, _secret(place / SECRET))
+        self._gaussian = Gaussian(job.clip, job.noise, secret_of(place / SECRET))
         self._sent = Sent(place / SENT)
         if not job.noise:
             return
@@ -209,18 +209,3 @@ def _check_same(path: Path, now: dict[str, Any], who: str) -> None:
             remedy="go on with the same settings and rows, or start a new job",
             code="privacy-changed",
         )
-
-
-def _secret(path: Path) -> bytes:
-    """Made once for a job, 0600."""
-    try:
-        file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return path.read_bytes()
-    try:
-        made = os.urandom(SECRET_BYTES)
-        os.write(file, made)
-        os.fsync(file)
-    finally:
-        os.close(file)
-    return made

@@ -35,7 +35,7 @@ def factors_of(parameters: Mapping[str, Array]) -> Factors:
 
 def replayed(start: Factors, table: Array, seed: int, learning_rate: float) -> Factors:
     """The start moved by a table (K,) F32, fresh arrays: what a member makes of a download's table alone."""
-    made = _copied(start)
+    made = copied(start)
     replay(made, table, seed, learning_rate)
     return factors_of(made)
 
@@ -50,15 +50,15 @@ class FedKSeed:
     """
 
     def __init__(self, settings: Mapping[str, Any], start: Factors, members: Sequence[Member]) -> None:
-        self._seeds = _whole(settings, "seeds", 4096, most=SEEDS_MAX)
-        rate = _positive(settings, "learning_rate", 3e-7)
-        seed = _whole(settings, "seed", 0, least=0)
+        self._seeds = whole_number(settings, "seeds", 4096, most=SEEDS_MAX)
+        rate = positive(settings, "learning_rate", 3e-7)
+        seed = whole_number(settings, "seed", 0, least=0)
         sampling = settings.get("seed_sampling", "uniform")
         if sampling not in SAMPLINGS:
             raise ConfigError(f'seed_sampling: expected {" or ".join(SAMPLINGS)}, got "{sampling}"')
-        self._scale = _alike(members, "seeds")
+        self._scale = scale_of_all(members, "seeds")
         self._steps = int(settings.get("local_steps", self._seeds))
-        self._rebuilt = Rebuilt(_copied(start), seed, rate)
+        self._rebuilt = Rebuilt(copied(start), seed, rate)
         self._table = SeedTable(self._seeds)
         self._amplitudes = Amplitudes(self._seeds) if sampling == "amplitude" else None
         self._settle()
@@ -127,12 +127,34 @@ class FedKSeed:
         return self._factors
 
 
-class Mezo:
+class Tuned:
+    """What aggregators share whose state is A and B, F32: `what` they are, of members of one r and scale."""
+
+    def __init__(self, start: Factors, members: Sequence[Member], what: str) -> None:
+        self._scale, self._made = scale_of_all(members, what), copied(start)
+
+    def begin(self, round: int, members: Sequence[Member]) -> None:
+        raise NotImplementedError
+
+    def download(self, member: Member) -> Download:
+        return Download(factors_of(self._made))
+
+    def adapter(self) -> Mapping[str, tuple[Any, Any, float]]:
+        return {module: (a, b, self._scale) for module, (a, b) in factors_of(self._made).items()}
+
+    def state_dict(self) -> Mapping[str, Any]:
+        return {name: array.copy() for name, array in self._made.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self._made = {name: np.array(state[name], np.float32) for name in self._made}
+        self.begin(0, ())
+
+
+class Mezo(Tuned):
     """Means of A and of B over the members' weights, summed in F64; all of one r."""
 
     def __init__(self, settings: Mapping[str, Any], start: Factors, members: Sequence[Member]) -> None:
-        self._scale = _alike(members, "a mean of factors")
-        self._made = _copied(start)
+        super().__init__(start, members, "a mean of factors")
         self.begin(0, members)
 
     def frozen(self, round: int) -> str:
@@ -159,21 +181,8 @@ class Mezo:
         self._made = {name: (total / self._weight).astype(np.float32) for name, total in self._sums.items()}
         self.begin(0, ())
 
-    def download(self, member: Member) -> Download:
-        return Download(factors_of(self._made))
 
-    def adapter(self) -> Mapping[str, tuple[Any, Any, float]]:
-        return {module: (a, b, self._scale) for module, (a, b) in factors_of(self._made).items()}
-
-    def state_dict(self) -> Mapping[str, Any]:
-        return {name: array.copy() for name, array in self._made.items()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._made = {name: np.array(state[name], np.float32) for name in self._made}
-        self.begin(0, ())
-
-
-def _alike(members: Sequence[Member], what: str) -> float:
+def scale_of_all(members: Sequence[Member], what: str) -> float:
     """The scale of them all. ConfigError for unlike ranks or scales: a direction is of one shape."""
     kinds = sorted({(member.r, member.scale) for member in members})
     if len(kinds) > 1:
@@ -184,18 +193,20 @@ def _alike(members: Sequence[Member], what: str) -> float:
     return kinds[0][1] if kinds else 1.0
 
 
-def _copied(factors: Factors) -> dict[str, Array]:
+def copied(factors: Factors) -> dict[str, Array]:
     return {name: np.array(array, np.float32, order="C") for name, array in parameters_of(factors).items()}
 
 
-def _whole(settings: Mapping[str, Any], name: str, default: int, least: int = 1, most: int = 1 << 63) -> int:
+def whole_number(
+    settings: Mapping[str, Any], name: str, default: int, least: int = 1, most: int = 1 << 63
+) -> int:
     value = settings.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise ConfigError(f"{name}: expected a whole number from {least} to {most}, got {value!r}")
     return value
 
 
-def _positive(settings: Mapping[str, Any], name: str, default: float) -> float:
+def positive(settings: Mapping[str, Any], name: str, default: float) -> float:
     value = settings.get(name, default)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
         raise ConfigError(f"{name}: expected a number above 0, got {value!r}")

@@ -24,7 +24,7 @@ import numpy as np
 
 from edged import ConfigError, Download, Factors, Member, PolicyViolation, Update
 
-from ._aggregators import _alike, _copied, _positive, _whole, factors_of, parameters_of
+from ._aggregators import Tuned, copied, parameters_of, positive, whole_number
 from ._seeds import CHUNK, Parameters, positions, sizes
 from ._stream import Array, Key, key, uniforms
 
@@ -121,7 +121,7 @@ def _direction(seed: str, index: int, at: int, size: int) -> Iterator[tuple[int,
         yield begin, cut_normals(stream, at + begin, min(CHUNK, size - begin), size)
 
 
-class Ferret:
+class Ferret(Tuned):
     """Steps by the weighted mean of the changes that members' coordinates say.
 
     An update's extras: `counts` (blocks,) int32, coordinates of each block, blocks in the order of names, and
@@ -132,11 +132,10 @@ class Ferret:
     """
 
     def __init__(self, settings: Mapping[str, Any], start: Factors, members: Sequence[Member]) -> None:
-        self._scale = _alike(members, "a mean of changes")
-        self._seed = _whole(settings, "seed", 0, least=0)
-        self._mean = _whole(settings, "coordinates", 512, least=LEAST)
-        self._rate = _positive(settings, "server_learning_rate", 1.0)
-        self._made = _copied(start)
+        super().__init__(start, members, "a mean of changes")
+        self._seed = whole_number(settings, "seed", 0, least=0)
+        self._mean = whole_number(settings, "coordinates", 512, least=LEAST)
+        self._rate = positive(settings, "server_learning_rate", 1.0)
         self._shapes = {name: array.shape for name, array in self._made.items()}
         most = sum(sizes(self._made).values()) // len(self._shapes)
         if self._mean > most:
@@ -178,20 +177,8 @@ class Ferret:
     def finish(self) -> None:
         if not self._weight:
             raise PolicyViolation("expected an update of at least one member, got none")
+        self._made = {name: array.copy() for name, array in self._made.items()}  # what was given stays
         step(self._made, {name: total / self._weight for name, total in self._changes.items()}, self._rate)
-        self.begin(0, ())
-
-    def download(self, member: Member) -> Download:
-        return Download(factors_of({name: array.copy() for name, array in self._made.items()}))
-
-    def adapter(self) -> Mapping[str, tuple[Any, Any, float]]:
-        return {module: (a, b, self._scale) for module, (a, b) in factors_of(self._made).items()}
-
-    def state_dict(self) -> Mapping[str, Any]:
-        return {name: array.copy() for name, array in self._made.items()}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        self._made = {name: np.array(state[name], np.float32) for name in self._made}
         self.begin(0, ())
 
 
@@ -206,7 +193,7 @@ class Projected:
         self._loaded: dict[str, Array] = {}
 
     def begin(self, download: Download) -> Factors:
-        self._loaded = _copied(download.factors)
+        self._loaded = copied(download.factors)
         return download.factors
 
     def train(

@@ -21,7 +21,7 @@ import numpy as np
 
 from edged import ConfigError, Download, EngineError, Factors, Member, PolicyViolation, Update
 
-from ._aggregators import _alike, _copied, _positive, _whole, factors_of, parameters_of
+from ._aggregators import Tuned, factors_of, parameters_of, positive, whole_number
 from ._seeds import Parameters, descend, direction, estimate, perturb, pieces, positions, sizes
 from ._stream import Array, Key, normals
 
@@ -116,7 +116,7 @@ def _cosine(former: Parameters, length: float, stream: Key) -> float:
     return product / (math.sqrt(squares) * length) if squares else 0.0
 
 
-class FwdLLM:
+class FwdLLM(Tuned):
     """Asks members for slopes, and steps by their mean where its variance allows.
 
     A download's extras: `directions` (local_steps,) int64, the candidates along which that member measures.
@@ -127,17 +127,16 @@ class FwdLLM:
     """
 
     def __init__(self, settings: Mapping[str, Any], start: Factors, members: Sequence[Member]) -> None:
-        self._scale = _alike(members, "a mean of slopes")
-        self._seed = _whole(settings, "seed", 0, least=0)
-        self._steps = _whole(settings, "local_steps", 4)
-        self._candidates = _whole(settings, "candidates", 10)
-        self._rate = _positive(settings, "learning_rate", 1e-2)
-        self._made = _copied(start)
+        super().__init__(start, members, "a mean of slopes")
+        self._seed = whole_number(settings, "seed", 0, least=0)
+        self._steps = whole_number(settings, "local_steps", 4)
+        self._candidates = whole_number(settings, "candidates", 10)
+        self._rate = positive(settings, "learning_rate", 1e-2)
         self._ranks = {member.rank: number for number, member in enumerate(members)}
         of = sizes(self._made)
         watched = f"{list(start)[-1]}.B"
         place = (positions(of)[watched], of[watched])
-        self._collected = ForwardGradient(self._seed, place, _positive(settings, "variance_most", 0.1))
+        self._collected = ForwardGradient(self._seed, place, positive(settings, "variance_most", 0.1))
         self._former: dict[str, Array] = {name: np.zeros_like(array) for name, array in self._made.items()}
         self._asked: dict[int, list[int]] = {}
         self._came: list[tuple[int, float, float]] = []
@@ -194,9 +193,6 @@ class FwdLLM:
     def download(self, member: Member) -> Download:
         asked = self._asked.get(member.rank, range(self._steps))
         return Download(factors_of(self._made), extras={"directions": np.array(asked, np.int64)})
-
-    def adapter(self) -> Mapping[str, tuple[Any, Any, float]]:
-        return {module: (a, b, self._scale) for module, (a, b) in factors_of(self._made).items()}
 
     def state_dict(self) -> Mapping[str, Any]:
         slopes = np.array(self._collected.slopes, np.float64).reshape(-1, 3)

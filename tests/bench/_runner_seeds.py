@@ -19,7 +19,7 @@ import tempfile
 from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -132,7 +132,9 @@ def _member(settings: Mapping[str, Any], chosen: Any) -> dict[str, int]:
             aggregators={name: entry.load for name, entry in ENTRIES.items()},
             locals={name: entry.local for name, entry in ENTRIES.items() if entry.local},
         )
-        member = load(spec, open_blocks(str(chosen.model)), None)  # type: ignore[arg-type]
+        member = load(
+            spec, open_blocks(str(chosen.model)), cast(Any, None)
+        )  # its channel greets by what it says
         member.channel = Script(job.method, int(job.options.get("seeds", 0)), member.hello())
         loaded = _loaded()
         member.run(0, lambda kind, step, values: None, lambda: False)

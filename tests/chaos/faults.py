@@ -34,7 +34,7 @@ class Faults:
     def strike(self) -> None:
         """It counts where there was something to strike: a node between two epochs has no worker."""
         kind, node = self._random.choice(self._kinds), self._random.choice(self._nodes)
-        time.sleep(self._random.uniform(0.0, self._within_s))
+        time.sleep(self._random.uniform(0.0, self._within_s))  # some instant of a step, not its end
         workers = [] if kind == "daemon" else node.workers()
         for worker in workers:
             worker.send_signal(signal.SIGSTOP if kind == "freeze" else signal.SIGKILL)

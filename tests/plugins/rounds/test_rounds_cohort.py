@@ -1,4 +1,4 @@
-"""Who takes part in a round, how long it is waited for, and local steps by speed."""
+"""Who takes part in a round, and how long it is waited for."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from edged_plugins._rounds.cohort import NOT_DRAWN, Entrant, Rules, Waiting, choose, local_steps, unable
+from edged_plugins._rounds.cohort import NOT_DRAWN, Entrant, Rules, Waiting, choose, unable
 
 from edged import Battery, ConfigError, DeviceState, NodeView
 
@@ -217,37 +217,3 @@ def test_a_round_ends_with_all_or_with_a_quorum_at_its_deadline(
 def test_waiting_that_means_nothing_is_refused(wrong: Callable[[], object]) -> None:
     with pytest.raises(ConfigError):
         wrong()
-
-
-# --- local steps ----------------------------------------------------------------------------------
-
-
-def test_local_steps_follow_the_speeds_of_the_card() -> None:
-    """B26: 0.58, 0.75, 1.51 and 3.33 s a step; the fastest is the measure with percentile 100."""
-    speeds = {rank: 1 / s for rank, s in enumerate((0.58, 0.75, 1.51, 3.33))}
-    steps = local_steps(50, speeds, percentile=100)
-    assert steps == {0: 50, 1: 38, 2: 19, 3: 8}
-    for rank, speed in speeds.items():  # all windows are equal within one step's time
-        assert 0 <= 50 / speeds[0] - steps[rank] / speed < 1 / speed
-
-
-def test_local_steps_are_by_the_ninetieth_percentile() -> None:
-    rng = np.random.default_rng(4)
-    for count in (1, 2, 5, 40):
-        speeds = {rank: float(v) for rank, v in enumerate(rng.uniform(0.01, 3, count))}
-        fast = np.percentile(list(speeds.values()), 90)
-        for rank, steps in local_steps(100, speeds).items():
-            assert steps == max(1, int(100 * speeds[rank] / fast + 1e-9))
-
-
-def test_equal_members_take_all_steps_and_the_slowest_takes_one() -> None:
-    for speed in (0.1, 1 / 3, 7.7):
-        assert local_steps(49, dict.fromkeys(range(3), speed)) == dict.fromkeys(range(3), 49)
-    assert local_steps(10, {0: 1.0, 1: 1e-6})[1] == 1
-    assert local_steps(10, {}) == {}
-
-
-@pytest.mark.parametrize(("H", "speed"), [(0, 1.0), (10, 0.0), (10, -1.0), (10, INF), (10, float("nan"))])
-def test_steps_and_speeds_are_above_zero(H: int, speed: float) -> None:
-    with pytest.raises(ConfigError):
-        local_steps(H, {0: 1.0, 1: speed})

@@ -211,7 +211,7 @@ def test_only_a_number_above_0_can_be_forgotten(header: dict[str, object]) -> No
 def test_single_tokens_run_together_by_adapter_and_in_a_fixed_order() -> None:
     entries = tuple(Entry(s, 5, 1 if s != 3 else 70, 1) for s in range(6))
     of = {0: 2, 1: 0, 2: 2, 4: 1, 5: 0}
-    batches = Work(entries, ()).batches(lambda sequence: of.get(sequence, 0))  # type: ignore[arg-type]
+    batches = Work(entries, ()).batches(lambda sequence: of.get(sequence, 0))
     assert [[piece.sequence for piece in batch] for batch in batches] == [[0, 2], [1, 5], [4], [3]]
 
 

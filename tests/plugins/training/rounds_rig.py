@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ from edged_plugins import personal_lora, zeroth_order
 from edged_plugins.personal_lora._trainer import load
 from rig import Planned, described, write_rows
 
-from edged import NodeView, Training, TrainingSpec
+from edged import EngineError, NodeView, Training, TrainingSpec
 
 AGGREGATORS = {
     entry.name: entry for entry in (*personal_lora.edged_aggregators({}), *zeroth_order.edged_aggregators({}))
@@ -82,3 +82,19 @@ def federated(
         for rank in range(len(plan.roles))
     )
     return Planned(plan, model, path, specs, load, TRAINING.cost)
+
+
+def breaks_before(round: int) -> Callable[[Any], None]:
+    """A change of a trainer: it fails where that round of its begins."""
+
+    def change(trainer: Any) -> None:
+        real = trainer.round
+
+        def until(number: int, report: Any) -> None:
+            if number == round:
+                raise EngineError("it breaks here")
+            real(number, report)
+
+        trainer.round = until
+
+    return change

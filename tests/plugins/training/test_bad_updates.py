@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,12 +19,13 @@ from edged_plugins import personal_lora
 from edged_plugins._tensors import codecs
 from edged_plugins._training.link import Link
 from edged_plugins.personal_lora import _messages
-from edged_plugins.personal_lora._semi import AT_ONCE, HEARD_MOST, MESSAGES_MOST, Arriving
+from edged_plugins.personal_lora._inbox import HEARD_MOST, Inbox
+from edged_plugins.personal_lora._semi import AT_ONCE, Rounds
 from rig import Planned, finished, run_threads
 from rounds_rig import federated
 from test_rounds import VALUES, adapter_of, spoil, steps_of, stranger
 
-from edged import ConfigError, EngineError, PeerError, ProtocolError
+from edged import ConfigError, EngineError, ProtocolError
 
 Wrong = Callable[[int, dict[str, Any], bytearray], None]
 
@@ -143,31 +145,76 @@ def test_a_member_with_another_model_costs_itself_where_members_may_leave(tiny: 
     assert all("up_0" not in row and "up_1" in row for row in rows)
 
 
-class Floods:
-    """A channel on which a member says endlessly what is nothing, in each round."""
+class Says:
+    """A channel on which a member says all of `messages`, then what is nothing, endlessly."""
 
-    def __init__(self) -> None:
-        self.heard = 0
+    def __init__(self, *messages: Any) -> None:
+        self._messages, self.heard = list(messages), 0
 
     def poll(self, source: int, timeout_s: float) -> bool:
         return True
 
     def receive(self, source: int, timeout_s: float) -> Any:
         self.heard += 1
-        if self.heard % 7 == 0:
-            raise ProtocolError("expected a map; bytes came")
-        return {"k": "noise", "at": [3]}, []
+        found = self._messages.pop(0) if self._messages else ({"k": "noise", "at": [3]}, [])
+        if isinstance(found, Exception):
+            raise found
+        return found
 
 
-def test_a_flood_is_heard_a_part_at_a_time_and_has_an_end() -> None:
-    channel = Floods()
-    arriving = Arriving(Link(channel, 0, codecs.make("f32", 1.0, 1), lambda: False), 3, 1 << 20)
-    assert not arriving.hear(channel)
-    assert channel.heard == AT_ONCE
-    with pytest.raises(PeerError, match="no end"):
-        any(arriving.hear(channel) for _ in range(HEARD_MOST))
-    assert channel.heard <= HEARD_MOST
-    assert len(arriving.messages) <= MESSAGES_MOST
+TOLD = ({"k": "told", "at": [3]}, [])
+
+
+def inbox_of(channel: Says, stale: Callable[[int], None] = lambda number: None) -> Inbox:
+    link = Link(channel, 0, codecs.make("f32", 1.0, 1), lambda: False)
+    return Inbox(link, "client0", 1 << 20, ("told",), 3, stale)
+
+
+def test_what_has_no_end_is_not_heard_for_ever() -> None:
+    channel = Says()
+    inbox = inbox_of(channel)
+    with pytest.raises(ProtocolError, match="bytes of client0; more came, and no end"):
+        any(inbox.hear() for _ in range(HEARD_MOST + 1))
+    assert channel.heard == HEARD_MOST
+
+
+def test_a_flood_of_one_member_is_heard_a_part_at_a_time_where_others_are_waited_for() -> None:
+    channel, left = Says(), dict[int, str]()
+    rounds: Any = SimpleNamespace(_server=SimpleNamespace(channel=channel), left=left)
+    inbox = inbox_of(channel)
+    assert not Rounds._is_heard(rounds, 0, inbox)
+    assert (channel.heard, left) == (AT_ONCE, {})
+    while not left:
+        assert not Rounds._is_heard(rounds, 0, inbox)
+    assert "no end" in left[0]
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ([ProtocolError("expected a map; bytes came"), TOLD], "expected a map; bytes came"),
+        ([({"k": "up", "at": [3]}, [memoryview(bytes(2 << 20))]), TOLD], "at most 1048576 bytes of client0"),
+    ],
+    ids=["no message", "too much"],
+)
+def test_what_is_wrong_in_an_update_is_said_at_its_end(messages: list[Any], says: str) -> None:
+    """And not before: no later message is taken for a part of it."""
+    inbox = inbox_of(Says(*messages))
+    assert [inbox.hear() for _ in messages] == [False, True]
+    with pytest.raises(ProtocolError, match=says):
+        inbox.all()
+
+
+def test_an_update_of_an_earlier_round_is_told_once_however_many_pieces_it_has() -> None:
+    stale: list[int] = []
+    pieces = [({"k": "up", "at": at}, []) for at in ([2], [2, 1], [2, 2])]
+    inbox = inbox_of(Says(*pieces, ({"k": "up", "at": [3]}, []), TOLD), stale.append)
+    while not inbox.hear():
+        pass
+    assert stale == [2]
+    link = inbox.all()
+    assert link.first == {"k": "up", "at": [3]}
+    assert [link.next()[0]["k"] for _ in range(2)] == ["up", "told"]
 
 
 @pytest.mark.parametrize("mode", ["synchronous", "semi-synchronous"])

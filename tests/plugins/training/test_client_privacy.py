@@ -17,8 +17,8 @@ from edged_plugins.personal_lora._cohort import cohort_of
 from edged_plugins.personal_lora._job import read
 from edged_plugins.personal_lora._mean import Mean
 from rig import finished, kept_by, raised, run_threads
-from rounds_rig import TRAINING, federated
-from test_rounds import EngineError, adapter_of, steps_of, stranger
+from rounds_rig import TRAINING, breaks_before, federated
+from test_rounds import adapter_of, steps_of, stranger
 
 from edged import ConfigError, Member, PolicyViolation, Update
 
@@ -93,7 +93,7 @@ def test_without_noise_the_mean_is_that_of_the_changes(tmp_path: Path) -> None:
     plain = Mean("fedavg", START, members)
     updates = [update(member, 0.9 * CLIP) for member in members]
     found = mean_of(server, members, updates)
-    np.testing.assert_allclose(found, mean_of(plain, members, updates), rtol=0, atol=1e-15)  # type: ignore[arg-type]
+    np.testing.assert_allclose(found, mean_of(plain, members, updates), rtol=0, atol=1e-15)
     assert not (tmp_path / RELEASED).exists()
 
 
@@ -243,17 +243,7 @@ def test_a_private_job_goes_on_bit_for_bit_and_spends_no_more(tiny: Any, tmp_pat
     assert done[-1].reports[-1] == ("done", 3, spent)
     assert all("residual" not in row for row in steps_of(done[2]))
 
-    def stops(trainer: Any) -> None:
-        real = trainer.round
-
-        def until(number: int, report: Any) -> None:
-            if number == 2:
-                raise EngineError("it breaks here")
-            real(number, report)
-
-        trainer.round = until
-
-    raised(run_threads(broken, changes={0: stops}))
+    raised(run_threads(broken, changes={0: breaks_before(2)}))
     step = max(set.intersection(*(set(steps) for steps in kept_by(broken)[:3])))
     again = finished(run_threads(broken, step))
     assert again[-1].reports[-1] == ("done", 3, spent)
@@ -269,5 +259,5 @@ def test_a_member_that_does_not_cut_its_change_is_cut_by_the_server(
     with caplog.at_level(logging.WARNING):
         server = finished(run_threads(plan, ranks={0: stranger(plan, lambda number, said, values: None)}))[-1]
     found = [record for record in caplog.records if "longer than client_clip" in record.message]
-    assert {(record.round, record.member) for record in found} == {(0, 0), (1, 0)}  # type: ignore[attr-defined]
+    assert {(record.round, record.member) for record in found} == {(0, 0), (1, 0)}
     assert all("refused" not in row for row in steps_of(server))

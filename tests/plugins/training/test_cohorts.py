@@ -14,9 +14,9 @@ from edged_plugins.personal_lora._job import Client, Job, read
 from edged_plugins.personal_lora._messages import values_of
 from edged_plugins.personal_lora._packing import Packing
 from rig import Outcome, Planned, finished, kept_by, raised, run_threads
-from rounds_rig import federated
+from rounds_rig import breaks_before, federated
 
-from edged import ConfigError, Download, EngineError
+from edged import ConfigError, Download
 
 FOUR = ({}, {}, {}, {})
 
@@ -129,17 +129,7 @@ def test_rounds_of_cohorts_go_on_from_checkpoints_bit_for_bit(method: str, tiny:
     broken = federated(path, tmp_path / "broken", method=method, **keys)
     last = drawn(broken)[2][0]
 
-    def stops(trainer: Any) -> None:
-        real = trainer.round
-
-        def until(number: int, report: Any) -> None:
-            if number == 2:
-                raise EngineError("it breaks here")
-            real(number, report)
-
-        trainer.round = until
-
-    assert str(raised(run_threads(broken, changes={last: stops}))) == "it breaks here"
+    assert str(raised(run_threads(broken, changes={last: breaks_before(2)}))) == "it breaks here"
     step = max(set.intersection(*(set(steps) for steps in kept_by(broken))))
     assert step >= 1
     second = finished(run_threads(broken, step))

@@ -51,7 +51,7 @@ def slower(times: float, trainers: dict[int, Any]) -> dict[int, Any]:
             while fence.turn(0) < goal:
                 trainer.look()
                 turn.release()
-                time.sleep(0.002)
+                time.sleep(0.002)  # others have the turn now: it is slow by theirs, not by a clock
                 turn.acquire()
             return real(*given, **named)
 

@@ -16,9 +16,7 @@ from edged_plugins._tensors.adapters import pairs_of, read_peft
 from edged_plugins.personal_lora import _messages
 from edged_plugins.personal_lora._member import Member
 from rig import Outcome, Planned, finished, kept_by, raised, run_threads
-from rounds_rig import AGGREGATORS, federated
-
-from edged import EngineError
+from rounds_rig import AGGREGATORS, breaks_before, federated
 
 ASYNCHRONOUS = {entry.name for entry in personal_lora.ASYNCHRONOUS}  # in test_pushed_rounds
 METHODS = sorted(AGGREGATORS.keys() - ASYNCHRONOUS)
@@ -135,17 +133,7 @@ def test_rounds_go_on_from_checkpoints_bit_for_bit(method: str, tiny: Any, tmp_p
     finished(run_threads(whole))
     broken = federated(path, tmp_path / "broken", method=method, rounds=3, **own)
 
-    def stops(trainer: Any) -> None:
-        real = trainer.round
-
-        def until(number: int, report: Any) -> None:
-            if number == 2:
-                raise EngineError("it breaks here")
-            real(number, report)
-
-        trainer.round = until
-
-    outcomes = run_threads(broken, changes={0: stops})
+    outcomes = run_threads(broken, changes={0: breaks_before(2)})
     assert str(raised(outcomes)) == "it breaks here"
     step = max(set.intersection(*(set(steps) for steps in kept_by(broken))))
     assert step >= 1

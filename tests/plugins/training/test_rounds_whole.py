@@ -14,9 +14,9 @@ from edged_plugins.torch_blocks._engine import open_blocks
 from edged_plugins.torch_blocks._rewrite import rewrite
 from edged_plugins.zeroth_order._whole import Whole
 from rig import finished, kept_by, raised, run_threads
-from rounds_rig import federated
+from rounds_rig import breaks_before, federated
 
-from edged import ConfigError, EngineError
+from edged import ConfigError
 
 ALL: dict[str, Any] = {"method": "fedkseed", "parameters": "all", "seeds": 16, "learning_rate": 1e-4}
 
@@ -67,17 +67,7 @@ def test_rounds_go_on_from_checkpoints_bit_for_bit(tiny: Any, tmp_path: Path) ->
     calm, broken = (federated(path, tmp_path / name, rounds=3, **ALL) for name in ("calm", "broken"))
     finished(run_threads(calm))
 
-    def stops(trainer: Any) -> None:
-        real = trainer.round
-
-        def until(number: int, report: Any) -> None:
-            if number == 2:
-                raise EngineError("it breaks here")
-            real(number, report)
-
-        trainer.round = until
-
-    assert str(raised(run_threads(broken, changes={0: stops}))) == "it breaks here"
+    assert str(raised(run_threads(broken, changes={0: breaks_before(2)}))) == "it breaks here"
     step = max(set.intersection(*(set(steps) for steps in kept_by(broken))))
     assert step >= 1
     finished(run_threads(broken, step))

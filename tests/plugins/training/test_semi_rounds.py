@@ -13,7 +13,7 @@ from edged_plugins._tensors.adapters import pairs_of, read_peft
 from edged_plugins._training.link import Stopped
 from edged_plugins.personal_lora._semi import OwnDevice, key_of
 from rig import Outcome, Planned, finished, kept_by, raised, run_threads
-from rounds_rig import federated
+from rounds_rig import breaks_before, federated
 from safetensors.numpy import load_file
 
 from edged import Battery, ConfigError, DeviceState, EngineError
@@ -182,14 +182,7 @@ def test_a_member_that_is_back_goes_on_from_what_it_kept(tiny: Any, tmp_path: Pa
 
     def breaks(trainer: Any) -> None:
         stage.enters(trainer)
-        real = trainer.round
-
-        def until(number: int, report: Any) -> None:
-            if number == 3:
-                raise EngineError("it breaks here")
-            real(number, report)
-
-        trainer.round = until
+        breaks_before(3)(trainer)
 
     first = run_threads(plan, changes={1: at_round(1, vanishes), 3: breaks})
     assert str(raised(first)) == "it breaks here"

@@ -14,6 +14,7 @@ from edged_plugins.zeroth_order._aggregators import factors_of, parameters_of, r
 from edged_plugins.zeroth_order._seeds import direction, step
 from edged_plugins.zeroth_order._stream import key
 from edged_plugins.zeroth_order._table import SeedTable, draw
+from zeroth_rig import start
 
 from edged import Aggregator, ConfigError, Factors, Member, PolicyViolation, Update
 
@@ -31,17 +32,6 @@ METHODS = {
     "fwdllm that collects": ("fwdllm", FORWARD | {"variance_most": 0.02}),
     "ferret": ("ferret", SETTINGS | {"coordinates": 8}),
 }
-
-
-def start() -> Factors:
-    drawn = np.random.default_rng(0)
-    return {
-        f"layers.{i}.q_proj": (
-            drawn.standard_normal((4, 6)).astype(np.float32),
-            np.zeros((5, 4), np.float32),
-        )
-        for i in (2, 10)
-    }
 
 
 def loaded(name: str, settings: Mapping[str, Any], members: list[Member] = MEMBERS) -> Aggregator:

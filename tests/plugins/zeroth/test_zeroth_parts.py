@@ -10,6 +10,7 @@ import pytest
 from edged_plugins.zeroth_order._aggregators import factors_of, parameters_of
 from edged_plugins.zeroth_order._ferret import Ferret, Projected
 from edged_plugins.zeroth_order._forward import FwdLLM, Measured
+from zeroth_rig import start
 
 from edged import ConfigError, Factors, Member, PolicyViolation, Update
 
@@ -23,17 +24,6 @@ FORWARD = {
     "perturbation": 2.0**-7,
 }
 FERRET = {"seed": 5, "local_steps": 4, "coordinates": 20, "server_learning_rate": 0.3}
-
-
-def start() -> Factors:
-    drawn = np.random.default_rng(0)
-    return {
-        f"layers.{i}.q_proj": (
-            drawn.standard_normal((4, 6)).astype(np.float32),
-            np.zeros((5, 4), np.float32),
-        )
-        for i in (2, 10)
-    }
 
 
 def wish(member: int) -> np.ndarray:
