@@ -126,12 +126,8 @@ def ingest(params: dict[str, Any], report: Report) -> dict[str, Any]:
 
 
 def _adapt(want: _Ingest, folder: Path) -> dict[str, Any]:
-    module, _, attribute = want.adapt.partition(":")
     try:
-        found = getattr(importlib.import_module(module), attribute)(
-            str(folder), want.base, str(folder / GGUF)
-        )
-        return dict(found)
+        return dict(_resolved(want.adapt)(str(folder), want.base, str(folder / GGUF)))
     except EdgedError:
         raise
     except Exception as error:  # a plugin's code on a stranger's file: any failure is its refusal

@@ -60,7 +60,6 @@ class ZmqChannel:
         self.rank, self.size = rank, size
         self.stream_ports: dict[int, int] = {}
         self._streams = streams
-        self._zmq_bytes_sent = 0
         self._sent: dict[tuple[int, str], tuple[int, int]] = {}  # messages and bytes, by rank and kind
         self._moves: dict[int, list[int]] = {}  # frames moved over ZeroMQ, per rank: out and in
         self._interfaces, self._ports = interfaces, ports
@@ -85,13 +84,13 @@ class ZmqChannel:
     def bytes_sent(self) -> int:
         """Handed to TCP so far, framing and encryption included; of streams, handshakes too. On any
         thread."""
-        streams = self._streams  # read once: the main thread may do without them meanwhile
-        return self._zmq_bytes_sent + (streams.bytes_sent if streams is not None else 0)
+        return sum(size for *_, size in self.sent)
 
     @property
     def sent(self) -> list[tuple[int, str, int, int]]:
         """Of `bytes_sent`: rank, kind of message, how many, and their bytes. A stream has no messages, and
         its bytes are of kind STREAM. On any thread."""
+        # streams are read once: the main thread may do without them meanwhile
         streams, counted = self._streams, list(self._sent.items())
         found = [(rank, kind, messages, size) for (rank, kind), (messages, size) in counted]
         moved = streams.sent if streams is not None else []
@@ -225,7 +224,6 @@ class ZmqChannel:
             text = f"rank {to} took no message for {int(sock.sndtimeo) / 1000:g} s"
             raise PeerError(text, rank=to) from error
         size = sum(_on_wire(memoryview(frame).nbytes) for frame in (packed, *frames))
-        self._zmq_bytes_sent += size
         key = (to, str(header.get("k", OTHER)))
         if key not in self._sent and len(self._sent) >= KINDS_MAX * self.size:
             key = (to, OTHER)

@@ -7,7 +7,6 @@ import functools
 import logging
 import os
 import signal
-import sys
 import time
 from collections.abc import Coroutine
 from pathlib import Path

@@ -11,6 +11,8 @@ from .wire import Trained, Used
 
 VALUES_MAX = 128  # figures in one report: a server tells two of each of its members
 KEY_CHARS_MAX = 40
+UNKNOWN = "unknown"  # kind of bytes whose kind a daemon forgot when it ended
+Egress = dict[tuple[str, str, str], tuple[int, int]]  # by sender, receiver, kind: messages and bytes
 OWN_WORDS = ("event", "step", "steps", "bytes_sent", "joules")  # of an event, which no report may set
 
 
@@ -54,10 +56,6 @@ def with_spent(done: Mapping[str, float], surveys: Sequence[Mapping[str, Any]]) 
             if isinstance(key, str) and type(value) in (int, float) and value >= 0:  # not NaN
                 found[key[:KEY_CHARS_MAX]] = max(found.get(key[:KEY_CHARS_MAX], 0.0), float(value))
     return found
-
-
-Egress = dict[tuple[str, str, str], tuple[int, int]]  # by sender, receiver, kind: messages and bytes
-UNKNOWN = "unknown"  # kind of bytes whose kind a daemon forgot when it ended
 
 
 def egress_with(before: Egress, used: Sequence[Used | None], nodes: Sequence[str]) -> Egress:

@@ -244,8 +244,9 @@ class Groups:
                 await self._load_beside(group, beside)
         except BaseException:
             group.beside.pop(beside.file.sha256, None)
-            group.freed.set()
             raise
+        finally:
+            group.freed.set()
 
     async def _load_beside(self, group: Group, beside: Beside) -> None:
         """On every rank; where one cannot, the others give it back."""
@@ -556,8 +557,13 @@ def _listeners(roles: Sequence[Role], nodes: Mapping[str, NodeView]) -> dict[tup
 
 
 def _unused(group: Group) -> list[str]:
-    """The adapters beside its model that no job runs with, the longest unused first."""
-    return [sha256 for sha256, beside in group.beside.items() if not beside.jobs]
+    """The adapters beside its model that no job runs with, the longest unused first. One that is still loaded
+    is used: its job may have gone, and its worker has it half."""
+    return [
+        sha256
+        for sha256, beside in group.beside.items()
+        if not beside.jobs and beside.made is not None and beside.made.done()
+    ]
 
 
 def _answers(group: Group, asked: Asked) -> bool:

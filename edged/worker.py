@@ -161,14 +161,10 @@ class Worker:
             log.exception("not told", extra={"kind": message.kind})
 
     def _usage(self) -> wire.Spent:
-        sent = 0
-        each: tuple[wire.Sent, ...] = ()
-        if self._channel is not None:
-            sent = self._channel.bytes_sent
-            if self._engine is None:  # a training's is one job's alone
-                each = _sent_of(self._channel)
-                sent = sum(row.bytes for row in each)
+        rows = _sent_of(self._channel) if self._channel is not None else ()
+        sent = sum(row.bytes for row in rows)
         sent += getattr(self._engine, "bytes_sent", 0)  # of one that sends beside the channel
+        each = rows if self._engine is None else ()  # a training's is one job's alone
         return wire.Spent(sent, _peak_bytes(), self._computed(), each)
 
     def _computed(self) -> Computed | None:
@@ -601,7 +597,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--parent", type=int, required=True)
     chosen = parser.parse_args(arguments)
     _bind_to_daemon(chosen.parent)
-    logs.to_stderr("worker %(process)d %(levelname)s %(message)s")
+    logs.to_stderr("worker %(process)d %(levelname)s %(message)s", os.environ.get("EDGED_LOG", "WARNING"))
     Worker(socket.socket(fileno=chosen.fd)).run()
 
 

@@ -153,3 +153,22 @@ def test_who_waits_for_an_adapter_to_be_free_hears_of_a_loss() -> None:
             await waits
 
     running(Members(), work)
+
+
+def test_an_adapter_whose_job_went_while_it_was_loaded_makes_room_when_it_is_there_and_not_before() -> None:
+    members = Members()
+
+    async def work(groups: Groups, group: Group) -> None:
+        for i in range(BESIDE_MAX - 1):
+            await groups.adapt(group, f"job{i}", file(i))
+        loads = asyncio.ensure_future(groups.adapt(group, "gone", file(50)))
+        await asyncio.sleep(0)
+        loads.cancel()
+        groups.release(group, "gone")
+        number = await groups.adapt(group, "next", file(51))
+        expected = sorted(beside.number for beside in group.beside.values())
+        assert len(expected) == BESIDE_MAX
+        assert number in expected
+        assert {name: sorted(held) for name, held in members.held.items()} == dict.fromkeys(NODES, expected)
+
+    running(members, work)

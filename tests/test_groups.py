@@ -148,21 +148,24 @@ def test_an_optional_rank_that_is_lost_while_others_wait_for_it_ends_the_loading
 
 
 @pytest.mark.parametrize(
-    ("refuses", "there"),
+    ("refuses", "there", "in_vain"),
     [
-        ({"jetson": PeerError("it is offline")}, NODES),
-        ({"jetson": PolicyViolation("it takes no new roles")}, NODES),
-        ({}, ("phone", "desk")),
+        ({"jetson": PeerError("it is offline")}, NODES, False),
+        ({"jetson": PolicyViolation("it takes no new roles")}, NODES, True),
+        ({}, ("phone", "desk"), False),
     ],
     ids=["away", "refuses", "unseen"],
 )
 def test_a_group_is_loaded_without_an_optional_rank_that_is_not_there(
-    refuses: Mapping[str, EdgedError], there: tuple[str, ...]
+    refuses: Mapping[str, EdgedError], there: tuple[str, ...], in_vain: bool
 ) -> None:
+    """One whose node is there and says no need not be asked again."""
+
     async def test() -> None:
         rig = Rig(refuses, there)
         group = await rig.made()
         assert list(group.away) == [JETSON]
+        assert group.refused == ({JETSON} if in_vain else set())
         assert rig.network.starts == {"phone": [DESK], "desk": [PHONE]}
         assert [started.survey for started in group.started] == [{"of": "phone"}, {}, {"of": "desk"}]
 

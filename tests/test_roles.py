@@ -360,7 +360,7 @@ class Beside:
     def __init__(self, rig: Rig, file: Path) -> None:
         self.rig, self.told, self.fails = rig, list[dict[str, Any]](), False
         self.worker = rig.roles._held["g"].worker
-        self.worker.call = self._call  # type: ignore[method-assign]
+        self.worker.call = self._call
         rig.roles._transfers = cast(
             "Any",
             SimpleNamespace(ensure_adapter=self._ensure, open_adapter=lambda *_: os.open(file, os.O_RDONLY)),

@@ -222,7 +222,7 @@ def test_an_engine_without_a_token_yet_is_asked_again_by_a_step_without_tokens(p
 def finished(worker: Worker) -> list[str]:
     """Errors of the jobs that ended, as the daemon would hear them."""
     told: list[str] = []
-    worker._event = lambda kind, body: told.append(body.error) if kind == "finished" else None  # type: ignore[method-assign]
+    worker._event = lambda kind, body: told.append(body.error) if kind == "finished" else None
     return told
 
 
@@ -278,3 +278,17 @@ def test_each_job_runs_with_its_own_adapter(pipe: socket.socket) -> None:
 def test_an_engine_that_takes_no_adapter_beside_its_model_says_so(pipe: socket.socket) -> None:
     with pytest.raises(ProtocolError, match="an engine that takes adapters"):
         adapt(worker_of(pipe, Lanes(1)), number=1, path="a")
+
+
+@pytest.mark.parametrize("listens", [True, False], ids=["a server", "a member"])
+def test_a_trainer_hears_who_was_away_when_an_epoch_began_if_it_wants_to(
+    pipe: socket.socket, monkeypatch: pytest.MonkeyPatch, listens: bool
+) -> None:
+    left: list[int] = []
+    trainer = SimpleNamespace(run=lambda step, report, is_stopped: left.append(-1))
+    if listens:
+        trainer.left = lambda rank, reason: left.append(rank)
+    worker = Worker(pipe)
+    worker._trainer, worker._reports = trainer, SimpleNamespace(begin=lambda step: [])
+    worker._train(wire.Train("g", "j", 2, 0, 0, (1, 3)))
+    assert left == ([1, 3, -1] if listens else [-1])

@@ -227,7 +227,8 @@ def _facts_of(adapter: Document) -> Document:
     }
     if members:
         found["members"] = ", ".join(f"{row['name']} ({row['rounds']} rounds)" for row in members)
-    found["privacy spent"] = ", ".join(_spent(told)) or "not counted: no noise was added"
+    if found["made by"] and not told.get("added"):  # of what came from elsewhere nothing is known
+        found["privacy spent"] = ", ".join(_spent(told)) or "not counted: no noise was added"
     if "job_id" in told:
         found["job"] = told.pop("job_id")
     shown = ("method", "rounds", "kind", "steps", "added", "epsilon", "delta")

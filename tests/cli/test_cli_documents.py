@@ -465,6 +465,13 @@ def test_an_adapter_that_is_not_there_is_told_with_those_that_are(home: Any, dae
     assert "no adapter 'male'; stored: mail" in result.err
 
 
+def test_of_an_adapter_from_elsewhere_no_privacy_is_claimed(home: Any, daemon: Any, edged: Any) -> None:
+    daemon({"adapters.ls": {"adapters": [ADAPTER | {"provenance": {"added": True}}]}})
+    result = edged("adapters", "show", "mail", "--home", home.path)
+    assert "added" in result.out
+    assert "privacy" not in result.out
+
+
 SEEDS = ADAPTER | {"name": "whole", "kind": "seeds"}
 
 
