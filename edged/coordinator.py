@@ -39,6 +39,7 @@ MOVE_WORTH_S = 5.0  # what is left of a job, before another plan is worth its lo
 INFINITE_MS = 1e12  # of a token, where no price says
 CLOCK_S = 60.0  # between looks at the clock: it may be set, and a device may sleep
 ASK_LEAST_S = 1.0  # before a policy is asked again whether a job should wait
+USED_BEFORE_S = 0.05  # a job waits for what its group had sent and spent before it
 SETTLE_S = 1.0  # for ended workers to give their memory back
 T = TypeVar("T")
 
@@ -327,23 +328,22 @@ class Coordinator:
             self._begin_epoch(run)
             self._groups.enter(run.group, run.job_id)
         run.load_ms = await self._of_the_job(self._groups.loaded(run.group, run.job_id))
-        if run.group.lost is not None:
-            raise run.group.lost
+        _check_may_begin(run)
         beside = 0
         if run.adapter is not None and run.group.load.adapter is None:
             beside = await self._of_the_job(self._groups.adapt(run.group, run.job_id, run.adapter))
-        if run.is_cancelled:
-            raise JobError("the job was cancelled", code="cancelled")
         run.tokens_before = run.group.tokens
         run.used_before = asyncio.ensure_future(self._groups.used(run.group))
-        await asyncio.sleep(0)  # the question goes out before the job does, and is not waited for
+        # before the job goes out, or its first bytes might be no part of it; not for long: over a slow link
+        # the question is ahead of the order all the same
+        await asyncio.wait([run.used_before], timeout=USED_BEFORE_S)
+        _check_may_begin(run)
         self._peers.tell(run.group.rank_0, "generate", self._order(run, beside))
         run.is_ordered = True
         return await self._until_finished(run)
 
     def _begin_epoch(self, run: _Run) -> None:
-        if run.is_cancelled:
-            raise JobError("the job was cancelled", code="cancelled")
+        _check_may_begin(run)
         run.epoch += 1
         self._store.begin_epoch(run.job_id, run.epoch, self._plan_row(run))
 
@@ -650,6 +650,14 @@ def _settled(run: _Run, task: asyncio.Task[dict[str, Any]]) -> None:
     run.news.set()
     if not task.cancelled():
         task.exception()
+
+
+def _check_may_begin(run: _Run) -> None:
+    """JobError where it was cancelled meanwhile; PeerError where its group was lost."""
+    if run.is_cancelled:
+        raise JobError("the job was cancelled", code="cancelled")
+    if run.group is not None and run.group.lost is not None:
+        raise run.group.lost
 
 
 def _as_failure(error: BaseException, is_cancelled: bool) -> JobError:
