@@ -49,6 +49,7 @@ class Load:
     training: tuple[wire.TrainingOffer, ...] = ()  # by rank; empty: it generates
     adapter: AdapterFile | None = None
     optional: frozenset[int] = frozenset()  # ranks of a training without which it goes on
+    engines: tuple[str, ...] = ()  # of a training, by rank; empty: `engine` for all
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -421,7 +422,7 @@ class Groups:
             load.manifest.name,
             load.manifest_sha256,
             load.manifest.model,
-            load.engine,
+            load.engines[role.rank] if load.engines else load.engine,
             load.context_tokens,
             load.numerics,
             tuple(_other(pair, role.rank) for pair, rank in listeners.items() if rank == role.rank),

@@ -225,6 +225,7 @@ class Roles:
         if offer.engine not in self._engines:
             known = ", ".join(sorted(self._engines)) or "none"
             raise EngineError(f"{mine.name} has no engine {offer.engine!r}; loaded: {known}")
+        self._check_engine(offer)
         self._check_adapter(offer)
         if self._engines[offer.engine].stated is not None and coordinator != mine.node_id:
             raise PolicyViolation(f"{mine.name} asks its own endpoint for its own jobs only")
@@ -236,6 +237,18 @@ class Roles:
         if reason is not None:
             raise PolicyViolation(f"{mine.name} refuses the role: {reason}")
         return self._engines[offer.engine], memory_bytes
+
+    def _check_engine(self, offer: wire.Offer) -> None:
+        name, entry = self._peers.identity.name, self._engines[offer.engine]
+        if entry.lacks:
+            raise EngineError(
+                f"{name}: its engine {entry.name!r} needs {entry.lacks}, which is not installed there",
+                remedy="install it there, or leave that node out",
+            )
+        training = offer.training
+        if training is None or entry.blocks or entry.name == self._trainings[training.kind].engine:
+            return
+        raise EngineError(f"{name}: its engine {entry.name!r} has no part in a training {training.kind!r}")
 
     def _check_training(self, coordinator: str, offered: wire.TrainingOffer) -> None:
         """It must be one that this node knows, sound by its own check, on data that its owner offers."""
@@ -344,7 +357,7 @@ class Roles:
         offer = held.offer
         ends = {end.rank: self._peers.way_to(end) for end in start.ends}
         role = dataclasses.replace(offer.roles[offer.rank], memory_bytes=held.memory_bytes)
-        request = _request_of(offer)
+        request, entry = _request_of(offer), self._engines[offer.engine]
         spec = EngineSpec(
             held.path,
             held.model,
@@ -353,7 +366,7 @@ class Roles:
             offer.context_tokens,
             offer.numerics,
             self._device.threads,
-            self._engines[offer.engine].settings,
+            entry.settings,
             sizes.weights_room(role, held.model, request),
             str(self._device.cache_folder),
             offer.cache_tokens,
@@ -363,7 +376,7 @@ class Roles:
         )
         body = {
             "group": offer.group,
-            "load": self._engines[offer.engine].load,
+            "load": (offer.training is not None and entry.blocks) or entry.load,
             "spec": wire.to_map(spec),
             "ends": ends,
             "may_spin": self._device.may_spin,

@@ -410,6 +410,7 @@ class Trainings:
             "f32",
             offers,
             optional=frozenset(plan.optional),
+            engines=plan.engines,
         )
         asked = Asked(model.sha256, PlanRequest(strategy=run.training.name), frozenset())
         run.finished = asyncio.get_running_loop().create_future()

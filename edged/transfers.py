@@ -192,7 +192,7 @@ class Transfers:
         entry, tensors = self._engines[offer.engine], offer.model.tensors
         if self._store.has(offer.model_sha256):
             return
-        if not entry.ranges or not tensors:
+        if not entry.ranges or not tensors or offer.training is not None:  # a training's roles are its own
             await self.fetch(offer.model_sha256, offer.holder, offer.manifest_sha256)
             return
         head = ((0, max(0, min(tensor.offset for tensor in tensors))),)

@@ -449,7 +449,7 @@ class TrainingPlan:
     `collector`: the rank of the submitter's node. `reporters`: the ranks that tell the loss of every step.
     `step_s`: of one step; None where a node was never measured. `optional`: ranks without which it goes on;
     `optional_least`: how many of these must be there when an epoch begins. Their checkpoints do not say where
-    it goes on, and its trainers take `left`.
+    it goes on, and its trainers take `left`. `engines`: by rank; empty: the training's own for all.
     """
 
     settings: Mapping[str, Any]
@@ -463,6 +463,7 @@ class TrainingPlan:
     explanation: tuple[str, ...] = ()
     optional: tuple[int, ...] = ()
     optional_least: int = 0
+    engines: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -728,7 +729,7 @@ class Training:
     memory(settings, model, roles, rank) -> bytes that a rank's worker takes, pure: the asked node's own
         count, which stands against what the submitter says; None: nothing to count
     load: "package.module:attribute", in a worker: load(spec: TrainingSpec, loaded, channel) -> Trainer, where
-        `loaded` is what `engine`'s own `load` made of the model
+        `loaded` is what the rank's engine made of the model: `engine`'s own `load`, or another's `blocks`
     steps_key: of the file, what `steps` of the settings are counted by; a job that goes on may have more
 
     A job's file has `model`, and a list `clients` of tables whose `node` is a member's name or id and whose
@@ -777,6 +778,9 @@ class EngineEntry:
     it computes here, and the core knows the price.
     `adapters`: does it apply the LoRA adapter of `EngineSpec.adapter_path`? `swaps`: is what it loads a
     SwappingEngine, so that jobs with unlike adapters, and without one, share its weights?
+    `blocks`: where `load` makes an Engine, load(spec, channel) -> what a Training's `load` takes, for
+    ranks whose plan names this engine. Empty: it trains only where it is the Training's own engine.
+    `lacks`: what must be installed before it computes, for a person to read; "": all is there.
     """
 
     name: str
@@ -798,6 +802,8 @@ class EngineEntry:
     pack: str = ""
     adapters: bool = False
     swaps: bool = False
+    blocks: str = ""
+    lacks: str = ""
 
 
 class Propose(Protocol):

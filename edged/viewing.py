@@ -43,7 +43,7 @@ class Viewer:
             mine.name,
             device=state,
             memory_budget=self._device.memory_budget(self.memory_taken()),
-            engines=tuple(self._engines),
+            engines=tuple(name for name, entry in self._engines.items() if not entry.lacks),
             speeds=self._device.speeds(),
             links=self._peers.link_states(),
             holds=tuple(model.sha256 for model in self._models.list() if model.complete),

@@ -338,28 +338,47 @@ def to_gguf(folder: str | Path, base: str | Path, out: str | Path) -> None:
 
 def _placed(pairs: Mapping[str, Pair], head: Head, architecture: str) -> list[tuple[str, Pair]]:
     """(base tensor's name, pair with B's rows in its order), in the pairs' order."""
-    arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = gguf.get_tensor_name_map(arch, int(head.keys.get(f"{architecture}.block_count", 0)))
+    places = Places(head, architecture)
     placed, taken = [], {}
     for module, pair in pairs.items():
-        name = names.get_name(module) or names.get_name(module.removeprefix("transformer."))  # BLOOM's
-        base = head.tensors.get(f"{name}.weight") if name else None
-        if name is None or base is None or name == "token_embd":
-            raise ConfigError(
-                f"expected a linear layer of the base model; its {architecture} file has none for "
-                f"{module[:NAME_CHARS]}",
-                remedy="tune other target modules, or use the PEFT folder with another tool",
-                code="no-gguf-adapter",
-            )
-        _check_fits(module, pair, base)
+        name = places.name_of(module)
+        _check_fits(module, pair, head.tensors[f"{name}.weight"])
         if name in taken:
             raise _wrong(
                 f"expected one adapter of each layer; {taken[name]} and {module[:NAME_CHARS]} are one"
             )
         taken[name] = module[:NAME_CHARS]
-        b = pair.b[_rows_of_b(name, pair.b.shape[0], head, architecture)]
+        b = pair.b[places.rows_of_b(name, pair.b.shape[0])]
         placed.append((f"{name}.weight", Pair(pair.a, b, pair.scale)))
     return placed
+
+
+class Places:
+    """Where a GGUF has the layers that transformers' names say."""
+
+    def __init__(self, head: Head, architecture: str) -> None:
+        arch = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+        count = int(head.keys.get(f"{architecture}.block_count", 0))
+        self._names = gguf.get_tensor_name_map(arch, count)
+        self._head, self._architecture = head, architecture
+
+    def name_of(self, module: str) -> str:
+        """The base tensor's, without ".weight"; ConfigError where there is none."""
+        # the second: BLOOM's
+        name = self._names.get_name(module) or self._names.get_name(module.removeprefix("transformer."))
+        base = self._head.tensors.get(f"{name}.weight") if name else None
+        if name is None or base is None or name == "token_embd":
+            raise ConfigError(
+                f"expected a linear layer of the base model; its {self._architecture} file has none for "
+                f"{module[:NAME_CHARS]}",
+                remedy="tune other target modules, or use the PEFT folder with another tool",
+                code="no-gguf-adapter",
+            )
+        return str(name)
+
+    def rows_of_b(self, name: str, rows: int) -> np.ndarray:
+        """For each row of the base tensor, the row of transformers' that it is."""
+        return _rows_of_b(name, rows, self._head, self._architecture)
 
 
 def _check_fits(module: str, pair: Pair, base: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""A rank's checkpoints: tensors and a few numbers in one file a step, made whole or not at all.
+"""A rank's checkpoints: arrays and a few numbers in one file a step, made whole or not at all.
 
 The last three are kept: ranks are at most one step apart, and a step that all of them have must be among
 those. Nothing of them can run code: safetensors, and JSON in its head.
@@ -7,16 +7,16 @@ those. Nothing of them can run code: safetensors, and JSON in its head.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
 import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
 
 from edged import EngineError
 
@@ -25,10 +25,11 @@ NAME = re.compile(r"step-(\d{1,9})\.safetensors")
 
 
 class Checkpoints:
-    """In `folder`, which is this rank's of this job alone."""
+    """In `folder`, which is this rank's of this job alone; of arrays of `library`. A file of one library's
+    can be read with the other."""
 
-    def __init__(self, folder: str) -> None:
-        self._folder = Path(folder)
+    def __init__(self, folder: str, library: Literal["numpy", "torch"] = "numpy") -> None:
+        self._folder, self._library = Path(folder), library
 
     @property
     def steps(self) -> list[int]:
@@ -38,17 +39,15 @@ class Checkpoints:
         found = (NAME.fullmatch(path.name) for path in self._folder.iterdir())
         return sorted(int(match[1]) for match in found if match)
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], words: Mapping[str, Any]) -> None:
+    def save(self, step: int, arrays: Mapping[str, Any], words: Mapping[str, Any]) -> None:
         """EngineError, code "disk", where it cannot be written; the earlier ones stay as they are."""
         path = self._path(step)
         making = path.with_suffix(".making")
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            save_file(
-                {name: tensor.detach().contiguous().clone() for name, tensor in tensors.items()},
-                making,
-                {"words": json.dumps(dict(words))},
-            )
+            library = importlib.import_module(f"safetensors.{self._library}")
+            copies = {name: _copy(array) for name, array in arrays.items()}
+            library.save_file(copies, making, {"words": json.dumps(dict(words))})
             with open(making, "rb") as file:
                 os.fsync(file.fileno())
             os.replace(making, path)
@@ -63,10 +62,10 @@ class Checkpoints:
                 code="disk",
             ) from error
 
-    def load(self, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def load(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """EngineError where it is damaged."""
         try:
-            with safe_open(self._path(step), "pt") as file:
+            with safe_open(self._path(step), {"numpy": "np", "torch": "pt"}[self._library]) as file:
                 words = json.loads((file.metadata() or {}).get("words", "{}"))
                 return {name: file.get_tensor(name) for name in file.keys()}, words  # noqa: SIM118 - no dict
         except (OSError, SafetensorError, ValueError) as error:
@@ -80,3 +79,10 @@ class Checkpoints:
 
     def _path(self, step: int) -> Path:
         return self._folder / f"step-{step}.safetensors"
+
+
+def _copy(array: Any) -> Any:
+    """In one piece, and of memory that no other array has: torch's writer takes nothing else."""
+    if isinstance(array, np.ndarray | np.generic):
+        return np.array(array, order="C")
+    return array.detach().contiguous().clone()

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 IGNORED = -100
+
+
+def tensors_of(batch: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
+    """Ids and labels (B, S) of a batch, int64."""
+    ids, labels = batch
+    return torch.from_numpy(np.asarray(ids, np.int64)), torch.from_numpy(np.asarray(labels, np.int64))
 
 
 def targets_of(labels: Tensor) -> int:

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .._tensors.rows import Batches, Encoded, Tokenizer, encode, read_rows
-from .preference import batches_of
+from .pairs import batches_of
 from .rehearsal import Mixed, divided, split
 
 
@@ -67,11 +65,11 @@ class Rows:
         digest = _digest([*new, *old, *kept, *rehearsed])
         return cls(mixed, kept, len(new), dropped, digest, job, rehearsed)
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Ids and labels of a step, (B, S) int64."""
-        return _tensors(self.batches.batch(step))
+    def batch(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and labels of a step, (B, S) int32."""
+        return self.batches.batch(step)
 
-    def eval_batches(self, rows: Sequence[Encoded] | None = None) -> list[tuple[Tensor, Tensor]]:
+    def eval_batches(self, rows: Sequence[Encoded] | None = None) -> list[tuple[np.ndarray, np.ndarray]]:
         """Held-out rows in batches, in order: ids and labels (B, S). `rows`: others than `held_out`."""
         rows = self.held_out if rows is None else rows
         if not rows:
@@ -79,7 +77,7 @@ class Rows:
         size = self.job.batch_size
         batches = batches_of(rows, size, 0, self.job.max_length)
         firsts = range(0, len(rows), size)
-        return [_tensors(batches.of(range(first, min(first + size, len(rows))))) for first in firsts]
+        return [batches.of(range(first, min(first + size, len(rows)))) for first in firsts]
 
     def shapes(self, steps: int) -> list[list[int]]:
         """[rows, length, how many] of the first batches."""
@@ -94,11 +92,6 @@ def seed_of(seed: int, step: int, rank: int) -> int:
     """A number of its own for each step of each rank."""
     digest = hashlib.sha256(f"{seed} {step} {rank}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
-
-
-def _tensors(pair: tuple[np.ndarray, np.ndarray]) -> tuple[Tensor, Tensor]:
-    ids, labels = pair
-    return torch.from_numpy(np.asarray(ids, np.int64)), torch.from_numpy(np.asarray(labels, np.int64))
 
 
 def _digest(rows: Sequence[Encoded]) -> str:

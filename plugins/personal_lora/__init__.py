@@ -16,12 +16,11 @@ from typing import Any
 from edged import AggregatorEntry, Training, TrainingKey, Travels, hookimpl
 
 from . import _settings as key
-from ._job import check_federated, keys
+from ._job import TORCH, check_federated, keys
 from ._layout import cost, memory, plan
 from ._weights import node_weight_most
 
 LOAD = "edged_plugins.personal_lora._trainer:load"
-ENGINE = "torch_blocks"
 HERE = "edged_plugins.personal_lora"
 MOMENTUM_KEYS = (key.server_learning_rate(key.PLAIN_RATE), key.MOMENTUM)
 OUTER_KEYS = (key.server_learning_rate(key.OUTER_RATE), key.MOMENTUM)
@@ -178,7 +177,7 @@ def edged_trainings(aggregators: Mapping[str, AggregatorEntry]) -> Sequence[Trai
     return [
         Training(
             "federated",
-            ENGINE,
+            TORCH,
             partial(check_federated, aggregators),
             partial(plan, aggregators),
             partial(cost, aggregators),

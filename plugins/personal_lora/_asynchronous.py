@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
-import torch
 
 from edged import ConfigError, EdgedError, EngineError, PolicyViolation, ProtocolError, Update
 from edged import Member as Sender
@@ -29,7 +28,7 @@ from ._member import Member
 from ._mode import STEPS_MOST
 from ._rank import Report, own_words
 from ._residual import Residual
-from ._server import Server
+from ._server import DIFFERS, Server
 
 log = logging.getLogger(__name__)
 NAP_S = 0.02  # of a server to which nobody has said anything: short against local steps
@@ -62,7 +61,8 @@ class PushedServer(Server):
         told: list[tuple[int, int, dict[str, float]]] = []  # rank, staleness, figures
         if not self._given:
             for member in self.members:
-                self._give(member)
+                if member.rank not in self._unheard:
+                    self._give(member)
         with Residual() as meter:
             while self.aggregator.revision == number:
                 rank = self._next()
@@ -171,6 +171,18 @@ class PushedServer(Server):
                 remedy="look at the log of the server's node, which names them",
             ) from error
 
+    def goes_on_without(self, other: int, error: EdgedError) -> bool:
+        """A member that trains another model is not heard."""
+        if error.code not in DIFFERS:
+            return False
+        self._foreign[other] = ProtocolError(str(error))
+        self.refuse(0, other, error)
+        self._ignore(other, error)
+        return True
+
+    def hears(self, rank: int) -> bool:
+        return rank not in self._unheard
+
     def _inbox(self, rank: int) -> Inbox:
         """For a push or an evaluation of any revision."""
         return Inbox(self.link(rank), self.name(rank), self._most)
@@ -229,12 +241,12 @@ class PushedServer(Server):
 
     # --- checkpoints --------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, torch.Tensor]:
-        return super().state() | {"steps_done": torch.from_numpy(self._steps_done.copy())}
+    def state(self) -> dict[str, np.ndarray]:
+        return super().state() | {"steps_done": self._steps_done.copy()}
 
-    def set_state(self, state: Mapping[str, torch.Tensor]) -> None:
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         super().set_state(state)
-        self._steps_done = state["steps_done"].numpy().astype(np.int64).reshape(self.server)
+        self._steps_done = state["steps_done"].astype(np.int64).reshape(self.server)
 
 
 class Cut(Exception):
@@ -286,11 +298,10 @@ class PushingMember(Member):
             with self.computing():
                 trained = self._steps(f"turn {turn}", range(first, first + steps))
         except Cut:
-            self.span.train(False)
             return
         finally:
             self._may_be_cut = False
-        added = self.flat(self._factors(), "AB") - self.flat(self._loaded, "AB")
+        added = self.flat(self.model.factors(), "AB") - self.flat(self._loaded, "AB")
         words = _messages.up(revision, self.weight, added.size, 0) | {"turn": turn}
         self.link(self.server).send_values("up", [revision], own_words(words), added)
         self._tell(revision, [*trained, 0.0, 0.0, 0.0, float(self.bytes_sent - before)])

@@ -25,13 +25,15 @@ CHOICE = ("only_charging", "battery_least", "celsius_most", "metered", "idle_s")
 OBJECTIVES = ("sft", "dpo")
 MASKED_LEAST = 3
 WAIT_MOST_S = 86_400.0
-CLIENT_KEYS = ("node", "data", "r", "alpha", "method", "learning_rate", "weight")
+CLIENT_KEYS = ("node", "data", "r", "alpha", "method", "learning_rate", "weight", "engine")
+TORCH, LOSSES_ALONE = "torch_blocks", "shard"  # engines of a client: with gradients, and without
 
 
 @dataclass(frozen=True, slots=True)
 class Client:
     """A member that brings data. `r`, `alpha`, `learning_rate`: 0 for the job's. `method`: how it takes part,
-    where not as the job says. `weight`: what its update counts; 0: as many rows as it trains on."""
+    where not as the job says. `weight`: what its update counts; 0: as many rows as it trains on. `engine`:
+    what computes it; "": torch_blocks, and shard where that is not and the method takes no gradients."""
 
     node: str = ""
     data: str = ""
@@ -40,6 +42,7 @@ class Client:
     method: str = ""
     learning_rate: float = 0.0
     weight: int = 0
+    engine: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +54,7 @@ class Job:
     clients: tuple[Client, ...] = key(
         (),
         "[[clients]]: node and data of each member that brings rows; r, alpha, learning_rate, weight, method "
-        "(fedkseed: it sends seeds alone) where not as the job says",
+        '(fedkseed: it sends seeds alone) where not as the job says; engine = "shard": no PyTorch there',
     )
     server: str = key("", "[server] node: who aggregates; it sees adapters, never rows")
     mode: str = key(
@@ -242,6 +245,12 @@ def check_federated(aggregators: Mapping[str, AggregatorEntry], table: Mapping[s
                 f"a method other than {job.method} with objective = dpo: it moves the weights that a "
                 "preference is weighed against",
             ),
+            *(
+                (not why, f"engine = {TORCH!r} for client {number}; {LOSSES_ALONE} takes no part {why}")
+                for number, client in enumerate(job.clients)
+                if client.engine == LOSSES_ALONE
+                for why in [without_gradients(aggregators, job, number)]
+            ),
             *(_masked_rules(aggregators, job) if job.masked else ()),
             *(_whole_rules(aggregators, job) if job.is_whole else ()),
             *_mode.rules(job),
@@ -250,6 +259,26 @@ def check_federated(aggregators: Mapping[str, AggregatorEntry], table: Mapping[s
         ]
     )
     return to_table(job)
+
+
+def without_gradients(aggregators: Mapping[str, AggregatorEntry], job: Job, rank: int) -> str:
+    """Why a client cannot do its part with losses alone, "in a job that ..."; "" where it can."""
+    entry, ranks = aggregators[job.method], [job.r_of(rank) for rank in range(len(job.clients))]
+    able = sorted(name for name, each in aggregators.items() if each.local and not each.after_gradients)
+    reasons = [
+        (
+            bool(job.joins(rank)) or job.method in able,
+            f"in a job of {job.method}, which takes gradients; {', '.join(able) or 'none loaded'} do not",
+        ),
+        (not job.is_whole, 'in a job with parameters = "all"'),
+        (job.keeps == "none", "in a job with a personal adapter, which is trained by gradients"),
+        (job.objective == "sft", f"in a job with objective = {job.objective}"),
+        (
+            not (entry.travels and entry.travels(1, ranks).stack),
+            f"in a job of {job.method}, which moves the frozen weights",
+        ),
+    ]
+    return next((why for holds, why in reasons if not holds), "")
 
 
 def read(table: Mapping[str, Any], aggregators: Mapping[str, AggregatorEntry] | None = None) -> Job:
@@ -362,6 +391,10 @@ def _rules(job: Job) -> list[file.Rule]:
             not job.rehearsal or _is_whole(job.rehearsal * job.batch_size, job.batch_size),
             f"rehearsal x batch_size as whole rows, from 1 to all but one; {job.rehearsal:g} x "
             f"{job.batch_size} came",
+        ),
+        (
+            all(client.engine in ("", TORCH, LOSSES_ALONE) for client in job.clients),
+            f"engine of a client as {TORCH} or {LOSSES_ALONE}",
         ),
         one_of("personal", ("", *PERSONAL)),
         (job.personal in ("", "dual") or job.method != "fdlora", "personal = dual with fdlora"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from edged import (
@@ -25,11 +26,13 @@ from .._training.nodes import find, shortage
 from .._training.sizes import F32, WORKER_BYTES, block_values, flops_s, saved_values
 from . import _mode
 from ._cohort import need_of
-from ._job import Job, read, to_table
+from ._job import LOSSES_ALONE, TORCH, Job, read, to_table, without_gradients
 from ._messages import bytes_sent
 
 ANSWER_PART = 0.5  # of the positions, before the rows are known
 SERVER_BYTES = 64 << 20
+LIGHT_BYTES = 96 << 20  # of a worker that has not loaded PyTorch
+LOGITS_BYTES = 32 << 20  # of some rows' at a time, in F64
 MASKED_SERVER, MASKED_MEMBER = 32, 40  # bytes of a value: integers of 8, their sum or mask, and F64 beside
 
 
@@ -53,6 +56,7 @@ def plan(
     for node in chosen:
         if node.refuses:
             raise PolicyViolation(f"{node.name} takes no work now: {node.refuses}")
+    job, engines = _with_engines(aggregators, job, chosen)
     roles = tuple(_role(aggregators, job, model, node, rank) for rank, node in enumerate(chosen))
     return TrainingPlan(
         to_table(job),
@@ -63,10 +67,39 @@ def plan(
         next(role.rank for role in roles if role.node_id == nodes[0].node_id),
         _round_s(job, model, chosen[:server]),
         shortage(roles, chosen),
-        (),
+        tuple(
+            f"{node.name} has no PyTorch: its engine {engine} evaluates losses"
+            for node, engine in zip(chosen[:server], engines, strict=False)
+            if engine == LOSSES_ALONE
+        ),
         tuple(rank for rank in range(server) if job.is_semi and roles[rank].node_id != nodes[0].node_id),
         need_of(job) - any(role.node_id == nodes[0].node_id for role in roles[:server]) if job.is_semi else 0,
+        engines,
     )
+
+
+def _with_engines(
+    aggregators: Mapping[str, AggregatorEntry], job: Job, chosen: Sequence[NodeView]
+) -> tuple[Job, tuple[str, ...]]:
+    """The job with an engine for each client, and those of all ranks. PolicyViolation where a node has none
+    that can do its part."""
+    engines = []
+    for rank, node in enumerate(chosen):
+        wanted = job.clients[rank].engine if rank < len(job.clients) else ""
+        lacks_torch = TORCH not in node.engines and LOSSES_ALONE in node.engines
+        engines.append(wanted or (LOSSES_ALONE if lacks_torch else TORCH))
+        why = ""
+        if engines[rank] == LOSSES_ALONE and rank < len(job.clients):
+            why = without_gradients(aggregators, job, rank)
+        elif engines[rank] == LOSSES_ALONE and job.is_whole:
+            why = 'in a job with parameters = "all"'
+        if why:
+            raise PolicyViolation(
+                f"{node.name} has no PyTorch, and takes no part {why}",
+                remedy="pip install edged[train] there, or leave that node out",
+            )
+    clients = (replace(client, engine=engines[rank]) for rank, client in enumerate(job.clients))
+    return replace(job, clients=tuple(clients)), tuple(engines)
 
 
 def _role(
@@ -128,6 +161,8 @@ def memory_bytes(
         more += F32 * _values(job, model, min(height, model.hidden))  # all stacks together
         more += MASKED_SERVER * values if job.masked else F32 * len(job.clients) * values  # the residual's
         return round(WORKER_BYTES + SERVER_BYTES + 10 * F32 * values + more)
+    if job.clients[rank].engine == LOSSES_ALONE:
+        return _losses_bytes(job, model, rank)
     positions = job.rows_most * job.max_length
     weight = 2 if job.weights == "bf16" else F32
     total = float(WORKER_BYTES)
@@ -145,6 +180,17 @@ def memory_bytes(
     of_value = 8 * F32 + (MASKED_MEMBER if job.masked else 0)
     total += of_value * _values(job, model, job.r_of(rank))
     return round(total + F32 * _values(job, model, height))  # stacks, kept one by one
+
+
+def _losses_bytes(job: Job, model: ModelDescription, rank: int) -> int:
+    """Of a client without gradients: weights in F32, one row at a time with its keys and values, logits where
+    they are scored, and the adapter with what it is rebuilt from."""
+    length = job.max_length
+    total = float(LIGHT_BYTES + F32 * (model.layers * block_values(model) + 2 * model.vocab * model.hidden))
+    total += F32 * length * (saved_values(model) + 2 * model.layers * model.hidden)
+    total += F32 * length * (ANSWER_PART if job.loss_on == "answer" else 1) * model.vocab + LOGITS_BYTES
+    of_value = 8 * F32 + (MASKED_MEMBER if job.masked else 0)
+    return round(total + of_value * _values(job, model, job.r_of(rank)))
 
 
 def _values(job: Job, model: ModelDescription, r: int) -> int:

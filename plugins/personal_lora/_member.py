@@ -8,37 +8,33 @@ the figure of its held-out loss.
 from __future__ import annotations
 
 import contextlib
-import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-import torch
 
-from edged import DeviceState, Download, EngineError, LocalPart, ProtocolError
+from edged import DeviceState, Download, LocalPart, ProtocolError
 
 from .._training.link import Peeking
-from .._training.preference import objective_of
-from .._training.rows import Rows, seed_of
+from .._training.rows import Rows
 from . import _messages, _seen
 from ._client_noise import cut_factors
 from ._cohort import rules_of
 from ._fusion import fuse, joined
 from ._local import Local
 from ._masked import Left, MaskedMember, terms_of
-from ._rank import PREFIX, THIN_UP, Arrays, Rank, Report, own_words, resolve, write_adapter
+from ._rank import THIN_UP, Arrays, Rank, Report, own_words, resolve, write_adapter
 from ._semi import OwnDevice, asked
 from ._whole import Weights
 
-BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's own
+Batch = tuple[np.ndarray, np.ndarray]  # ids and labels (B, S)
 
 
 class Member(Rank):
     def build(self) -> None:
         job = self.job
         share = max(1, job.eval_rows // len(job.clients)) if job.eval_rows else 0
-        self.objective = objective_of(job.objective, job.beta)
         self._seen: dict[str, float] = {}  # beside the loss, until it is told
         self.rows = Rows.read(
             self.spec.data_path,
@@ -49,7 +45,7 @@ class Member(Rank):
             rehearsal=job.rehearsal,
         )
         self.r = job.r_of(self.rank)
-        self.span = self._span(1)
+        self.model = self._model(1)
         self._start = self.start(self.r)
         self._merged: list[tuple[int, np.ndarray]] = []  # rank and values of every stack, in order
         self._local = self._local_part()
@@ -67,21 +63,21 @@ class Member(Rank):
             return Weights(self, settings)
         return resolve(dotted)(settings, self._start, self.rank) if dotted else None
 
-    def _span(self, times: int) -> Any:
+    def _model(self, times: int) -> Any:
         """The whole model, with an adapter of so many times this member's rank."""
-        job = self.job
-        span = self.blocks.span(0, self.blocks.layers, embed=True, head=True, dtype=job.weights)
-        if job.is_whole:
-            return span.train(False)
-        span.add_lora(
-            r=times * self.r,
-            alpha=times * job.alpha_of(self.rank),
-            targets=job.target_modules,
-            seed=job.seed,
-            dropout=job.dropout,
-        )
-        span.checkpointing = job.gradient_checkpointing
-        return span.train(False)
+        if not self.blocks.has_gradients:
+            from ._loss_model import LossModel
+
+            assert times == 1, "nothing is fused without gradients"
+            return LossModel(self.blocks, self.job, self.rank)
+        from ._torch_model import TorchModel  # not on a device without PyTorch
+
+        return TorchModel(self.blocks, self.job, self.rank, self.spec.threads, times)
+
+    def close(self) -> None:
+        super().close()
+        if not self.blocks.has_gradients:
+            self.model.close()
 
     @property
     def weight(self) -> int:
@@ -131,8 +127,8 @@ class Member(Rank):
         with self.computing():
             evaluated = self._evaluate_common() if self._is_due(number) else (0.0, 0.0)
             trained = self._train(number, frozen)
-            self._seen |= self.objective.take()
-        factors, sides = self._factors(), "".join(side for side in "AB" if side not in frozen)
+            self._seen |= self.model.take()
+        factors, sides = self.model.factors(), "".join(side for side in "AB" if side not in frozen)
         if self._local is None:
             factors, extras, self._own = self._part.finish(
                 factors, self.job.local_steps, self.job.rate_of(self.rank)
@@ -190,9 +186,11 @@ class Member(Rank):
         if self._personal is not None:
             with self.computing():
                 if self.job.keeps == "dual":
-                    said = self._fuse(self._factors(), self._personal, lambda: report("alive", number, {}))
+                    said = self._fuse(
+                        self.model.factors(), self._personal, lambda: report("alive", number, {})
+                    )
                 else:
-                    self._set(self._personal)
+                    self.model.set(self._personal)
                 own, _ = self._evaluate()
             self._keep()
             own_loss = {"own_loss": own / evaluated[1]} if evaluated[1] else {}
@@ -254,40 +252,15 @@ class Member(Rank):
         self._given, self._extras = self._loaded if self._has_factors else {}, extras
         if self._local is not None:
             self._loaded = dict(self._local.begin(Download(self._given, extras=extras)))
-        self._set(self._loaded)
+        self.model.set(self._loaded)
         self._is_thin = any(word in extras for word in THIN_UP)
         if self._loaded:  # there are none where all weights are tuned
             self._part = Local(Download(self._loaded, extras=extras), self._own, str(said["frozen"]))
         return str(said["frozen"])
 
-    def _set(self, factors: Arrays) -> None:
-        self.span.set_lora(
-            {
-                f"{PREFIX}{name}.lora_{letter}.weight": torch.from_numpy(np.ascontiguousarray(pair[side]))
-                for name, pair in factors.items()
-                for side, letter in enumerate("AB")
-            }
-        )
-
     def _merge(self, stack: int, values: np.ndarray) -> None:
         self._merged.append((stack, values.copy()))
-        found = self.unflat(values, "AB", stack)
-        self.span.merge(
-            {
-                name: (torch.from_numpy(pair["A"].copy()), torch.from_numpy(pair["B"].copy()))
-                for name, pair in found.items()
-            }
-        )
-
-    def _factors(self) -> Arrays:
-        found = self.span.lora()
-        return {
-            name: (
-                found[f"{PREFIX}{name}.lora_A.weight"].numpy(),
-                found[f"{PREFIX}{name}.lora_B.weight"].numpy(),
-            )
-            for name in self.layers
-        }
+        self.model.merge(self.unflat(values, "AB", stack))
 
     def _train(self, number: int, frozen: str) -> tuple[float, float, float, float]:
         """The round's local steps: loss by targets summed, targets, tokens, and seconds."""
@@ -298,7 +271,7 @@ class Member(Rank):
         correct = self._part.correction if self._part.corrects else None
         trained = self._steps(f"round {number}", steps, frozen, correct, self._part.is_plain)
         if self._local is not None:
-            self._found = dict(self._local.train(steps, self._factors(), _no_loss))
+            self._found = dict(self._local.train(steps, self.model.factors(), _no_loss))
         return trained
 
     def _without_gradients(self, steps: range) -> tuple[float, float, float, float]:
@@ -306,35 +279,18 @@ class Member(Rank):
         it looked at."""
         assert self._local is not None
         began, sums = time.monotonic(), [0.0, 0, 0]
-        tuned = self._tuned()
-        on_cpu = all(parameter.device.type == "cpu" for pair in tuned.values() for parameter in pair)
-        views = {
-            name: (_array(a), _array(b)) for name, (a, b) in tuned.items()
-        }  # their own memory, on the CPU
+        values = {} if self.job.is_whole else self.model.values()
 
         def loss(step: int) -> float:
             self.look()
-            if not on_cpu:
-                self._set(views)
-            ids, labels = self.rows.batch(step)
-            with torch.no_grad():
-                found = self.objective.summed(self.span, ids, labels).item()
-            count = self.objective.targets(labels)
-            sums[0], sums[1], sums[2] = sums[0] + found, sums[1] + count, sums[2] + ids.numel()
+            batch = self.rows.batch(step)
+            found, count = self.model.loss(batch), self.model.targets(batch)
+            sums[0], sums[1], sums[2] = sums[0] + found, sums[1] + count, sums[2] + batch[0].size
             return found / max(1, count)
 
-        self._found = dict(self._local.train(steps, views, loss))
-        self._set(views)
+        self._found = dict(self._local.train(steps, values, loss))
+        self.model.set(values)
         return sums[0], float(sums[1]), float(sums[2]), time.monotonic() - began
-
-    def _tuned(self) -> dict[str, tuple[torch.nn.Parameter, torch.nn.Parameter]]:
-        """A and B of each layer."""
-        found: dict[str, list[torch.nn.Parameter]] = {name: [] for name in self.layers}
-        for name, parameter in self.span.named_parameters():
-            layer, is_lora, _ = name.partition(".lora_")
-            if is_lora:
-                found[layer].append(parameter)
-        return {name: (a, b) for name, (a, b) in found.items()}
 
     def _steps(
         self,
@@ -344,50 +300,17 @@ class Member(Rank):
         correct: Callable[[Arrays], Arrays] | None = None,
         is_plain: bool = False,
     ) -> tuple[float, float, float, float]:
-        """Optimiser steps from the adapter as it is. `correct` gives what is added to the gradient at some
-        factors; `is_plain`: by SGD, without momentum."""
-        job, began = self.job, time.monotonic()
-        tuned: dict[tuple[str, int], torch.nn.Parameter] = {}
-        for name, parameter in self.span.named_parameters():
-            layer, found, rest = name.partition(".lora_")
-            if found:
-                parameter.requires_grad_(not frozen or not rest.startswith(frozen))
-                if parameter.requires_grad:
-                    tuned[layer, "AB".index(rest[0])] = parameter
-        optimiser = self._optimiser(list(tuned.values()), is_plain)
-        losses, targets, tokens = 0.0, 0, 0
-        self.span.train(True)  # dropout is for local steps alone
-        for step in steps:
-            self.look()
-            torch.manual_seed(seed_of(job.seed, step, self.rank))
-            ids, labels = self.rows.batch(step)
-            count = self.objective.targets(labels)
-            loss = self.objective.summed(self.span, ids, labels) / max(1, count)
-            if not math.isfinite(loss.item()):
-                raise EngineError(
-                    f"{where}, step {step}: the loss is {loss.item()}; nothing of this round is kept",
-                    remedy="lower learning_rate, or look at the rows of this step",
-                    code="nan-loss",
-                )
-            loss.backward()
-            if correct is not None:
-                more = correct(self._factors())
-                for (layer, side), parameter in tuned.items():
-                    added = torch.from_numpy(np.array(more[layer][side], np.float32))
-                    parameter.grad += added.to(parameter.device)
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-            losses, targets, tokens = losses + loss.item() * count, targets + count, tokens + ids.numel()
-        self.span.train(False)
-        return losses, float(targets), float(tokens), time.monotonic() - began
+        """Optimiser steps from the adapter as it is, on these steps' rows, as `TorchModel.steps`."""
 
-    def _optimiser(self, tuned: list[torch.nn.Parameter], is_plain: bool) -> torch.optim.Optimizer:
-        job = self.job
-        if is_plain:
-            return torch.optim.SGD(tuned, lr=job.rate_of(self.rank), weight_decay=job.weight_decay)
-        return torch.optim.AdamW(
-            tuned, lr=job.rate_of(self.rank), betas=BETAS, eps=EPSILON, weight_decay=job.weight_decay
+        def batches() -> Iterator[tuple[int, Batch]]:
+            for step in steps:
+                self.look()
+                yield step, self.rows.batch(step)
+
+        found: tuple[float, float, float, float] = self.model.steps(
+            where, batches(), frozen, correct, is_plain
         )
+        return found
 
     def _evaluate(self) -> tuple[float, float]:
         """The loss of what is held out, summed, and its targets."""
@@ -395,21 +318,20 @@ class Member(Rank):
 
     def _evaluate_common(self) -> tuple[float, float]:
         """The same, of the adapter of all; what is seen beside it is kept until it is told."""
-        self.objective.take()
+        self.model.take()
         found = self._evaluate()
-        self._seen |= {f"eval_{name}": value for name, value in self.objective.take().items()}
+        self._seen |= {f"eval_{name}": value for name, value in self.model.take().items()}
         loss, targets = self._loss_of(self.rows.eval_batches(self.rows.rehearsed))
         self._seen |= {"rehearsal_loss": loss, "rehearsal_targets": targets}
-        self.objective.take()
+        self.model.take()
         return found
 
-    def _loss_of(self, batches: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> tuple[float, float]:
+    def _loss_of(self, batches: Sequence[Batch]) -> tuple[float, float]:
         losses, targets = 0.0, 0
-        with torch.no_grad():
-            for ids, labels in batches:
-                self.look()
-                losses += self.objective.summed(self.span, ids, labels).item()
-                targets += self.objective.targets(labels)
+        for batch in batches:
+            self.look()
+            losses += self.model.loss(batch)
+            targets += self.model.targets(batch)
         return losses, float(targets)
 
     # --- what is this member's own ------------------------------------------------------------------
@@ -417,16 +339,16 @@ class Member(Rank):
     def _alone(self, number: int) -> Arrays:
         """The personal adapter after its steps of a round, on rows of this member and for it alone; the
         common adapter is put back afterwards."""
-        job, common = self.job, self._factors()
-        self._set(self._personal or self._start)
+        job, common = self.job, self.model.factors()
+        self.model.set(self._personal or self._start)
         steps = range(number * job.personal_steps, (number + 1) * job.personal_steps)
         with self.computing():
             if job.keeps == "ditto":
                 self._steps("personal adapter", steps, correct=self._pull)
             else:
                 self._steps("personal adapter", steps)
-        found = {name: (a.copy(), b.copy()) for name, (a, b) in self._factors().items()}
-        self._set(common)
+        found = {name: (a.copy(), b.copy()) for name, (a, b) in self.model.factors().items()}
+        self.model.set(common)
         return found
 
     def _pull(self, factors: Arrays) -> Arrays:
@@ -438,7 +360,7 @@ class Member(Rank):
         }
 
     def _fuse(self, common: Arrays, personal: Arrays, tell: Callable[[], None]) -> dict[str, float]:
-        """Weigh both adapters on a few of the rows that this member trains on; the span then has the best
+        """Weigh both adapters on a few of the rows that this member trains on; the model then has the best
         of what was tried, at twice the rank."""
         job = self.job
         self._widen(2)
@@ -446,7 +368,7 @@ class Member(Rank):
 
         def loss(weights: tuple[float, float]) -> float:
             tell()  # this takes longer than a step, and has none
-            self._set({name: joined(common[name], personal[name], weights) for name in self.layers})
+            self.model.set({name: joined(common[name], personal[name], weights) for name in self.layers})
             losses, targets = self._loss_of(ids)
             return losses / max(1.0, targets)
 
@@ -459,8 +381,8 @@ class Member(Rank):
     def _widen(self, times: int) -> None:
         """The model anew, with an adapter of so many times the rank and the same scale."""
         merged, self._merged = self._merged, []
-        del self.span
-        self.span = self._span(times)
+        del self.model
+        self.model = self._model(times)
         for stack, values in merged:
             self._merge(stack, values)
 
@@ -468,7 +390,7 @@ class Member(Rank):
         """Write the adapter that stands, with all that was merged, where this node's daemon finds it."""
         scale, made = self.job.scale_of(self.rank), {}
         stacks = [self.unflat(values, "AB", stack) for stack, values in self._merged]
-        for name, (a, b) in self._factors().items():
+        for name, (a, b) in self.model.factors().items():
             made[name] = (
                 np.concatenate([a, *(stack[name]["A"] for stack in stacks)]),
                 np.concatenate([scale * b, *(stack[name]["B"] for stack in stacks)], 1),
@@ -477,34 +399,28 @@ class Member(Rank):
 
     # --- checkpoints --------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self) -> dict[str, np.ndarray]:
         """What was merged into the frozen weights; the adapter itself comes down again."""
-        found = {f"merged.{i}.{r}": torch.from_numpy(values) for i, (r, values) in enumerate(self._merged)}
+        found = {f"merged.{i}.{r}": values for i, (r, values) in enumerate(self._merged)}
         if self._personal is not None:
-            found["personal"] = torch.from_numpy(self.flat(self._personal, "AB"))
-        found |= {f"own.{name}": torch.from_numpy(np.array(value)) for name, value in self._own.items()}
-        return found | {"round": torch.zeros(1)}
+            found["personal"] = self.flat(self._personal, "AB")
+        found |= {f"own.{name}": np.asarray(value) for name, value in self._own.items()}
+        return found | {"round": np.zeros(1, np.float32)}
 
-    def set_state(self, state: Mapping[str, torch.Tensor]) -> None:
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         self._own = {
-            name.removeprefix("own."): value.numpy()
-            for name, value in state.items()
-            if name.startswith("own.")
+            name.removeprefix("own."): value for name, value in state.items() if name.startswith("own.")
         }
         if "personal" in state:
-            parts = self.unflat(state["personal"].numpy().copy(), "AB", self.r)
+            parts = self.unflat(state["personal"].copy(), "AB", self.r)
             self._personal = {name: (pair["A"], pair["B"]) for name, pair in parts.items()}
         stacks = [key.split(".") for key in state if key.startswith("merged.")]
         for _, number, r in sorted(stacks, key=lambda parts: int(parts[1])):
-            self._merge(int(r), state[f"merged.{number}.{r}"].numpy())
+            self._merge(int(r), state[f"merged.{number}.{r}"])
 
 
 def _no_loss(step: int) -> float:
     raise AssertionError("the local steps are done")
-
-
-def _array(parameter: torch.nn.Parameter) -> np.ndarray:
-    return parameter.detach().cpu().numpy()
 
 
 def _come(start: str) -> str:

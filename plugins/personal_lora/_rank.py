@@ -16,11 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from edged import Channel, Computed, EdgedError, EngineError, PeerError, ProtocolError, TrainingSpec
 
-from .._tensors import codecs
 from .._training.adapter_folder import write_lora
 from .._training.checkpoints import Checkpoints
 from .._training.link import Link, Stopped
@@ -41,7 +39,6 @@ class Rank(abc.ABC):
     """`Trainer` of one rank; a step is a round."""
 
     def __init__(self, spec: TrainingSpec, blocks: Any, channel: Channel) -> None:
-        torch.set_num_threads(max(1, spec.threads))
         self.spec, self.blocks, self.channel = spec, blocks, channel
         self.job: Job = read(spec.settings)
         self.rank, self.server = spec.rank, len(self.job.clients)
@@ -71,11 +68,11 @@ class Rank(abc.ABC):
         """After the last round."""
 
     @abc.abstractmethod
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self) -> dict[str, np.ndarray]:
         """What the next round goes on from."""
 
     @abc.abstractmethod
-    def set_state(self, state: Mapping[str, torch.Tensor]) -> None:
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         """What `state` gave, back from a checkpoint; KeyError, ValueError, RuntimeError where it is none."""
 
     @property
@@ -156,8 +153,7 @@ class Rank(abc.ABC):
 
     def link(self, other: int) -> Link:
         if other not in self._links:
-            codec = codecs.make("f32", 1.0, 1)
-            self._links[other] = Link(self.channel, other, codec, partial(self.is_over, other))
+            self._links[other] = Link(self.channel, other, partial(self.is_over, other))
         return self._links[other]
 
     def is_over(self, other: int) -> bool:
@@ -260,7 +256,7 @@ class Rank(abc.ABC):
         """What a job begins with, at rank `r`: the first of the widest member's."""
         targets = () if self.job.is_whole else self.job.target_modules
         found = self.blocks.lora_start(r=self.job.r_most, targets=targets, seed=self.job.seed)
-        return {name: (a[:r].numpy(), b[:, :r].numpy()) for name, (a, b) in found.items()}
+        return {name: (a[:r], b[:, :r]) for name, (a, b) in found.items()}
 
     def flat(self, factors: Mapping[str, tuple[np.ndarray, np.ndarray]], sides: str) -> np.ndarray:
         """The values of the named sides, layer by layer, A before B."""

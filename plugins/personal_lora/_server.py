@@ -14,7 +14,6 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import torch
 
 from edged import (
     ConfigError,
@@ -43,6 +42,7 @@ from ._whole import give, take
 
 log = logging.getLogger(__name__)
 UPDATE_SLACK = 1 << 20  # bytes of an update beside its values
+DIFFERS = ("model-differs", "job-differs")  # of a handshake
 VOID_MOST = 3  # rounds on end whose updates were too few for the method
 
 
@@ -56,6 +56,7 @@ class Server(Rank):
         self.aggregator = self._aggregator()
         self._refused: Counter[int] = Counter()  # updates, by rank
         self._void = 0  # rounds on end with too few updates
+        self._foreign: dict[int, ProtocolError] = {}  # members that train another model, by rank
         masked_most = _messages.weight_most(job) if job.masked else 0
         self._weights = Weights(job.weight_most, self.spec.weight_most, masked_most)
         self._most = UPDATE_SLACK + 3 * 8 * _messages.values_of("AB", job.r_most, self.shapes)
@@ -72,11 +73,18 @@ class Server(Rank):
 
     def goes_on_without(self, other: int, error: EdgedError) -> bool:
         if self.semi is None:
-            return False
+            if error.code not in DIFFERS or self.job.masked:  # a masked sum is of all
+                return False
+            self._foreign[other] = ProtocolError(str(error))
+            return True
         if not isinstance(error, PeerError):
             self.refuse(0, other, error)
         self.left(other, str(error))
         return True
+
+    def hears(self, rank: int) -> bool:
+        """Is anything of a member waited for?"""
+        return rank not in self._foreign
 
     def is_over(self, other: int) -> bool:
         if self.semi is not None and other in self.semi.left:
@@ -107,6 +115,9 @@ class Server(Rank):
         began = time.monotonic()
         semi = self.semi
         ranks = set(cohort_of(self.job, number)) if semi is None else semi.cohort(number, report)
+        for rank in ranks & self._foreign.keys():
+            self.refuse(number, rank, self._foreign[rank])
+        ranks -= self._foreign.keys()
         cohort = [member for member in self.members if member.rank in ranks]
         self.aggregator.begin(number, cohort)
         frozen = self.aggregator.frozen(number)
@@ -118,6 +129,8 @@ class Server(Rank):
                 told_bytes = semi.send(member.rank, part) if is_drawn else None
                 if told_bytes is not None:
                     values[f"down_{member.rank}"] = float(told_bytes)
+                continue
+            if member.rank in self._foreign:
                 continue
             sent = self._send(number, member, frozen) if is_drawn else self._rest(number, member)
             values[f"down_{member.rank}"] = float(sent)
@@ -314,20 +327,14 @@ class Server(Rank):
 
     # --- checkpoints --------------------------------------------------------------------------------
 
-    def state(self) -> dict[str, torch.Tensor]:
-        found = {
-            key: torch.from_numpy(np.asarray(value)) for key, value in self.aggregator.state_dict().items()
-        }
-        return {f"aggregator.{key}": value for key, value in found.items()} | {"round": torch.zeros(1)}
+    def state(self) -> dict[str, np.ndarray]:
+        found = {f"aggregator.{key}": value for key, value in self.aggregator.state_dict().items()}
+        return {key: np.asarray(value) for key, value in found.items()} | {"round": np.zeros(1, np.float32)}
 
-    def set_state(self, state: Mapping[str, torch.Tensor]) -> None:
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         prefix = "aggregator."
         self.aggregator.load_state_dict(
-            {
-                key.removeprefix(prefix): value.numpy()
-                for key, value in state.items()
-                if key.startswith(prefix)
-            }
+            {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
         )
 
     # --- the end ------------------------------------------------------------------------------------
@@ -338,14 +345,15 @@ class Server(Rank):
         semi = self.semi
         if semi is not None:
             semi.left_out = {}
-        for member in self.members:
+        members = [member for member in self.members if member.rank not in self._foreign]
+        for member in members:
             part = partial(self._send, number, member, "")
             if semi is None:
                 part()
             elif member.rank not in semi.left:
                 semi.send(member.rank, part)
         self._packing.forget()
-        ranks = [member.rank for member in self.members]
+        ranks = [member.rank for member in members if self.hears(member.rank)]
         if semi is not None:
             ranks = semi.last(number, self.members, report)
         told = {}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
+import numpy as np
 
 from edged import Channel, TrainingSpec
 
@@ -58,15 +58,15 @@ class Collector(Rank):
     def finish(self, report: Report) -> None:
         raise AssertionError("a collector has no rounds")
 
-    def state(self) -> dict[str, torch.Tensor]:
+    def state(self) -> dict[str, np.ndarray]:
         return {}
 
-    def set_state(self, state: Mapping[str, torch.Tensor]) -> None:
+    def set_state(self, state: Mapping[str, np.ndarray]) -> None:
         pass
 
 
 def load(spec: TrainingSpec, blocks: Any, channel: Channel) -> Rank:
-    """A `Trainer`; `blocks` is what engine torch_blocks made of the model."""
+    """A `Trainer`; `blocks` is what the rank's engine made of the model."""
     job = read(spec.settings)
     server, waits = len(job.clients), not _mode.is_asynchronous(job)
     if spec.rank > server:

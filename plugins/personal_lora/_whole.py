@@ -27,25 +27,25 @@ TABLE = "table"  # the extra of a download that has all that was learned
 
 
 class Weights:
-    """`LocalPart` over the model's own weights; there are no factors. `member`: its rank, with `span` the
-    whole model in F32 and nothing put on it."""
+    """`LocalPart` over the model's own weights; there are no factors. `member`: its rank, with `model` the
+    whole one in F32 and nothing put on it."""
 
     def __init__(self, member: Any, settings: Mapping[str, Any]) -> None:
-        method, wholes = member.job.method, member.spec.wholes
+        method, wholes, span = member.job.method, member.spec.wholes, member.model.span
         if method not in wholes:
             raise EngineError(
                 f'expected a method here for parameters = "all"; {method} is none of '
                 f"{', '.join(sorted(wholes)) or 'none that is loaded'}",
                 remedy="load the plugin zeroth_order",
             )
-        if member.span.device.type != "cpu":
+        if span.device.type != "cpu":
             raise EngineError(
-                f"expected the model in the processor's memory; it is on {member.span.device}",
+                f"expected the model in the processor's memory; it is on {span.device}",
                 remedy="start this node with CUDA_VISIBLE_DEVICES= to tune all weights",
             )
         sizes = {name: int(np.prod(shape)) for name, shape in member.blocks.weights().items()}
         self._part: WholePart = resolve(wholes[method])(settings, sizes, member.rank)
-        self._span, self._source, self._look = member.span, member.blocks.source, member.look
+        self._span, self._source, self._look = span, member.blocks.source, member.look
         self._names, self._is_start = tuple(sizes), True
 
     def begin(self, download: Download) -> Factors:

@@ -65,6 +65,7 @@ def edged_engines(settings: Mapping[str, Any]) -> Sequence[EngineEntry]:
             window_bytes=WINDOW_BYTES,
             adapters=True,
             swaps=True,
+            blocks="edged_plugins.shard._blocks:load",
             settings=chosen,
         )
     ]

@@ -118,6 +118,7 @@ class Adapter:
         self._contexts: list[int] = []
         self._buffers: list[int] = []
         self._found: dict[str, tuple[int, int, float]] = {}
+        self._places: dict[str, list[tuple[_Slice, int]]] = {}  # by the file's tensor
         pairs = read_pairs(path, model)
         parts = [part for part in parts_of(model, place) if part.tensor.name in pairs and not part.is_vector]
         slices = [each for part in parts for each in _slices(part, pairs[part.tensor.name])]
@@ -131,10 +132,20 @@ class Adapter:
             raise
         for part, a, b in zip(parts, tensors[::2], tensors[1::2], strict=True):
             self._found[part.key] = (a, b, pairs[part.tensor.name].scale)
+        for each, tensor in zip(slices, tensors, strict=True):
+            self._places.setdefault(each.tensor.name, []).append((each, tensor))
 
     @property
     def bytes(self) -> int:
         return sum(self._lib.backend_buffer_get_size(buffer) for buffer in self._buffers)
+
+    def write(self, weight: str, a: np.ndarray, b: np.ndarray) -> None:
+        """Other values of a tensor's pair ("blk.0.attn_q.weight"): A (r, in) and B (out, r) F32, its rows in
+        the file's order. They count from the next graph on."""
+        for suffix, values in zip(SUFFIXES, (a, b), strict=True):
+            for each, tensor in self._places[weight + suffix]:
+                part = values[slice(*each.rows), slice(*each.columns)]
+                _ggml.array(self._lib, tensor, TYPES[self._type(each.tensor)], part.shape)[...] = part
 
     @property
     def extra_nodes(self) -> int:
@@ -154,7 +165,7 @@ class Adapter:
             self._lib.backend_buffer_free(buffer)
         for context in self._contexts:
             self._lib.free(context)
-        self._buffers, self._contexts, self._found = [], [], {}
+        self._buffers, self._contexts, self._found, self._places = [], [], {}, {}
 
     def _type(self, tensor: Tensor) -> int:
         return _ggml.F32 if self._exact else tensor.type

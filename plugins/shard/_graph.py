@@ -67,17 +67,25 @@ class Graph:
     On the last stage the last layer goes on with the rows that are kept alone; where none is, it
     stops at its cache rows. After `run`, until the next: `hidden` (rows, hidden) on a stage that is
     not the last, or in a tensor group; `logits` (kept rows, vocabulary slice). `is_probe`: run the
-    first layer only, for its time.
+    first layer only, for its time. `kept`: rows of the batch that the last stage keeps, in place of those of
+    spans that keep one.
     """
 
-    def __init__(self, shard: Shard, cache: Cache, spans: Sequence[Span], is_probe: bool = False) -> None:
+    def __init__(
+        self,
+        shard: Shard,
+        cache: Cache,
+        spans: Sequence[Span],
+        is_probe: bool = False,
+        kept: Sequence[int] | None = None,
+    ) -> None:
         self._shard, self._lib, self._place = shard, shard.lib, shard.place
         self._cache, self.spans = cache, tuple(spans)
         self.count = sum(span.count for span in spans)
         first, end = shard.place.layers
         self._range = range(first, first + 1 if is_probe else end)
         self._is_last = shard.place.is_last and not is_probe
-        self._kept = _kept_rows(spans) if self._is_last else []
+        self._kept = list(_kept_rows(spans) if kept is None else kept) if self._is_last else []
         self._is_split, self._masks = len(shard.place.group) > 1, shard.masks
         self._has_post_norms = "post_ffw_norm" in shard.model.architecture.layer_norms
         layers = len(self._range)

@@ -11,14 +11,18 @@ from torch import nn
 
 from edged import ProtocolError
 
-from .._training.link import Link
+from .._training.tensor_link import TensorLink
 from ._places import Places
 
 VALUES_MAX = 1 << 29  # of a client's adapter, 2 GiB: a server cannot know what its client tunes
 
 
 def average_clients(
-    places: Places, rank: int, link: Callable[[int], Link], parameters: Sequence[nn.Parameter], step: int
+    places: Places,
+    rank: int,
+    link: Callable[[int], TensorLink],
+    parameters: Sequence[nn.Parameter],
+    step: int,
 ) -> None:
     """Clients send their values and take the mean's; nothing where there is one client. ProtocolError,
     naming the node, where values are not finite or not as many as expected."""

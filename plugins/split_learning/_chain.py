@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from edged import ProtocolError
 
-from .._training.link import int_frame, ints
 from .._training.loss import summed, targets_of
+from .._training.tensor_link import int_frame, ints
 from ._cost import EVAL_DONE, divided
 from ._rank import Report
 from ._serving import Serving

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from edged import PolicyViolation
 
-from .._tensors.privacy import Budget, Gaussian
+from .._tensors.privacy import Budget
+from .._tensors.smashed import Gaussian
 from .._training.secret import secret_of
 from ._job import Job
 

@@ -31,8 +31,9 @@ from torch import Tensor, nn
 from edged import ProtocolError
 
 from .._tensors.rows import Batches
-from .._training.link import Stopped, int_frame, ints, shape_of
+from .._training.link import Stopped
 from .._training.loss import IGNORED
+from .._training.tensor_link import int_frame, ints, shape_of
 from ._chain import report_eval
 from ._cost import divided, evaluations
 from ._kept import Kept

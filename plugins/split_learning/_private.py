@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 from edged import ProtocolError
 
-from .._training.link import Link
 from .._training.loss import summed, targets_of
+from .._training.tensor_link import TensorLink
 from ._chain import frame_of, report_eval, take_plain
 from ._middle import BACKWARD, FORWARD, adapt, drawn
 from ._places import shared_inputs
@@ -106,7 +106,7 @@ class PrivateClient(PrivateLora):
         said = {"loss": loss.item(), "tokens": float(ids.numel()), "targets": float(targets)}
         report("step", step, said | {"seconds": time.monotonic() - began})
 
-    def _forward(self, link: Link, place: list[int], sent: Tensor) -> tuple[Tensor, Tensor]:
+    def _forward(self, link: TensorLink, place: list[int], sent: Tensor) -> tuple[Tensor, Tensor]:
         """A group's A x, a leaf, and M A x, which is sent; both (B, S, n r)."""
         shape = [*sent.shape[:2], self.width(place[-1])]
         inner, _, _ = link.receive_tensor(FORWARD, place, shape, is_exact=True)
@@ -114,7 +114,7 @@ class PrivateClient(PrivateLora):
         link.send_tensor(f"{FORWARD} back", place, outer)
         return inner, outer
 
-    def _backward(self, link: Link, place: list[int], inner: Tensor, outer: Tensor) -> None:
+    def _backward(self, link: TensorLink, place: list[int], inner: Tensor, outer: Tensor) -> None:
         outer.backward(link.receive_gradient(BACKWARD, place, list(outer.shape)))
         assert inner.grad is not None
         key = f"{BACKWARD} back"
@@ -192,7 +192,7 @@ class PrivateServer(PrivateLora):
                 link.send("eval back", [step, index], shape, [frame_of(self.span(given))])
 
 
-def _take(link: Link, kind: str, place: list[int], shape: list[int]) -> Tensor:
+def _take(link: TensorLink, kind: str, place: list[int], shape: list[int]) -> Tensor:
     """A tensor of that shape that came without a codec."""
     header, frames = link.receive(kind, place)
     rows, length, width = shape

@@ -27,9 +27,11 @@ from .._tensors import codecs
 from .._tensors.rows import LENGTH_MULTIPLE
 from .._tensors.sparse import Scores, SparseMask
 from .._training.checkpoints import Checkpoints
-from .._training.link import Link, Stopped
+from .._training.link import Stopped
+from .._training.loss import tensors_of
 from .._training.rows import Rows, seed_of
 from .._training.sizes import packed_bytes
+from .._training.tensor_link import TensorLink
 from . import _adapter
 from ._averaging import VALUES_MAX
 from ._job import Job, read
@@ -51,10 +53,10 @@ class Rank(abc.ABC):
         self.job: Job = read(spec.settings)
         self.places = Places(self.job, spec.roles, blocks.layers, spec.collector)
         self.rank = spec.rank
-        self.checkpoints = Checkpoints(spec.state_folder)
+        self.checkpoints = Checkpoints(spec.state_folder, "torch")
         self.computed = Computed()
         self._is_stopped: Callable[[], bool] = lambda: False
-        self._links: dict[int, Link] = {}
+        self._links: dict[int, TensorLink] = {}
         self.rows = self._read_rows() if spec.data_path else None
         self.spans: list[Any] = []
         self.noise = Noise(self.job, "", None)  # none; `build` may make one
@@ -166,10 +168,10 @@ class Rank(abc.ABC):
 
     # --- links ----------------------------------------------------------------------------------
 
-    def link(self, other: int) -> Link:
+    def link(self, other: int) -> TensorLink:
         if other not in self._links:
             codec = codecs.make(self.job.codec, self.ratio_of(other), self.residuals())
-            self._links[other] = Link(self.channel, other, codec, lambda: self._is_stopped())
+            self._links[other] = TensorLink(self.channel, other, codec, lambda: self._is_stopped())
         return self._links[other]
 
     def ratio_of(self, other: int) -> float:
@@ -258,7 +260,7 @@ class Rank(abc.ABC):
 
     def eval_batches(self) -> list[tuple[Tensor, Tensor]]:
         """Held-out rows in batches, in order: ids and labels (B, S)."""
-        return self.rows.eval_batches() if self.rows is not None else []
+        return [tensors_of(each) for each in self.rows.eval_batches()] if self.rows is not None else []
 
     def eval_count(self, header: Mapping[str, Any]) -> int:
         """How many batches a client has to evaluate, as it says."""
@@ -270,7 +272,7 @@ class Rank(abc.ABC):
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         """Ids and labels of a step, (B, S) int64."""
         assert self.rows is not None
-        return self.rows.batch(step)
+        return tensors_of(self.rows.batch(step))
 
     # --- checkpoints ----------------------------------------------------------------------------
 

@@ -10,10 +10,13 @@ This module is light; torch, transformers and peft are loaded by the underscore 
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from edged import ConfigError, EngineEntry, hookimpl
+
+NEEDED = ("torch", "transformers", "peft")
 
 
 @hookimpl
@@ -33,5 +36,6 @@ def edged_engines(settings: Mapping[str, Any]) -> Sequence[EngineEntry]:
             strategies=(),
             numerics=("fast",),
             remedy="this engine trains; to generate, add the model as a GGUF",
+            lacks=", ".join(name for name in NEEDED if importlib.util.find_spec(name) is None),
         )
     ]

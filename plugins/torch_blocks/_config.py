@@ -9,7 +9,7 @@ from typing import Any
 
 from edged import EngineError
 
-from ._families import FAMILIES, Family
+from .._tensors.families import FAMILIES, Family
 from ._safetensors_head import SafetensorsHead
 
 # What transformers' configurations call a size: the common name, then what GPT-2 and BLOOM say.

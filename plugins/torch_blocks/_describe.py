@@ -17,8 +17,8 @@ from typing import Any
 from edged import EngineError, EngineSpeed, ModelDescription, TensorEntry
 
 from .._gguf import read_head
+from .._tensors.families import FAMILIES, Family
 from ._config import Sizes, read_config, sizes_of
-from ._families import FAMILIES, Family
 from ._gguf_config import config_of, family_of, refuse_unknown_tensors
 from ._safetensors_head import is_safetensors, main_type, read_safetensors_head
 

@@ -7,20 +7,24 @@ import hashlib
 import json
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from edged import Channel, EngineSpec
 
+from .._tensors.starts import start_of
 from ._config import sizes_of
 from ._gguf_model import GgufModel
 from ._safetensors_head import is_safetensors
 from ._safetensors_model import SafetensorsModel
-from ._span import Source, Span, linear_shapes, shapes_of, start_of
+from ._span import Source, Span, linear_shapes, shapes_of
 from ._tokens import Tokenizer
 
 
 class Blocks:
     """An opened model. `targets`: names of the linear layers that LoRA can be put on."""
+
+    has_gradients = True
 
     def __init__(self, source: Source) -> None:
         self.source, self.family = source, source.family.name
@@ -73,10 +77,10 @@ class Blocks:
 
     def lora_start(
         self, *, r: int, targets: Sequence[str], seed: int
-    ) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """What `Span.add_lora` puts on the layers of `linears`: A (r, in) and B (out, r), which is zero."""
         return {
-            name: (start_of(seed, name, r, columns), torch.zeros(rows, r))
+            name: (start_of(seed, name, r, columns), np.zeros((rows, r), np.float32))
             for name, (rows, columns) in self.linears(targets).items()
         }
 

@@ -11,8 +11,8 @@ import numpy as np
 from edged import EngineError
 
 from .._gguf import Head, Tensor
+from .._tensors.families import OF_ARCHITECTURE, ROPE_FREQS, ROPE_LONG, ROPE_SHORT, Family
 from ._config import sizes_of
-from ._families import OF_ARCHITECTURE, ROPE_FREQS, ROPE_LONG, ROPE_SHORT, Family
 
 IGNORED = (".rope_freqs.weight", ".attn_rot_embd.weight", ".rotary_embd.inv_freq")  # computed, not read
 

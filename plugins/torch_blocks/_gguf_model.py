@@ -17,10 +17,11 @@ from gguf.quants import dequantize
 
 from edged import EngineError
 
-from .._gguf import Tensor, read_head, section_sha256
-from ._families import ROPE_FREQS
+from .._gguf import Tensor, read_head
+from .._tensors.families import ROPE_FREQS
+from .._tensors.vocabulary import LlamaTokenizer
 from ._gguf_config import config_of, family_of, names_of, refuse_unknown_tensors
-from ._tokens import LlamaTokenizer, Tokenizer
+from ._tokens import Tokenizer
 
 PIECE_BYTES = 1 << 20  # of a tensor's file bytes that are dequantised at a time
 _NUMPY = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "F64": np.dtype("<f8")}
@@ -41,9 +42,7 @@ class GgufModel:
         refuse_unknown_tensors(self.head, self.family, self.config)
 
     def tokenizer(self) -> Tokenizer:
-        """Its vocabulary; the hash is of every key that says how text becomes tokens, chat template too."""
-        has_template = "tokenizer.chat_template" in self.head.keys
-        return LlamaTokenizer(self.path, has_template, section_sha256(self.path, "tokenizer."))
+        return LlamaTokenizer(self.head)
 
     def has(self, name: str) -> bool:
         """Does the file hold transformers' tensor `name`?"""

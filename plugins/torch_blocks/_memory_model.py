@@ -10,7 +10,7 @@ import torch
 
 from edged import EngineError
 
-from ._families import Family
+from .._tensors.families import Family
 from ._span import shapes_of
 from ._tokens import Tokenizer
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from edged import ConfigError
 
-from ._families import FAMILIES
+from .._tensors.families import FAMILIES
 from ._safetensors_head import Entry, SafetensorsHead, read_safetensors_head
 
 PIECE_BYTES = 8 << 20

@@ -8,9 +8,7 @@ meta device) and get their tensors one by one, so that no more of a model is eve
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib
-import math
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
@@ -23,7 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from edged import EngineError
 
-from ._families import Family
+from .._tensors.families import Family
+from .._tensors.starts import start_of
 from ._narrow import narrow
 from ._tokens import Tokenizer
 
@@ -279,7 +278,7 @@ class Span(nn.Module):
             for name in names:
                 layer = self.get_submodule(name)
                 down, up = layer.lora_A[ADAPTER], layer.lora_B[ADAPTER]
-                start = start_of(seed, name, *down.weight.shape)
+                start = torch.from_numpy(start_of(seed, name, *down.weight.shape))
                 down.weight = nn.Parameter(start.to(self.device))
                 up.weight = nn.Parameter(torch.zeros(up.weight.shape, device=self.device))
 
@@ -427,14 +426,3 @@ def _inject(
     )
     with torch.random.fork_rng():  # PEFT draws values that are replaced
         peft.inject_adapter_in_model(config, span, adapter_name=ADAPTER)
-
-
-def start_of(seed: int, name: str, r: int, columns: int) -> torch.Tensor:
-    """LoRA's A (r, columns) that a layer starts with."""
-    bound = 1 / math.sqrt(columns)
-    return torch.empty(r, columns).uniform_(-bound, bound, generator=_random(seed, name))
-
-
-def _random(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -1,4 +1,4 @@
-"""Text and messages to tokens, for training: with llama.cpp for a GGUF, with `tokenizers` otherwise.
+"""Text and messages to tokens, for training, by `tokenizers`; a GGUF's are in `_tensors.vocabulary`.
 
 Messages go through the model's chat template, rendered as for generation, so that what a model is trained on
 is what it will be asked.
@@ -41,36 +41,6 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str: ...
 
     def close(self) -> None: ...
-
-
-class LlamaTokenizer:
-    """The vocabulary of a GGUF, llama.cpp's own. Without a chat template messages are joined by newlines."""
-
-    def __init__(self, path: str, has_template: bool, sha256: str) -> None:
-        from .._tokenizer import Tokenizer as Vocabulary  # a rank without text needs no llama.cpp
-
-        self._vocabulary = Vocabulary(path)
-        self.sha256 = sha256
-        self.vocab = self._vocabulary.count
-        self.end = self._vocabulary.end
-        self._has_template = has_template
-
-    def chat(self, messages: Messages, *, answers: bool) -> list[int]:
-        if not answers:
-            return self._vocabulary.encode(list(messages), raw=False)
-        if not self._has_template:
-            before = self._vocabulary.encode(list(messages[:-1]), raw=False)
-            return [*before, *self._vocabulary.spell("\n" + messages[-1].get("content", "")), self.end]
-        return self._vocabulary.encode_finished(messages)
-
-    def encode(self, text: str) -> list[int]:
-        return self._vocabulary.encode(text, raw=True)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._vocabulary.decode(list(ids)).decode("utf-8", "replace")
-
-    def close(self) -> None:
-        self._vocabulary.close()
 
 
 class HubTokenizer:

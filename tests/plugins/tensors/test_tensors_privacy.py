@@ -13,7 +13,8 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="the train extra is not installed")
 
-from edged_plugins._tensors.privacy import Budget, Gaussian, clip_rows, sigma_of_one_release  # noqa: E402
+from edged_plugins._tensors.privacy import Budget, sigma_of_one_release  # noqa: E402
+from edged_plugins._tensors.smashed import Gaussian, clip_rows  # noqa: E402
 from hypothesis import given  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 

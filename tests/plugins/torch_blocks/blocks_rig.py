@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from edged_plugins.torch_blocks._families import FAMILIES
+from edged_plugins._tensors.families import FAMILIES
 from edged_plugins.torch_blocks._packing import pack
 from edged_plugins.torch_blocks._span import Span
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers

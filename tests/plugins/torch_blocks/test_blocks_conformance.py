@@ -13,8 +13,8 @@ import peft
 import pytest
 import torch
 from blocks_rig import CONFIGS, LAYERS, gradients, loss_of, random_lora, rows, through
+from edged_plugins._tensors.families import FAMILIES
 from edged_plugins.torch_blocks._engine import Blocks, open_blocks
-from edged_plugins.torch_blocks._families import FAMILIES
 from edged_plugins.torch_blocks._span import PREFIX, Span
 from transformers.pytorch_utils import Conv1D
 

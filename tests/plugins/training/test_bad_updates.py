@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import pytest
 from edged_plugins import personal_lora
-from edged_plugins._tensors import codecs
 from edged_plugins._training.link import Link
 from edged_plugins.personal_lora import _messages
 from edged_plugins.personal_lora._inbox import HEARD_MOST, Inbox
@@ -122,11 +121,29 @@ class Replays:
         self._channel.send(to, header, frames)
 
 
-def test_another_base_is_refused_by_name_before_the_first_round(tiny: Any, tmp_path: Path) -> None:
-    plan = federated(tiny("llama")[1], tmp_path, eval_rows=0)
+@pytest.mark.parametrize("method", ["fedavg", "fedbuff"])
+def test_another_base_costs_its_member_alone_and_is_counted(
+    method: str, tiny: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = federated(tiny("llama")[1], tmp_path, clients=[{}, {}, {}], method=method)
 
     def greets(channel: Any) -> None:
-        channel.send(2, _messages.hello(job_hash(plan), "1" * 64))
+        channel.send(3, _messages.hello(job_hash(plan), "1" * 64))
+
+    rows = steps_of(finished(run_threads(plan, ranks={0: greets}))[-1])
+    assert all(row["refused"] >= 1 for row in rows)
+    assert all("up_0" not in row for row in rows)
+    assert any(f"up_{rank}" in row for row in rows for rank in (1, 2))
+    refused = next(record for record in caplog.records if record.getMessage() == "update refused")
+    assert refused.member == "client0"  # type: ignore[attr-defined]
+    assert "the same model at every node" in refused.reason  # type: ignore[attr-defined]
+
+
+def test_a_masked_sum_needs_all_and_another_base_ends_it_by_name(tiny: Any, tmp_path: Path) -> None:
+    plan = federated(tiny("llama")[1], tmp_path, clients=[{}, {}, {}], masked=True, eval_rows=0)
+
+    def greets(channel: Any) -> None:
+        channel.send(3, _messages.hello(job_hash(plan), "1" * 64))
 
     outcomes = run_threads(plan, ranks={0: greets})
     error = next(outcome.error for outcome in outcomes if isinstance(outcome.error, EngineError))
@@ -166,7 +183,7 @@ TOLD = ({"k": "told", "at": [3]}, [])
 
 
 def inbox_of(channel: Says, stale: Callable[[int], None] = lambda number: None) -> Inbox:
-    link = Link(channel, 0, codecs.make("f32", 1.0, 1), lambda: False)
+    link = Link(channel, 0, lambda: False)
     return Inbox(link, "client0", 1 << 20, ("told",), 3, stale)
 
 

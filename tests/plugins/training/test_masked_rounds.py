@@ -37,7 +37,7 @@ def watching(found: Found, size: int) -> dict[int, Callable[[Any], None]]:
         real = trainer._tell
 
         def tell(number: int, figures: list[float]) -> None:
-            factors = {name: (a.copy(), b.copy()) for name, (a, b) in trainer._factors().items()}
+            factors = {name: (a.copy(), b.copy()) for name, (a, b) in trainer.model.factors().items()}
             found[number, trainer.rank] = factors
             real(number, figures)
 

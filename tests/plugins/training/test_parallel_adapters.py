@@ -21,6 +21,7 @@ from support import wait_until
 torch = pytest.importorskip("torch", reason="training needs torch: pip install edged[train]")
 pytest.importorskip("transformers", reason="blocks need transformers: pip install edged[train]")
 
+from edged_plugins._tensors.families import FAMILIES  # noqa: E402
 from edged_plugins._training import sizes  # noqa: E402 - after the guards
 from edged_plugins.split_learning import _cost  # noqa: E402
 from edged_plugins.split_learning._job import check_local, check_split, read  # noqa: E402
@@ -30,7 +31,6 @@ from edged_plugins.split_learning._places import Places  # noqa: E402
 from edged_plugins.split_learning._side import Side  # noqa: E402
 from edged_plugins.split_learning._trainer import load  # noqa: E402
 from edged_plugins.torch_blocks._engine import Blocks  # noqa: E402
-from edged_plugins.torch_blocks._families import FAMILIES  # noqa: E402
 from edged_plugins.torch_blocks._memory_model import MemoryModel  # noqa: E402
 
 from edged import ConfigError, ModelDescription, ProtocolError, Role, TrainingPlan, TrainingSpec  # noqa: E402

@@ -48,7 +48,7 @@ def test_the_model_written_of_a_table_is_what_every_member_holds_to_the_bit(
     for name, values in made.items():
         assert not np.array_equal(values, base[name])
         for trainer in trainers.values():
-            np.testing.assert_array_equal(trainer.span.get_parameter(name).numpy(), values)
+            np.testing.assert_array_equal(trainer.model.span.get_parameter(name).numpy(), values)
     narrow = tensors_of(written(plan, tmp_path / "narrow", "f16"))
     for name, values in made.items():
         bound = 0 if values.ndim == 1 else 2.0**-11

@@ -1,8 +1,8 @@
-"""The model families whose blocks this engine builds, each as one record of names.
+"""The model families whose blocks are trained, each as one record of names.
 
 Everything that computes is transformers' own; a record says which classes those are, what their
 tensors are called in a Hugging Face model, and what llama.cpp calls the same tensors in a GGUF. What
-llama.cpp changes of a tensor's values when it converts a model is undone by `_gguf_model`.
+llama.cpp changes of a tensor's values when it converts a model, whoever reads a GGUF undoes.
 """
 
 from __future__ import annotations
