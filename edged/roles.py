@@ -43,7 +43,7 @@ from .watching import Watch, Watched
 log = logging.getLogger(__name__)
 LOAD_S = 60.0  # plus the time to read the weights
 LOAD_BYTES_S = 20e6  # a slow SD card
-ADAPT_S = 60.0  # for a worker to be between two batches, plus the time to read the adapter
+ADAPT_S = 300.0  # for a worker to be between two batches, each maybe minutes of a prompt on a slow device
 BESIDE_MAX = 32  # adapters over one model; a coordinator keeps fewer
 PROVENANCE = ("method", "rounds")  # settings of a job that a personal adapter's provenance has
 PERSONAL = "-personal"  # after the job's name for an adapter, of one that stays here
