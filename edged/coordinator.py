@@ -19,7 +19,7 @@ from .choosing import Chooser
 from .config import Profile
 from .control import Emit
 from .errors import EdgedError, JobError, PeerError, PolicyViolation
-from .groups import Asked, Group, Groups, Load
+from .groups import SETTLE_S, Asked, Group, Groups, Load
 from .jobs import ENDED, Job, JobStore, State, rfc3339
 from .models import Model, ModelStore
 from .peers import Peers
@@ -40,7 +40,6 @@ INFINITE_MS = 1e12  # of a token, where no price says
 CLOCK_S = 60.0  # between looks at the clock: it may be set, and a device may sleep
 ASK_LEAST_S = 1.0  # before a policy is asked again whether a job should wait
 USED_BEFORE_S = 0.05  # a job waits for what its group had sent and spent before it
-SETTLE_S = 1.0  # for ended workers to give their memory back
 T = TypeVar("T")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ from .wire import Trained, Used
 VALUES_MAX = 128  # figures in one report: a server tells two of each of its members
 KEY_CHARS_MAX = 40
 UNKNOWN = "unknown"  # kind of bytes whose kind a daemon forgot when it ended
+KINDS_MAX = 64  # that are told apart of what one node sent to another: far more than a training has
+OTHER = "other"  # all the rest
+COUNT_MAX = 2**53  # of a sum, as of a count in `wire.Sent`: the document of a job can hold it
 Egress = dict[tuple[str, str, str], tuple[int, int]]  # by sender, receiver, kind: messages and bytes
 OWN_WORDS = ("event", "step", "steps", "bytes_sent", "joules")  # of an event, which no report may set
 
@@ -59,15 +63,20 @@ def with_spent(done: Mapping[str, float], surveys: Sequence[Mapping[str, Any]]) 
 
 
 def egress_with(before: Egress, used: Sequence[Used | None], nodes: Sequence[str]) -> Egress:
-    """What was sent in earlier epochs, and what every rank says that it sent in this one. `nodes` by rank."""
+    """What was sent in earlier epochs, and what every rank says that it sent in this one. `nodes` by rank.
+    Kinds beyond KINDS_MAX are one, however many a rank makes up in how many epochs."""
     found = dict(before)
+    kinds = Counter((source, to) for source, to, _ in found)
     for source, role in zip(nodes, used, strict=False):
         for each in role.sent if role is not None else ():
             if each.to >= len(nodes):
                 continue
             key = (source, nodes[each.to], each.kind)
+            if key not in found and kinds[key[:2]] >= KINDS_MAX:
+                key = (*key[:2], OTHER)
+            kinds[key[:2]] += key not in found
             messages, size = found.get(key, (0, 0))
-            found[key] = messages + each.messages, size + each.bytes
+            found[key] = min(messages + each.messages, COUNT_MAX), min(size + each.bytes, COUNT_MAX)
     return found
 
 
@@ -86,7 +95,11 @@ def egress_of(rows: Sequence[Mapping[str, Any]], total: int) -> Egress:
         for row in rows
     }
     rest = total - sum(size for _, size in found.values())
-    return found | ({("", "", UNKNOWN): (0, rest)} if rest > 0 else {})
+    if rest > 0:
+        key = ("", "", UNKNOWN)
+        messages, size = found.get(key, (0, 0))
+        found[key] = messages, size + rest
+    return found
 
 
 def made_of(

@@ -27,7 +27,8 @@ FETCH_BYTES_S = 0.5e6  # a model travels at least this fast, or its transfer end
 START_S = 90.0
 GROUPS_MAX = 8
 BESIDE_MAX = 8  # adapters beside one group's model: as many as a node keeps of another's
-ADAPT_S = 120.0  # for a worker to have one beside its model, when it is here
+ADAPT_S = 360.0  # for a worker to have one beside its model, when it is here; its node gives up before
+SETTLE_S = 1.0  # for ended workers to give their memory back
 REASON_CHARS_MAX = 200  # of another node's words, which a person reads
 Listeners = Mapping[tuple[int, int], int]
 T = TypeVar("T")
@@ -105,6 +106,7 @@ class Group:
     swaps: bool = False  # its engine takes adapters beside the model
     beside: dict[str, Beside] = field(default_factory=dict)  # these, by SHA-256, the longest unused first
     freed: asyncio.Event = field(default_factory=asyncio.Event)  # a job left; somebody may wait for that
+    adapting: asyncio.Lock = field(default_factory=asyncio.Lock)  # two at once would take each other's room
     started: tuple[wire.Started, ...] = ()  # what each rank said when it was loaded; nothing, of one away
     away: dict[int, str] = field(default_factory=dict)  # optional ranks that have no part any more, and why
     refused: set[int] = field(default_factory=set)  # of these, who is there and said no: asking again is vain
@@ -211,7 +213,7 @@ class Groups:
         """Have an adapter beside a loaded group's model, for `job` until its `release`; its number.
 
         Where there are as many as BESIDE_MAX, or a node has no room, those that no job runs with make some;
-        where all are used, this waits.
+        where all are used, this waits, or idle groups make room for it.
         """
         while file.sha256 not in group.beside and len(group.beside) >= BESIDE_MAX:
             if group.lost is not None:
@@ -234,20 +236,35 @@ class Groups:
 
     async def _adapt(self, group: Group, beside: Beside) -> None:
         try:
-            try:
-                await self._load_beside(group, beside)
-            except PolicyViolation as error:
-                unused = _unused(group)
-                if error.code != "no-room-for-adapter" or not unused:
-                    raise
-                await self._unadapt(group, unused)
-                beside.number = next(self._numbers)
-                await self._load_beside(group, beside)
+            async with group.adapting:
+                await self._load_with_room(group, beside)
         except BaseException:
             group.beside.pop(beside.file.sha256, None)
             raise
         finally:
             group.freed.set()
+
+    async def _load_with_room(self, group: Group, beside: Beside) -> None:
+        """As often as something can make room where a node has none."""
+        while True:
+            try:
+                await self._load_beside(group, beside)
+                return
+            except PolicyViolation as error:
+                is_wanted = error.code == "no-room-for-adapter" and beside.jobs
+                if not is_wanted or not await self._make_room(group):
+                    raise
+            beside.number = next(self._numbers)
+
+    async def _make_room(self, group: Group) -> bool:
+        """Of the group's adapters that no job runs with, or else of idle groups; False: all is used."""
+        if unused := _unused(group):
+            await self._unadapt(group, unused)
+        elif self.end_unused():
+            await asyncio.sleep(SETTLE_S)
+        else:
+            return False
+        return True
 
     async def _load_beside(self, group: Group, beside: Beside) -> None:
         """On every rank; where one cannot, the others give it back."""
@@ -264,9 +281,12 @@ class Groups:
             raise errors[0]
 
     async def _unadapt(self, group: Group, unused: Sequence[str]) -> None:
-        """Give back what no job runs with."""
+        """Give back what no job runs with, also where the job that wanted its room ends meanwhile."""
         body = wire.Adapt(group.group_id, forgets=tuple(group.beside.pop(each).number for each in unused))
-        await self._each(group.load.roles, lambda role: self._ask(role, "adapt", body, ADAPT_S))
+        work = self._each(group.load.roles, lambda role: self._ask(role, "adapt", body, ADAPT_S))
+        given_back = asyncio.get_running_loop().create_task(work)
+        given_back.add_done_callback(_looked_at)
+        await asyncio.shield(given_back)
 
     def release(self, group: Group, job: str) -> None:
         group.jobs.discard(job)
@@ -542,7 +562,7 @@ class Groups:
             self._peers.tell_when_online(role.node_id, "stop", wire.Stop(group_id))
 
 
-def _looked_at(made: asyncio.Task[None]) -> None:
+def _looked_at(made: asyncio.Task[Any]) -> None:
     """Who waited for it may have been cancelled: then its error is nobody's."""
     if not made.cancelled():
         made.exception()

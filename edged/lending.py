@@ -53,9 +53,9 @@ class Lending:
             return found
 
     def lendable(self, sha256: str) -> Hashed | None:
-        """The file of that content, if it was hashed before and has not changed since."""
-        found = next((each for each in list(self._hashed.values()) if each.file.sha256 == sha256), None)
-        return found if found is not None and _stamp(Path(found.path)) == found.stamp else None
+        """A file of that content that was hashed before and has not changed since; another may be gone."""
+        found = [each for each in list(self._hashed.values()) if each.file.sha256 == sha256]
+        return next((each for each in found if _stamp(Path(each.path)) == each.stamp), None)
 
 
 def _hash(adapter: Adapter) -> Hashed:

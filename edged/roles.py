@@ -43,11 +43,20 @@ from .watching import Watch, Watched
 log = logging.getLogger(__name__)
 LOAD_S = 60.0  # plus the time to read the weights
 LOAD_BYTES_S = 20e6  # a slow SD card
-ADAPT_S = 60.0  # for a worker to be between two batches, plus the time to read the adapter
+ADAPT_S = 300.0  # for a worker to be between two batches, each maybe minutes of a prompt on a slow device
 BESIDE_MAX = 32  # adapters over one model; a coordinator keeps fewer
 PROVENANCE = ("method", "rounds")  # settings of a job that a personal adapter's provenance has
 PERSONAL = "-personal"  # after the job's name for an adapter, of one that stays here
 STOPPED_MAX = 64  # a stop overtakes its offer by microseconds
+
+
+@dataclass(slots=True)
+class _Beside:
+    """An adapter that came after its role; it counts from the moment it begins to."""
+
+    memory_bytes: int
+    is_coming: bool = True  # its worker was not told of it yet
+    is_given_back: bool = False
 
 
 @dataclass(slots=True)
@@ -61,7 +70,13 @@ class _Held:
     model: ModelDescription  # as this node's own store has it
     memory_bytes: int  # that it was admitted with
     adapter_path: str = ""  # likewise
-    beside: dict[int, int] = field(default_factory=dict)  # adapters that came later: bytes by number
+    beside: dict[int, _Beside] = field(default_factory=dict)  # adapters that came later, by number
+
+    def uncount(self, number: int, beside: _Beside) -> None:
+        """An adapter is not there any more; the number may be another's by now."""
+        if self.beside.get(number) is beside:
+            del self.beside[number]
+            self.memory_bytes -= beside.memory_bytes
 
 
 @dataclass(slots=True)
@@ -434,15 +449,16 @@ class Roles:
         held = self._of(coordinator, body.group)
         told = {"number": 0, "path": "", "forgets": body.forgets, "undoes": body.undoes}
         if body.file is None:
-            await held.worker.call("adapt", told, ADAPT_S)
-            for number in (*body.forgets, body.undoes):
-                held.memory_bytes -= held.beside.pop(number, 0)
+            await self._unadapt(held, told)
             return wire.Empty()
         offer = dataclasses.replace(held.offer, adapter=body.file)
-        need = held.beside[body.number] = self._check_room(held, offer, body.number)
-        held.memory_bytes += need
+        beside = held.beside[body.number] = _Beside(self._check_room(held, offer, body.number))
+        held.memory_bytes += beside.memory_bytes
         try:
             await self._transfers.ensure_adapter(offer, coordinator)
+            beside.is_coming = False
+            if beside.is_given_back:
+                raise PeerError(f"{self._peers.identity.name}: the adapter was given back while it came")
             with contextlib.ExitStack() as stack:
                 file = self._transfers.open_adapter(offer, coordinator)
                 if file is not None:
@@ -451,11 +467,27 @@ class Roles:
                 told |= {"number": body.number, "path": f"/proc/{os.getpid()}/fd/{file}"}
                 await held.worker.call("adapt", told, ADAPT_S + body.file.bytes / LOAD_BYTES_S)
         except BaseException as error:
-            held.memory_bytes -= held.beside.pop(body.number, 0)
+            held.uncount(body.number, beside)
             if isinstance(error, EngineError):
                 raise self._named(error) from error
             raise
         return wire.Empty()
+
+    async def _unadapt(self, held: _Held, told: dict[str, Any]) -> None:
+        """Give adapters back. A worker that was told will do it, also where its answer is not waited for."""
+        given_back = {n: held.beside[n] for n in (*told["forgets"], told["undoes"]) if n in held.beside}
+        for beside in given_back.values():
+            beside.is_given_back = True
+        try:
+            await held.worker.call("adapt", told, ADAPT_S)
+        except EdgedError as error:
+            if error.code != "worker-silent":  # it says that it keeps them
+                given_back = {}
+            raise
+        finally:
+            for number, beside in given_back.items():
+                if not beside.is_coming:  # one that comes is refused when it is here
+                    held.uncount(number, beside)
 
     def _check_room(self, held: _Held, offer: wire.Offer, number: int) -> int:
         """Bytes that an adapter takes beside a role's model. PolicyViolation where they are not to be had."""

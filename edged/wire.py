@@ -298,7 +298,7 @@ class Used:
     """`metered`: None where the node meters nothing. `sustained`: of the role's weight type, as in
     EngineSpeed. `sent`: of a training's role, its bytes by receiver and kind."""
 
-    bytes_sent: int
+    bytes_sent: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
     memory_bytes: int
     metered: Metered | None = None
     sustained: float = 1.0
@@ -309,7 +309,7 @@ class Used:
 class Spent:
     """A worker's answer to its own daemon. `computed`: None where its engine does not count it."""
 
-    bytes_sent: int
+    bytes_sent: Annotated[int, msgspec.Meta(ge=0, le=2**53)]
     memory_bytes: int
     computed: Computed | None = None
     sent: SentEach = ()

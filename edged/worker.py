@@ -260,10 +260,10 @@ class Worker:
         if self._engine is None or not hasattr(self._engine, "adapt"):
             raise ProtocolError("expected load of an engine that takes adapters before adapt")
         engine = cast(SwappingEngine, self._engine)
-        waiting = {sequence.request.adapter for sequence in self._waiting}
-        for known in self._adapters.intersection(forgets):
-            if known in waiting:
-                raise PolicyViolation(f"expected an adapter that no job waits for; {known} came")
+        unwanted = self._adapters.intersection(forgets)
+        if waited := unwanted.intersection(sequence.request.adapter for sequence in self._waiting):
+            raise PolicyViolation(f"expected an adapter that no job waits for; {min(waited)} came")
+        for known in unwanted:
             self._adapters.discard(known)
             if self._rank == 0:  # which tells the others, after the last batch with it
                 engine.forget(known)

@@ -267,6 +267,27 @@ def test_a_full_disk_of_an_export_is_said(home: Home, store: AdapterStore, tmp_p
             os.close(descriptor)
 
 
+@pytest.mark.parametrize("links", [True, False])
+def test_a_finished_model_gets_its_name_on_a_disk_without_hard_links_too(
+    links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*paths: Any) -> None:
+        raise PermissionError(1, "Operation not permitted")  # as vfat does
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    with command._made_file(tmp_path / "model.gguf") as file:
+        os.write(file, b"GGUF")
+    assert (tmp_path / "model.gguf").read_bytes() == b"GGUF"
+    with (
+        pytest.raises(ConfigError, match=r"expected to write to .*; File exists"),
+        command._made_file(tmp_path / "other.gguf"),
+    ):
+        (tmp_path / "other.gguf").write_bytes(b"mine")
+    assert (tmp_path / "other.gguf").read_bytes() == b"mine"
+    assert sorted(os.listdir(tmp_path)) == ["model.gguf", "other.gguf"]
+
+
 def test_the_command_line_and_the_store_agree_on_the_order_of_files() -> None:
     assert command.FILES == adapters.FILES
 

@@ -9,7 +9,8 @@ from typing import Any, cast
 
 import pytest
 
-from edged import wire
+from edged import groups as groups_module
+from edged import roles, wire, worker
 from edged.errors import EngineError, PeerError, PolicyViolation
 from edged.groups import BESIDE_MAX, Group, Groups
 from edged.peers import Peers
@@ -33,9 +34,12 @@ class Members:
     def name_of(self, node_id: str) -> str:
         return node_id
 
-    def tell_when_online(self, *told: object) -> None: ...
+    def tell_when_online(self, node_id: str, kind: str, body: object) -> None:
+        if kind == "stop" and node_id == "phone":
+            self.room += 1  # where a group's worker was
 
     async def ask(self, node_id: str, kind: str, body: wire.Adapt, timeout_s: float) -> dict[str, Any]:
+        await asyncio.sleep(0)  # on its way
         held = self.held[node_id]
         for number in (*body.forgets, body.undoes):
             if number in held:
@@ -126,6 +130,74 @@ def test_a_node_without_room_gets_it_from_unused_ones_or_the_job_is_refused() ->
         await groups.adapt(group, "job3", file(3))
 
     running(members, work)
+
+
+def test_of_two_adapters_at_once_neither_is_refused_for_the_room_that_is_made_for_the_other() -> None:
+    members = Members(room=2)
+
+    async def work(groups: Groups, group: Group) -> None:
+        for i in range(2):
+            await groups.adapt(group, f"job{i}", file(i))
+            groups.release(group, f"job{i}")
+        numbers = await asyncio.gather(*(groups.adapt(group, f"new{i}", file(i)) for i in (2, 3)))
+        assert {name: sorted(held) for name, held in members.held.items()} == dict.fromkeys(
+            NODES, sorted(numbers)
+        )
+
+    running(members, work)
+
+
+def test_where_every_adapter_is_used_idle_groups_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group that works, and one of which nobody is left who wants the adapter, ends none."""
+    monkeypatch.setattr(groups_module, "SETTLE_S", 0.0)
+    members = Members(room=1)
+
+    async def work(groups: Groups, group: Group) -> None:
+        idle, works = (
+            Group(name, cast(Any, SimpleNamespace(roles=group.load.roles, key=name)), group.asked,
+                  group.candidate, load_ms=1.0)
+            for name in ("idle", "works")
+        )  # fmt: skip
+        groups.enter(works, "another")
+        groups._groups |= {"idle": idle, "works": works}
+        await groups.adapt(group, "job0", file(0))
+        gone = asyncio.ensure_future(groups.adapt(group, "gone", file(9)))
+        await asyncio.sleep(0)
+        made = cast("asyncio.Task[None]", group.beside[file(9).sha256].made)
+        gone.cancel()
+        groups.release(group, "gone")
+        await asyncio.wait([made])
+        assert set(groups._groups) == {"g", "idle", "works"}
+        await groups.adapt(group, "job1", file(1))
+        assert set(groups._groups) == {"g", "works"}
+        assert len(members.held["phone"]) == 2
+        with pytest.raises(PolicyViolation, match="no room"):
+            await groups.adapt(group, "job2", file(2))
+        assert set(groups._groups) == {"g", "works"}
+
+    running(members, work)
+
+
+def test_what_is_given_back_is_so_though_the_job_that_wanted_its_room_ends() -> None:
+    members = Members()
+
+    async def work(groups: Groups, group: Group) -> None:
+        numbers = [await groups.adapt(group, f"job{i}", file(i)) for i in range(BESIDE_MAX)]
+        groups.release(group, "job0")
+        more = asyncio.ensure_future(groups.adapt(group, "more", file(100)))
+        await asyncio.sleep(0)
+        more.cancel()
+        await asyncio.wait([more])
+        for _ in range(3):  # to the nodes and back
+            await asyncio.sleep(0)
+        assert members.held == dict.fromkeys(NODES, numbers[1:])
+
+    running(members, work)
+
+
+def test_a_worker_within_a_piece_of_a_prompt_is_waited_for_and_its_node_gives_up_first() -> None:
+    tokens_per_s = 2.0  # of a large model on a small device
+    assert worker.PIECE_TOKENS / tokens_per_s < roles.ADAPT_S < groups_module.ADAPT_S
 
 
 def test_what_one_node_cannot_load_leaves_nothing_on_the_other() -> None:

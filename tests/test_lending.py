@@ -54,6 +54,18 @@ def test_an_adapter_is_known_by_its_content(tmp_path: Path) -> None:
     assert lending.hashed(found).file.sha256 == hashlib.sha256(BYTES[::-1]).hexdigest()
 
 
+def test_content_is_lent_from_whichever_of_its_files_is_still_there(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    keep(home, "mine")
+    keep(home, "again")
+    store, lending = AdapterStore(home), Lending()
+    sha256 = lending.hashed(store.find("mine")).file.sha256
+    store.remove("mine")
+    again = lending.hashed(store.find("again"))
+    assert again.file.sha256 == sha256
+    assert lending.lendable(sha256) is again
+
+
 # --- lending ----------------------------------------------------------------------------------------
 
 

@@ -18,7 +18,7 @@ from edged.adapters import AdapterStore
 from edged.config import Budget, Network, Profile
 from edged.datasets import DataStore
 from edged.device import Device
-from edged.errors import ConfigError, EngineError, PeerError, PolicyViolation, ProtocolError
+from edged.errors import ConfigError, EdgedError, EngineError, PeerError, PolicyViolation, ProtocolError
 from edged.identity import Home
 from edged.ingest import ingest
 from edged.lending import Lending
@@ -358,7 +358,10 @@ class Beside:
     """A role that is held, its worker and its transfers only remembering what they are asked."""
 
     def __init__(self, rig: Rig, file: Path) -> None:
-        self.rig, self.told, self.fails = rig, list[dict[str, Any]](), False
+        self.rig, self.told, self.fails = rig, list[dict[str, Any]](), list[EdgedError]()
+        self.came, self.answers = asyncio.Event(), asyncio.Event()  # an adapter; the worker
+        self.came.set()
+        self.answers.set()
         self.worker = rig.roles._held["g"].worker
         self.worker.call = self._call
         rig.roles._transfers = cast(
@@ -366,13 +369,15 @@ class Beside:
             SimpleNamespace(ensure_adapter=self._ensure, open_adapter=lambda *_: os.open(file, os.O_RDONLY)),
         )
 
-    async def _ensure(self, offer: wire.Offer, coordinator: str) -> None: ...
+    async def _ensure(self, offer: wire.Offer, coordinator: str) -> None:
+        await self.came.wait()
 
     async def _call(self, kind: str, body: dict[str, Any], timeout_s: float) -> dict[str, Any]:
         assert kind == "adapt"
         if self.fails:
-            raise EngineError("it adapts another model")
+            raise self.fails.pop()
         self.told.append(body | {"content": _content_of(body["path"])})
+        await self.answers.wait()
         return {}
 
     async def adapt(
@@ -399,9 +404,65 @@ def test_an_adapter_counts_beside_its_role_until_it_is_given_back(tmp_path: Path
         await beside.adapt(undoes=2)
         assert rig.roles.memory_taken == before
         assert [each["forgets"] for each in beside.told] == [(), (), (1,), (), ()]
-        beside.fails = True
+        beside.fails.append(EngineError("it adapts another model"))
         with pytest.raises(EngineError, match="phone: it adapts another model"):
             await beside.adapt(3, MIB)
+        assert rig.roles.memory_taken == before
+
+    run(tmp_path, test, SWAPPING)
+
+
+@pytest.mark.parametrize("is_busy", [False, True])
+def test_an_adapter_that_is_given_back_while_it_comes_is_not_loaded(tmp_path: Path, is_busy: bool) -> None:
+    """A worker that is busy may not have heard of that when the adapter is here."""
+
+    async def test(rig: Rig) -> None:
+        await rig.offer()
+        before, beside = rig.roles.memory_taken, Beside(rig, tmp_path / "none")
+        beside.came.clear()
+        comes = asyncio.ensure_future(beside.adapt(1, 5 * MIB))
+        await asyncio.sleep(0)
+        if is_busy:
+            beside.answers.clear()
+        undone = asyncio.ensure_future(beside.adapt(undoes=1))
+        await asyncio.sleep(0)
+        assert undone.done() != is_busy
+        with pytest.raises(ProtocolError, match="a new number"):  # while it comes it counts
+            await beside.adapt(1, MIB)
+        assert rig.roles.memory_taken == before + 5 * MIB
+        beside.came.set()
+        with pytest.raises(PeerError, match="phone: the adapter was given back while it came"):
+            await comes
+        beside.answers.set()
+        await undone
+        assert [each["path"] for each in beside.told] == [""]
+        assert rig.roles.memory_taken == before
+
+    run(tmp_path, test, SWAPPING)
+
+
+def test_an_adapter_counts_no_more_once_its_worker_was_told_unless_it_says_no(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"lora")
+
+    async def test(rig: Rig) -> None:
+        await rig.offer()
+        before, beside = rig.roles.memory_taken, Beside(rig, tmp_path / "file")
+        await beside.adapt(1, 5 * MIB)
+        beside.fails.append(PolicyViolation("a job waits for it"))
+        with pytest.raises(PolicyViolation):
+            await beside.adapt(forgets=(1,))
+        assert rig.roles.memory_taken == before + 5 * MIB
+        beside.fails.append(EngineError("expected the worker to adapt within 300 s", code="worker-silent"))
+        with pytest.raises(EngineError):
+            await beside.adapt(forgets=(1,))
+        assert rig.roles.memory_taken == before
+        await beside.adapt(2, 7 * MIB)
+        beside.answers.clear()
+        cut_off = asyncio.ensure_future(beside.adapt(forgets=(2,)))
+        await asyncio.sleep(0)
+        assert rig.roles.memory_taken == before + 7 * MIB
+        cut_off.cancel()
+        await asyncio.wait([cut_off])
         assert rig.roles.memory_taken == before
 
     run(tmp_path, test, SWAPPING)

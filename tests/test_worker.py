@@ -262,8 +262,11 @@ def test_each_job_runs_with_its_own_adapter(pipe: socket.socket) -> None:
     adapt(worker, number=4, path="b")
     for job, adapter in (("x", 3), ("y", 0), ("z", 4)):
         worker._begin(dataclasses.replace(order(job), adapter=adapter))
+    adapt(worker, number=2, path="c")
     with pytest.raises(PolicyViolation, match="no job waits for; 4 came"):
-        adapt(worker, forgets=(4,))
+        adapt(worker, forgets=(2, 4))  # of both, or neither
+    assert engine.forgotten == []
+    adapt(worker, undoes=2)
     advance(worker, 2)
     assert engine.of == {1: 3, 2: 0, 3: 4}
     adapt(worker, forgets=(4,), undoes=3)

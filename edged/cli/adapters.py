@@ -114,13 +114,13 @@ def rm(name: NameArgument, home: HomeOption = None, as_json: JsonOption = False)
 def _made(folder: Path) -> Iterator[tuple[Path, list[int]]]:
     """A hidden folder beside `folder` and its open files; it becomes `folder` unless there is an error."""
     target = Path(os.path.abspath(folder))
-    if (target.exists() or target.is_symlink()) and not (target.is_dir() and not any(target.iterdir())):
-        raise ConfigError(
-            f"expected a new or empty folder; there is something at {folder}",
-            remedy="name another folder: nothing is overwritten",
-            code="exists",
-        )
     try:
+        if (target.exists() or target.is_symlink()) and not (target.is_dir() and not any(target.iterdir())):
+            raise ConfigError(
+                f"expected a new or empty folder; there is something at {folder}",
+                remedy="name another folder: nothing is overwritten",
+                code="exists",
+            )
         staged = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}."))
     except OSError as error:
         raise ConfigError(
@@ -148,25 +148,37 @@ def _made_file(out: Path) -> Iterator[int]:
     """A hidden file beside `out`, open; it becomes `out` unless there is an error."""
     target = Path(os.path.abspath(out))
     staged = target.with_name(f".{target.name}.{os.getpid()}")
-    if target.exists() or target.is_symlink():
-        raise ConfigError(
-            f"expected a new file; there is something at {out}",
-            remedy="name another file: nothing is overwritten",
-            code="exists",
-        )
     try:
+        if target.exists() or target.is_symlink():
+            raise ConfigError(
+                f"expected a new file; there is something at {out}",
+                remedy="name another file: nothing is overwritten",
+                code="exists",
+            )
         descriptor = os.open(staged, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             yield descriptor
         finally:
             os.close(descriptor)
-        os.link(staged, target)  # refuses what came there meanwhile
+        _publish(staged, target)
     except OSError as error:
         raise ConfigError(
             f"expected to write to {out}; {error.strerror}", remedy="name another file"
         ) from error
     finally:
-        staged.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # it was moved, or it could not be made, which was said
+            staged.unlink()
+
+
+def _publish(staged: Path, target: Path) -> None:
+    """Give a finished file its name; FileExistsError where something came there meanwhile."""
+    try:
+        os.link(staged, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without hard links, such as vfat: the name is taken first
+        os.close(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+        os.rename(staged, target)
 
 
 def _show_adapters(document: Document) -> None:

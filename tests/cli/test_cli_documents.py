@@ -444,6 +444,20 @@ def test_a_failed_export_leaves_no_folder(home: Any, daemon: Any, edged: Any, tm
     assert (missing.code, "No such file" in missing.err) == (2, True)
 
 
+@pytest.mark.parametrize("place", ["file/out", "n" * 250, "n" * 300], ids=["in a file", "long", "too long"])
+@pytest.mark.parametrize("command", ["export", "write"])
+def test_a_place_that_cannot_be_written_to_is_said_as_it_is(
+    command: str, place: str, home: Any, edged: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    before = sorted(os.listdir(tmp_path))
+    where = (tmp_path / place,) if command == "export" else ("--out", tmp_path / place)
+    result = edged("adapters", command, "mail", *where, "--home", home.path, "--json")
+    assert result.document["error"]["code"] == "config"
+    assert "to write to" in result.document["error"]["message"]
+    assert sorted(os.listdir(tmp_path)) == before
+
+
 @pytest.mark.parametrize("kind", ["missing", "folder", "pipe"])
 def test_what_is_no_model_file_is_refused_before_a_daemon_is_asked(
     kind: str, tmp_path: Path, edged: Any, home: Any
