@@ -78,12 +78,11 @@ def flasc_travels(round: int, ranks: Sequence[int]) -> Travels:
 
 
 def alternating_travels(round: int, ranks: Sequence[int]) -> Travels:
-    """One factor up, of the ranks that changed most: an estimate where layers are unlike wide, since a member
-    chooses among all of them."""
+    """One factor up, of the ranks that changed most. After the first round A is the start's."""
     return Travels(
-        down="AB" if round else "",
+        down="AB" if round > 1 else "B" if round else "",
         up="A" if round % 2 else "B",
-        down_extras=(("ranks_sent", "i8", ()),),
+        down_extras=(("ranks_sent", "f8", ()),),
         up_extras=(("ranks", "b1", ("layers", "r")),),
         up_part="ranks_sent",
     )

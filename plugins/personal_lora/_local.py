@@ -6,7 +6,8 @@ where `corrects` says so, and at the end; what a method wants is read from a dow
     mu              fedprox: mu (P - P_loaded) is added to the gradient
     control         scaffold: the members' mean gradient; control - own is added to the gradient, and the
                     change of `own` goes back as "control". Local steps are plain SGD
-    ranks_sent      lora-a2: how many ranks of all modules may change; which did goes back as "ranks"
+    ranks_sent      lora-a2: what part of a factor's values may change, in whole ranks of all modules; which
+                    ones did goes back as "ranks"
     upload_density  flasc: what part of all values may change
 """
 
@@ -70,7 +71,8 @@ class Local:
             extras["control"] = (kept - self._own).astype(self._layout.dtype)
             own["control"] = self._own + extras["control"]  # what the server has been told, to the bit
         if "ranks_sent" in self._extras:
-            ranks = best_ranks(self._layout, self._loaded, row, self._frozen, int(self._extras["ranks_sent"]))
+            most = most_of_ranks(self._layout, self._frozen, float(self._extras["ranks_sent"]))
+            ranks = best_ranks(self._layout, self._loaded, row, self._frozen, most)
             row = np.where(of_ranks(self._layout, ranks, self._frozen), row, self._loaded)
             extras["ranks"] = ranks
         if "upload_density" in self._extras:
@@ -91,11 +93,13 @@ def allowed(size: int, density: float) -> int:
     return max(1, int(density * size))
 
 
-def best_ranks(layout: Layout, loaded: Array, trained: Array, frozen: str, count: int) -> Array:
-    """Bool (modules, r), modules by name: the `count` ranks j whose change is worth most, of all modules.
+def best_ranks(layout: Layout, loaded: Array, trained: Array, frozen: str, most: int) -> Array:
+    """Bool (modules, r), modules by name: the ranks j whose change is worth most, of all modules, as long as
+    they have at most `most` values together.
 
     The change of B A in rank j is dB[:, j] A[j] where A is frozen, and B[:, j] dA[j] where B is: its
-    Frobenius norm is the product of two lengths (LoRA-A2, 2410.22815).
+    Frobenius norm is the product of two lengths (LoRA-A2, 2410.22815). The paper counts ranks; of layers that
+    are unlike wide that is not known in bytes before it is chosen, and values are.
     """
     before, after = layout.factors(loaded), layout.factors(trained)
     worth = []
@@ -103,9 +107,26 @@ def best_ranks(layout: Layout, loaded: Array, trained: Array, frozen: str, count
         (A, B), (A2, B2) = before[name], after[name]
         dA, dB = (A, B2 - B) if frozen == "A" else (A2 - A, B)
         worth.append(np.linalg.norm(dB, axis=0) * np.linalg.norm(dA, axis=1))
-    chosen = np.zeros(sum(map(len, worth)), bool)
-    chosen[np.argsort(-np.concatenate(worth), kind="stable")[:count]] = True
+    sizes = rank_sizes(layout, frozen).ravel()
+    chosen = np.zeros(len(sizes), bool)
+    for index in np.argsort(-np.concatenate(worth), kind="stable").tolist():
+        if sizes[index] <= most:
+            chosen[index] = True
+            most -= int(sizes[index])
     return chosen.reshape(len(worth), -1)
+
+
+def most_of_ranks(layout: Layout, frozen: str, part: float) -> int:
+    """Values that may change: this part of the factor that is not frozen, one rank at least."""
+    sizes = rank_sizes(layout, frozen)
+    return max(allowed(int(sizes.sum()), part), int(sizes.max()))
+
+
+def rank_sizes(layout: Layout, frozen: str) -> Array:
+    """(modules, r) int64: values of each rank in the factor that is not frozen."""
+    shapes = [layout.shapes[name] for name in layout.names]
+    wide = [outputs if frozen == "A" else inputs for (_, inputs), (outputs, _) in shapes]
+    return np.repeat(np.array(wide, np.int64)[:, None], shapes[0][0][0], 1)
 
 
 def of_ranks(layout: Layout, ranks: Array, frozen: str) -> Array:

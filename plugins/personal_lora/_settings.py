@@ -37,7 +37,11 @@ MOMENTUM = TrainingKey("server_momentum", 0.9, "of the server's optimiser")
 BETA1 = TrainingKey("beta1", 0.9, "of the server's optimiser: how long a mean change is remembered")
 BETA2 = TrainingKey("beta2", 0.99, "of the server's optimiser: how long its square is")
 TAU = TrainingKey("tau", 1e-3, "of the server's optimiser: added to the root of the squares")
-RANKS_SENT = TrainingKey("ranks_sent", 0.5, "lora-a2: part of all ranks that a member sends the change of")
+RANKS_SENT = TrainingKey(
+    "ranks_sent",
+    0.5,
+    "lora-a2: part of a factor's values that a member sends, in ranks whose change is worth most",
+)
 DOWNLOAD_DENSITY = TrainingKey("download_density", 0.25, "flasc: part of the values that members load")
 UPLOAD_DENSITY = TrainingKey("upload_density", 0.25, "flasc: part of the values that a member changes")
 TRIM = TrainingKey("trim", 0.1, "trimmed-mean: part of the updates left out at each end of a value")
