@@ -20,7 +20,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import torch
 from _serve import serve
 from edged_plugins import personal_lora
 from edged_plugins.personal_lora import _job, _messages, _server
@@ -77,9 +76,12 @@ class Blocks:
         return {f"model.layers.{i}.self_attn.{t}": (rows[t], HIDDEN) for i in range(BLOCKS) for t in targets}
 
     def lora_start(self, r: int, targets: Any, seed: int) -> dict[str, tuple[Any, Any]]:
-        chance = torch.Generator().manual_seed(seed)
+        chance = np.random.default_rng(seed)
         return {
-            name: (torch.randn(r, columns, generator=chance) / math.sqrt(columns), torch.zeros(rows, r))
+            name: (
+                chance.standard_normal((r, columns), np.float32) / np.float32(math.sqrt(columns)),
+                np.zeros((rows, r), np.float32),
+            )
             for name, (rows, columns) in self.linears(targets).items()
         }
 

@@ -24,7 +24,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from edged_plugins import personal_lora, zeroth_order
-from edged_plugins._training.loss import summed
+from edged_plugins._training.loss import summed, tensors_of
 from edged_plugins._training.rows import Rows
 from edged_plugins.personal_lora import _messages
 from edged_plugins.personal_lora._job import check_federated, read
@@ -110,7 +110,7 @@ def _inference(settings: Mapping[str, Any], chosen: Any) -> dict[str, int]:
     loaded = _loaded()
     with torch.no_grad():
         for step in range(2 * chosen.steps):  # a slope is of two losses
-            ids, labels = rows.batch(step // 2)
+            ids, labels = tensors_of(rows.batch(step // 2))
             summed(span, span(ids), labels).item()
     return loaded | _peaks(loaded)
 
