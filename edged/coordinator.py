@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import itertools
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, TypeVar
 
@@ -24,8 +25,9 @@ from .jobs import ENDED, Job, JobStore, State, rfc3339
 from .models import Model, ModelStore
 from .peers import Peers
 from .plugins import Host
-from .requests import GenerateRequest
-from .types import AdapterFile, Deferral, Outcome, PlanRequest, Sampling
+from .quarantine import Quarantine
+from .requests import GenerateRequest, read
+from .types import AdapterFile, Deferral, NodeView, Outcome, PlanRequest, Sampling
 from .viewing import Viewer
 
 log = logging.getLogger(__name__)
@@ -39,6 +41,10 @@ MOVE_WORTH_S = 5.0  # what is left of a job, before another plan is worth its lo
 INFINITE_MS = 1e12  # of a token, where no price says
 CLOCK_S = 60.0  # between looks at the clock: it may be set, and a device may sleep
 ASK_LEAST_S = 1.0  # before a policy is asked again whether a job should wait
+RECOVERY_S = 600.0  # a job that was lost waits so long for nodes that can hold its model
+VAIN_MOST = 5  # losses on end without a token between them: then it is the job's own fault
+LOOK_S, LOOK_MOST_S = 0.5, 10.0  # between looks for somebody who can go on with it
+DAEMON_ENDED = "the daemon that coordinated it ended"
 USED_BEFORE_S = 0.05  # a job waits for what its group had sent and spent before it
 T = TypeVar("T")
 
@@ -71,9 +77,10 @@ class _Run:
     start_by: float | None = None  # Unix time until which its start may wait
     waits: Deferral | None = None  # while it does
     spent_earlier: list[Spent] = field(default_factory=list)  # in earlier epochs
-    seed: int = field(default_factory=lambda: secrets.randbits(32))  # where the request names none
     adapter: AdapterFile | None = None  # its content at the first plan; later epochs have the same
     is_ordered: bool = False  # rank 0 of this epoch was told of it
+    lost_at: float | None = None  # monotonic: since then it waits for its next token
+    resumed_at: int = 0  # tokens that this daemon found in the store; it has times of later ones
 
 
 @dataclass(slots=True)
@@ -84,6 +91,8 @@ class _Move:
     reason: str
     at_token: int
     since: float  # monotonic
+    silent_s: float = 0.0  # of a loss: since the last sign of life
+    is_loss: bool = False
 
 
 class Coordinator:
@@ -108,17 +117,51 @@ class Coordinator:
         self._runs: dict[str, _Run] = {}
         self._slots = asyncio.Semaphore(RUNNING_MAX)
         self._planning = asyncio.Lock()  # two plans at once would be promised the same memory
-        self.is_draining = False
+        self._quarantine = Quarantine()
+        self.is_draining = self._is_closing = False
         peers.takes("tokens", self._tokens)
         peers.takes("finished", self._finished)
-        for job in store.unfinished("generate"):  # the daemon ended while they ran
-            store.end(job.job_id, "failed", time.time(), error=_interrupted())
 
     @property
     def running(self) -> int:
         return len(self._runs)
 
+    def resume_unfinished(self) -> None:
+        """Go on with what the daemon's end interrupted; called once, when peers can be reached."""
+        for job in self._store.unfinished("generate"):
+            if job.job_id in self._runs:  # asked for since the socket is open
+                continue
+            try:
+                self._resume(job)
+            except Exception as error:  # one that cannot be read must not keep the node from starting
+                log.exception("job not gone on with", extra={"job_id": job.job_id})
+                failure = error if isinstance(error, EdgedError) else _interrupted()
+                self._store.end(job.job_id, "failed", time.time(), error=failure)
+
+    def _resume(self, job: Job) -> None:
+        request = read(GenerateRequest, job.request)
+        # the last token of all may have come without its end: it is made again
+        tokens, text = self._store.tokens(job.job_id, request.n - 1)
+        now = time.monotonic()
+        run = _Run(job.job_id, request, now, tokens=tokens, text=text, epoch=job.epoch, is_detached=True)
+        if request.deferrable_s is not None and not job.epoch:
+            run.start_by = job.created_at + request.deferrable_s
+        if job.epoch:
+            run.moves.append(
+                _Move(self._peers.identity.node_id, DAEMON_ENDED, len(tokens), now, is_loss=True)
+            )
+            run.spent_earlier.append(Spent(len(tokens), 0, None))
+            run.lost_at, run.resumed_at = now, len(tokens)
+        self._begin(run)
+
+    def _begin(self, run: _Run) -> None:
+        self._runs[run.job_id] = run
+        run.task = asyncio.get_running_loop().create_task(self._run(run))
+        run.task.add_done_callback(lambda task: _settled(run, task))
+
     async def close(self) -> None:
+        """Leave what runs as it is in the store: the next start goes on with it."""
+        self._is_closing = True
         for task in self._moving:
             task.cancel()
         for run in self._runs.values():
@@ -162,13 +205,13 @@ class Coordinator:
             )
         self._chooser.check_adapter(request, self._models.find(request.model))
         self._chooser.check_deferrable(request)
+        if request.seed is None:  # every epoch draws with the same, whoever coordinates it
+            request = dataclasses.replace(request, seed=secrets.randbits(32))
         run = _Run(secrets.token_hex(8), request, time.monotonic(), is_detached=request.detach)
         now = time.time()
         run.start_by = None if request.deferrable_s is None else now + request.deferrable_s
         self._store.accept(run.job_id, "generate", msgspec.to_builtins(request), now)
-        self._runs[run.job_id] = run
-        run.task = asyncio.get_running_loop().create_task(self._run(run))
-        run.task.add_done_callback(lambda task: _settled(run, task))
+        self._begin(run)
         return run
 
     async def _watch(self, run: _Run, emit: Emit, first: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -208,7 +251,8 @@ class Coordinator:
             self._give_up(run, error)
             failure = error if isinstance(error, EdgedError) else _as_failure(error, run.is_cancelled)
             state = "cancelled" if run.is_cancelled or failure.code == "cancelled" else "failed"
-            self._end_in_store(run, state, failure)
+            if not self._is_closing or run.is_cancelled or not isinstance(error, asyncio.CancelledError):
+                self._end_in_store(run, state, failure)
             if run.group is not None and state == "failed":
                 self._chooser.learn(
                     run.group.asked.request, Outcome(run.group.candidate, None, is_done=False)
@@ -262,17 +306,59 @@ class Coordinator:
     async def _run_epochs(self, run: _Run) -> wire.Finished:
         """Until it is over: an epoch for every plan that it runs on."""
         while True:
-            finished = await self._run_epoch(run)
+            try:
+                finished = await self._run_epoch(run)
+            except EdgedError as error:
+                if not self._goes_on(run, error):
+                    raise
+                await self._recover(run, error)
+                continue
             if run.move is None or run.is_cancelled or finished.reason != "cancelled":
                 return finished
             await self._leave_group(run, run.move)
+
+    def _goes_on(self, run: _Run, error: EdgedError) -> bool:
+        """Is this a loss that another plan can make good, or the want of one after a loss?"""
+        if run.is_cancelled:
+            return False
+        if run.group is not None and (run.group.lost is not None or isinstance(error, PeerError)):
+            here = itertools.takewhile(lambda move: move.at_token == len(run.tokens), reversed(run.moves))
+            return not run.request.strict and sum(move.is_loss for move in here) < VAIN_MOST
+        is_wanting = run.group is None or not run.is_ordered
+        return is_wanting and run.lost_at is not None and time.monotonic() - run.lost_at < RECOVERY_S
+
+    async def _recover(self, run: _Run, error: EdgedError) -> None:
+        """Leave a group that is lost; or wait for a moment, where nobody can hold the model now."""
+        now, group = time.monotonic(), run.group
+        run.lost_at = run.lost_at or now
+        is_loss = group is not None and (group.lost is not None or isinstance(error, PeerError))
+        if group is not None and is_loss:
+            if group.lost is None:
+                self._groups.lose(group, group.rank_0, str(error))
+            self._quarantine.add(group.lost_node, now)
+            extra = {"job_id": run.job_id, "peer": group.lost_node[:8], "reason": str(error)}
+            log.warning("job recovers", extra=extra)
+            silent_s = now - group.heard_at if group.heard_at else 0.0
+            await self._leave_group(run, _Move(group.lost_node, str(error), 0, now, silent_s, is_loss=True))
+            return
+        if group is not None:  # it could not be loaded
+            self._groups.release(group, run.job_id)
+            run.group, run.used_before = None, None
+        if run.waits is None or run.waits.reason != str(error):
+            run.waits = Deferral(time.time() + RECOVERY_S - (now - run.lost_at), str(error))
+            run.news.set()
+        await asyncio.sleep(min(LOOK_MOST_S, max(LOOK_S, (now - run.lost_at) / 10)))
 
     async def _leave_group(self, run: _Run, move: _Move) -> None:
         """Between two epochs: what was made stays, and goes through the next plan's model as history."""
         assert run.group is not None
         move.at_token = len(run.tokens)
         run.moves.append(move)
-        run.spent_earlier.append(await self._spent_of(run))
+        if move.is_loss:  # nobody is left who could say what it took
+            made = len(run.tokens) - sum(earlier.tokens for earlier in run.spent_earlier)
+            run.spent_earlier.append(Spent(made, 0, None))
+        else:
+            run.spent_earlier.append(await self._spent_of(run))
         self._groups.release(run.group, run.job_id)
         run.group, run.move, run.used_before = None, None, None
         run.finished = asyncio.get_running_loop().create_future()
@@ -317,7 +403,7 @@ class Coordinator:
         model = self._models.find(run.request.model)
         request = _unbound(run.request) if run.moves and not run.request.strict else run.request
         run.is_ordered = False
-        if run.epoch == 0:
+        if run.adapter is None and run.request.adapter is not None:
             run.adapter = await self._chooser.adapter_of(run.request, model)
         may_leave = request is run.request or run.request.may_leave
         asked = self._chooser.asked(request, model.sha256, may_leave, run.adapter)
@@ -326,6 +412,7 @@ class Coordinator:
             run.group = standing or await self._plan(run, model, asked)
             self._begin_epoch(run)
             self._groups.enter(run.group, run.job_id)
+        run.waits = None
         run.load_ms = await self._of_the_job(self._groups.loaded(run.group, run.job_id))
         _check_may_begin(run)
         beside = 0
@@ -349,14 +436,15 @@ class Coordinator:
     async def _plan(self, run: _Run, model: Model, asked: Asked) -> Group:
         """Plan, and begin to load what was chosen. What no job uses makes room for the whole of it."""
         request, manifest = run.request, self._models.manifest(model.sha256)
-        nodes = await self._viewer.views(measure=request.strategy == "auto")
+        is_free = not request.nodes or bool(run.moves)  # else whoever asked for it names its nodes
+        nodes = await self._nodes(request.strategy == "auto", is_free)
         wanted, candidates, chosen, _ = await self._chooser.choose(model.sha256, nodes, asked.request)
         if wanted != asked.request:  # it does not fit, or with less than it wants
             if serving := self._groups.still_serving(asked):
                 return serving
             if self._groups.end_unused():
                 await asyncio.sleep(SETTLE_S)
-                nodes = await self._viewer.views(measure=False)
+                nodes = await self._nodes(False, is_free)
                 wanted, candidates, chosen, _ = await self._chooser.choose(model.sha256, nodes, asked.request)
         if chosen is None:
             raise planning.refusal(candidates)
@@ -380,6 +468,17 @@ class Coordinator:
         by_id = {node.node_id: node for node in nodes}
         return self._groups.begin(load, asked, candidate, by_id, swaps)
 
+    async def _nodes(self, measure: bool, is_free: bool) -> list[NodeView]:
+        """Those that a plan may use. One in quarantine may be silent for good: it is not asked, where the
+        plan is free to take others."""
+        now = time.monotonic()
+        if not is_free:
+            return await self._viewer.views(measure=measure)
+        nodes = await self._viewer.views(
+            measure=measure, but=lambda node: self._quarantine.left_s(node, now) > 0
+        )
+        return self._quarantine.seen(nodes, now)
+
     async def _of_the_job(self, loading: Awaitable[T]) -> T:
         """Whatever class of error a peer sent: for whoever asked for the job it is the job that failed."""
         try:
@@ -395,7 +494,7 @@ class Coordinator:
         messages = tuple(request.messages or ())
         if request.prompt is not None and not request.raw:
             messages = ({"role": "user", "content": request.prompt},)
-        seed = request.seed if request.seed is not None else run.seed
+        assert request.seed is not None
         return wire.Generate(
             run.group.group_id,
             run.job_id,
@@ -403,10 +502,11 @@ class Coordinator:
             messages,
             request.prompt if request.raw else None,
             request.n,
-            Sampling(request.temperature, request.top_k, request.top_p, seed),
+            Sampling(request.temperature, request.top_k, request.top_p, request.seed),
             request.ignore_eos,
             tuple(run.tokens),
             adapter,
+            request.recovery == "exact",
         )
 
     async def _until_finished(self, run: _Run) -> wire.Finished:
@@ -456,6 +556,7 @@ class Coordinator:
             return
         run.tokens += body.tokens
         run.text += body.text
+        run.lost_at = None
         run.times += [time.monotonic()] * len(body.tokens)
         if run.group is not None:
             run.group.heard_at = time.monotonic()
@@ -556,7 +657,7 @@ class Coordinator:
             "joules": joules,
             "joules_source": source,
             "bytes_sent": spent.bytes_sent + sum(earlier.bytes_sent for earlier in run.spent_earlier),
-            "recoveries": [_recovery_row(move, run.times) for move in run.moves],
+            "recoveries": [_recovery_row(move, run) for move in run.moves],
         }
         return {
             "job_id": run.job_id,
@@ -599,14 +700,16 @@ def _unbound(request: GenerateRequest) -> GenerateRequest:
     return dataclasses.replace(request, strategy="auto", nodes=None, shares=None)
 
 
-def _recovery_row(move: _Move, times: Sequence[float]) -> dict[str, Any]:
-    """A change of plan, as the contract shows it. A planned one is not detected: it is told."""
-    resumed = times[move.at_token] if move.at_token < len(times) else None
+def _recovery_row(move: _Move, run: _Run) -> dict[str, Any]:
+    """A change of plan, as the contract shows it. A loss was noticed so long after the last token; a planned
+    change is told."""
+    at = move.at_token - run.resumed_at
+    resumed = run.times[at] if 0 <= at < len(run.times) else None
     return {
         "at_token": move.at_token,
         "lost": move.node_id,
         "reason": move.reason,
-        "detect_ms": 0.0,
+        "detect_ms": move.silent_s * 1000,
         "resume_ms": None if resumed is None else (resumed - move.since) * 1000,
     }
 

@@ -53,6 +53,7 @@ class Daemon:
             await self._discover(port)
             self.state = "online"
             self._parts.trainings.resume_unfinished()
+            self._parts.coordinator.resume_unfinished()
             sdnotify.notify("READY=1", f"STATUS=online, port {port}")
             log.info(
                 "ready", extra={"node": self._parts.identity.node_id[:8], "port": port, "socket": str(path)}

@@ -98,6 +98,7 @@ class Group:
     idle_since: float = 0.0
     load_ms: float = 0.0
     lost: PeerError | None = None
+    lost_node: str = ""  # whose loss that was
     made: asyncio.Task[None] | None = None  # until it is loaded
     heard_at: float = 0.0  # when its last token came, of whichever job
     tokens: int = 0  # that came, of all jobs
@@ -485,9 +486,14 @@ class Groups:
     # --- losing one ---
 
     def _told_lost(self, node_id: str, body: wire.Lost) -> None:
+        """Of a training each node speaks for itself; elsewhere also of whom its worker lost."""
         group = self._groups.get(body.group)
-        if group is not None and any(role.node_id == node_id for role in group.load.roles):
-            self._lose_or_leave(group, node_id, body.reason[:REASON_CHARS_MAX])
+        if group is None or not any(role.node_id == node_id for role in group.load.roles):
+            return
+        roles = group.load.roles
+        if not group.load.training and 0 <= body.rank < len(roles):
+            node_id = roles[body.rank].node_id
+        self._lose_or_leave(group, node_id, body.reason[:REASON_CHARS_MAX])
 
     def _peer_gone(self, node_id: str, reason: str) -> None:
         for group in list(self._groups.values()):
@@ -548,7 +554,7 @@ class Groups:
         self.when_left(group, rank, reason)
 
     def lose(self, group: Group, node_id: str, reason: str) -> None:
-        name = self._peers.name_of(node_id)
+        name, group.lost_node = self._peers.name_of(node_id), node_id
         group.lost = PeerError(
             f"node {name} was lost while it worked: {reason}",
             remedy="run it again; see that node's log",

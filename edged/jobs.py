@@ -210,9 +210,10 @@ class JobStore:
         ).fetchall()
         return [(row["step"], row["kind"], json.loads(row["said"])) for row in rows]
 
-    def tokens(self, job_id: str) -> tuple[list[int], str]:
+    def tokens(self, job_id: str, most: int = -1) -> tuple[list[int], str]:
+        """The first `most` tokens and their text; below 0 all of them."""
         rows = self._db.execute(
-            "SELECT token, text FROM tokens WHERE job_id = ? ORDER BY position", (job_id,)
+            "SELECT token, text FROM tokens WHERE job_id = ? ORDER BY position LIMIT ?", (job_id, most)
         ).fetchall()
         return [row["token"] for row in rows], "".join(row["text"] for row in rows)
 

@@ -109,7 +109,7 @@ def check_generate(request: GenerateRequest, *, needs_prompt: bool) -> GenerateR
         (0 < request.top_p <= 1, f"--top-p above 0 and at most 1; {request.top_p} came"),
         (request.seed is None or 0 <= request.seed < 2**63, "--seed from 0 to 2**63 - 1"),
         (request.prompt_bytes <= PROMPT_BYTES_MAX, f"a prompt of at most {PROMPT_BYTES_MAX >> 20} MiB"),
-        (request.recovery == "fast", f"--recovery fast; {request.recovery!r} is not part of this version"),
+        (request.recovery in ("fast", "exact"), f"--recovery fast or exact; {request.recovery!r} came"),
         (
             request.deferrable_s is None or 0 < request.deferrable_s <= DEFERRABLE_MAX_S,
             f"--deferrable above 0 and at most 7d; {request.deferrable_s} s came",

@@ -576,8 +576,10 @@ class Roles:
         if message.kind == "failed":
             reason = str(message.body.get("message"))
             log.warning("worker failed", extra={"group": group, "reason": reason})
-            if not message.body.get("is_peer"):  # of a peer's loss its own node tells
+            if not message.body.get("is_peer"):
                 self._give_back(group, reason)
+            elif isinstance(rank := message.body.get("rank"), int):  # its own node may be gone with it
+                self._peers.tell_if_online(held.coordinator, "lost", wire.Lost(group, rank, reason))
         elif message.kind in ("tokens", "finished", "trained"):
             body = wire.read_body(wire.BODIES[message.kind], message.body)
             if isinstance(body, wire.Trained) and body.kind == "kept":

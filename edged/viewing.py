@@ -55,9 +55,11 @@ class Viewer:
             adapters=tuple(name for name, entry in self._engines.items() if entry.adapters),
         )
 
-    async def views(self, *, measure: bool) -> list[NodeView]:
-        """This node first, then every online member that answers."""
-        online = [m for m in self._peers.membership.members.values() if self._peers.is_online(m.node_id)]
+    async def views(self, *, measure: bool, but: Callable[[str], bool] | None = None) -> list[NodeView]:
+        """This node first, then every online member that answers; members of which `but` holds are not
+        asked."""
+        members = self._peers.membership.members.values()
+        online = [m for m in members if self._peers.is_online(m.node_id) and not (but and but(m.node_id))]
         timeout_s = MEASURE_S if measure else DESCRIBE_S
         asked = [
             self._peers.ask(member.node_id, "describe", wire.Describe(measure), timeout_s)

@@ -317,6 +317,8 @@ class Spent:
 
 @dataclass(frozen=True, slots=True)
 class Lost:
+    """`rank`: whose loss it is; another's, where a worker of the teller's saw its connection end."""
+
     group: str
     rank: int
     reason: str
@@ -351,8 +353,9 @@ class Adapt:
 @dataclass(frozen=True, slots=True)
 class Generate:
     """`history`: tokens that an earlier epoch of the job made; they go through the model after the prompt,
-    and the first new one has their number as its index. `adapter`: the number of one that the group was
-    told to have beside its model; 0: what it was loaded with."""
+    with `replays` one by one, as they were made, and the first new one has their number as its index.
+    `adapter`: the number of one that the group was told to have beside its model; 0: what it was loaded
+    with."""
 
     group: str
     job: str
@@ -364,6 +367,7 @@ class Generate:
     ignore_eos: bool
     history: tuple[int, ...] = ()
     adapter: Annotated[int, msgspec.Meta(ge=0, le=2**53)] = 0
+    replays: bool = False
 
 
 @dataclass(frozen=True, slots=True)

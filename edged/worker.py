@@ -81,6 +81,7 @@ class _Sequence:
     number: int
     pending: list[int]  # tokens the model has not seen yet
     position: int = 0
+    replay: deque[int] = field(default_factory=deque)  # tokens that follow these, drawn in an earlier epoch
     made: int = 0
     given: int = 0  # of the pending ones, in the batch that it is in; 0: it is in none
     is_cancelled: bool = False
@@ -375,7 +376,10 @@ class Worker:
         except EdgedError as error:
             self._event("finished", wire.Finished(request.job, request.epoch, "error", str(error)))
             return
-        sequence = _Sequence(request, self._numbers, [*tokens, *request.history], made=len(request.history))
+        history = request.history
+        sequence = _Sequence(request, self._numbers, [*tokens, *history], made=len(history))
+        if request.replays:
+            sequence.pending, sequence.replay = tokens, deque(history)
         sequence.text.decode(self._engine.decode(request.history))  # a character may be half there
         self._waiting.append(sequence)
 
@@ -384,7 +388,7 @@ class Worker:
         while self._waiting and len(self._running) < SEQUENCES_MAX:
             sequence = self._waiting[0]
             left = sequence.request.tokens_max - sequence.made
-            most = min(self._context, len(sequence.pending) + left)
+            most = min(self._context, len(sequence.pending) + len(sequence.replay) + left)
             shared = _open(engine, sequence, most)
             if shared is None:
                 if self._running:
@@ -423,6 +427,9 @@ class Worker:
             return
         if token is None:  # its prompt goes on, or whoever is outside has no token for it yet
             return
+        if sequence.replay:  # told in an earlier epoch
+            sequence.pending = [sequence.replay.popleft()]
+            return
         sequence.pending = [token]
         request = sequence.request
         if token in engine.end_tokens and not request.ignore_eos:
@@ -455,7 +462,7 @@ class Worker:
             self._finish(sequence, "error", str(error), rank)
         self._running.clear()
         self._waiting.clear()
-        self._event("failed", {"message": str(error), "is_peer": isinstance(error, PeerError)})
+        self._event("failed", {"message": str(error), "is_peer": isinstance(error, PeerError), "rank": rank})
         self._stopped = True
 
     # --- to the daemon ---

@@ -226,6 +226,10 @@ class Job:
         self._events = self.client.stream("generate", asked, silence_s=GUARD_S)
         self.job_id: str = next(self._events)["job_id"]
 
+    def next(self) -> Document:
+        """The next event."""
+        return next(self._events)
+
     def until_token(self) -> Job:
         """Return in the middle of the generation."""
         for event in self._events:

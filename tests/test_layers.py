@@ -22,7 +22,8 @@ LAYERS = {
     0: "types errors version",
     1: "hookspecs config wire sizes rows logs",
     2: "pricing rules correcting metering sustaining queueing scenario",
-    3: "accounting figures plugins node planning simulation advising jobs identity token requests framing",
+    3: "accounting figures plugins node planning simulation advising jobs identity token requests framing "
+    "quarantine",
     4: "transport certificate stream meeting streams channel exchanging dataplane control client "
     "worker supervisor models partial ingest datasets ingest_rows adapters adapter_files lending transfer "
     "health sdnotify device bearing limits pressure saving patience reports",
@@ -59,7 +60,7 @@ DOORS = {
 }
 PURE = (
     "types wire sizes rows pricing rules correcting accounting figures metering sustaining queueing "
-    "scenario node planning patience"
+    "scenario node planning patience quarantine"
 )
 PURE_MAY_IMPORT = {
     "__future__": "no code",

@@ -27,7 +27,7 @@ from support import (
 
 LOSS_S = 50.0  # ten times the 5 s within which a loss is noticed
 NAMES = ("laptop", "jetson", "phone")
-LONG = {"model": "smol", "prompt": "Hi", "n": 1500, "temperature": 0.0, "ignore_eos": True}
+LONG = {"model": "smol", "prompt": "Hi", "n": 1500, "temperature": 0.0, "ignore_eos": True, "strict": True}
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +131,9 @@ def test_a_killed_coordinator_leaves_no_worker_anywhere(trio: list[Node]) -> Non
     laptop.kill()
     wait_no_workers(jetson, phone)
     all_online(trio)
+    [job] = [row["job_id"] for row in laptop.call("jobs")["jobs"] if row["state"] in ("queued", "running")]
+    laptop.call("cancel", {"job": job})  # it goes on
+    wait_no_workers(*trio)
 
 
 def test_a_node_that_leaves_in_order_ends_nobody_else_s_daemon(trio: list[Node]) -> None:

@@ -284,9 +284,9 @@ def test_the_job_table_survives_a_restart(nodes: Nodes, smol: Path) -> None:
     running = laptop.job(LONG).until_token()
     laptop.kill()
     laptop.start().wait_ready()
-    assert states(laptop) == {done["job_id"]: "done", running.job_id: "failed"}
-    row = next(row for row in laptop.call("jobs")["jobs"] if row["job_id"] == running.job_id)
-    assert row["error"]["code"] == "interrupted"
+    found = states(laptop)
+    assert (found[done["job_id"]], found[running.job_id] in ("queued", "running")) == ("done", True)
+    assert laptop.call("cancel", {"job": running.job_id})["state"] == "cancelled"
     shown = laptop.call("jobs.show", {"job": done["job_id"]})["jobs"][0]
     assert (shown["text"], shown["tokens"]) == (done["text"], done["tokens"])
     kept = laptop.call("jobs.show", {"job": running.job_id})["jobs"][0]
