@@ -44,6 +44,7 @@ ASK_LEAST_S = 1.0  # before a policy is asked again whether a job should wait
 RECOVERY_S = 600.0  # a job that was lost waits so long for nodes that can hold its model
 VAIN_MOST = 5  # losses on end without a token between them: then it is the job's own fault
 LOOK_S, LOOK_MOST_S = 0.5, 10.0  # between looks for somebody who can go on with it
+REJOIN_S = 15.0  # after a start, for the nodes that a job ran on
 DAEMON_ENDED = "the daemon that coordinated it ended"
 USED_BEFORE_S = 0.05  # a job waits for what its group had sent and spent before it
 T = TypeVar("T")
@@ -80,6 +81,7 @@ class _Run:
     adapter: AdapterFile | None = None  # its content at the first plan; later epochs have the same
     is_ordered: bool = False  # rank 0 of this epoch was told of it
     lost_at: float | None = None  # monotonic: since then it waits for its next token
+    awaits: set[str] = field(default_factory=set)  # nodes that it ran on before this daemon started
     resumed_at: int = 0  # tokens that this daemon found in the store; it has times of later ones
 
 
@@ -128,31 +130,38 @@ class Coordinator:
 
     def resume_unfinished(self) -> None:
         """Go on with what the daemon's end interrupted; called once, when peers can be reached."""
-        for job in self._store.unfinished("generate"):
-            if job.job_id in self._runs:  # asked for since the socket is open
+        for job_id in self._store.unfinished("generate"):
+            if job_id in self._runs:  # asked for since the socket is open
                 continue
             try:
-                self._resume(job)
+                self._resume(self._store.get(job_id))
             except Exception as error:  # one that cannot be read must not keep the node from starting
-                log.exception("job not gone on with", extra={"job_id": job.job_id})
-                failure = error if isinstance(error, EdgedError) else _interrupted()
-                self._store.end(job.job_id, "failed", time.time(), error=failure)
+                log.exception("job not gone on with", extra={"job_id": job_id})
+                self._end_in_store(
+                    job_id, "failed", error if isinstance(error, EdgedError) else _interrupted()
+                )
 
     def _resume(self, job: Job) -> None:
         request = read(GenerateRequest, job.request)
         # the last token of all may have come without its end: it is made again
         tokens, text = self._store.tokens(job.job_id, request.n - 1)
+        is_bound = request.strict and job.epoch > 0 and not (request.nodes and request.strategy != "auto")
+        is_vain = job.epoch >= VAIN_MOST and not tokens  # it may be what ends the daemon
+        if is_bound or is_vain or (request.seed is None and tokens):
+            raise _interrupted()
         now = time.monotonic()
-        run = _Run(job.job_id, request, now, tokens=tokens, text=text, epoch=job.epoch, is_detached=True)
+        run = _Run(job.job_id, _seeded(request), now, tokens=tokens, text=text, epoch=job.epoch)
+        run.is_detached, run.lost_at, run.resumed_at = request.detach, now, len(tokens)
         if request.deferrable_s is not None and not job.epoch:
             run.start_by = job.created_at + request.deferrable_s
         if job.epoch:
-            run.moves.append(
-                _Move(self._peers.identity.node_id, DAEMON_ENDED, len(tokens), now, is_loss=True)
-            )
+            mine = self._peers.identity.node_id
+            run.moves.append(_Move(mine, DAEMON_ENDED, len(tokens), now, is_loss=True))
             run.spent_earlier.append(Spent(len(tokens), 0, None))
-            run.lost_at, run.resumed_at = now, len(tokens)
+        run.awaits = {role["node"] for role in (job.plan or {}).get("roles", ())}
         self._begin(run)
+        if not run.is_detached:
+            self._orphan(run)
 
     def _begin(self, run: _Run) -> None:
         self._runs[run.job_id] = run
@@ -205,8 +214,7 @@ class Coordinator:
             )
         self._chooser.check_adapter(request, self._models.find(request.model))
         self._chooser.check_deferrable(request)
-        if request.seed is None:  # every epoch draws with the same, whoever coordinates it
-            request = dataclasses.replace(request, seed=secrets.randbits(32))
+        request = _seeded(request)
         run = _Run(secrets.token_hex(8), request, time.monotonic(), is_detached=request.detach)
         now = time.time()
         run.start_by = None if request.deferrable_s is None else now + request.deferrable_s
@@ -235,12 +243,17 @@ class Coordinator:
         finally:
             run.watchers -= 1
             if not run.task.done() and not run.watchers and not run.is_detached:
-                delay = float(self._profile.jobs.orphan_after)
-                run.orphan = asyncio.get_running_loop().call_later(delay, self._cancel_run, run)
+                self._orphan(run)
+
+    def _orphan(self, run: _Run) -> None:
+        """Nobody watches it: it ends, unless somebody attaches again in time."""
+        delay = float(self._profile.jobs.orphan_after)
+        run.orphan = asyncio.get_running_loop().call_later(delay, self._cancel_run, run)
 
     async def _run(self, run: _Run) -> dict[str, Any]:
         """The life of one job. Whatever happens, the store says how it ended."""
         try:
+            await self._wait_for_peers(run)
             await self._wait_for_start(run)
             async with self._slots:
                 finished = await self._run_epochs(run)
@@ -251,8 +264,9 @@ class Coordinator:
             self._give_up(run, error)
             failure = error if isinstance(error, EdgedError) else _as_failure(error, run.is_cancelled)
             state = "cancelled" if run.is_cancelled or failure.code == "cancelled" else "failed"
-            if not self._is_closing or run.is_cancelled or not isinstance(error, asyncio.CancelledError):
-                self._end_in_store(run, state, failure)
+            if self._is_closing and not run.is_cancelled and isinstance(error, asyncio.CancelledError):
+                raise failure from error  # the next start goes on with it
+            self._end_in_store(run.job_id, state, failure)
             if run.group is not None and state == "failed":
                 self._chooser.learn(
                     run.group.asked.request, Outcome(run.group.candidate, None, is_done=False)
@@ -283,18 +297,30 @@ class Coordinator:
         if isinstance(error, PeerError) and error.code == "stalled":
             self._groups.lose(run.group, rank_0, "no token came")
 
-    def _end_in_store(self, run: _Run, state: State, failure: EdgedError) -> None:
-        """A store that takes nothing must not hide why the job ended; the next start says `interrupted`."""
+    def _end_in_store(self, job_id: str, state: State, failure: EdgedError) -> None:
+        """A store that takes nothing must not hide why the job ended; the next start goes on with it."""
         try:
-            self._store.end(run.job_id, state, time.time(), error=failure)
+            self._store.end(job_id, state, time.time(), error=failure)
         except EdgedError:
-            log.exception("job's end not stored", extra={"job_id": run.job_id})
+            log.exception("job's end not stored", extra={"job_id": job_id})
+
+    async def _wait_for_peers(self, run: _Run) -> None:
+        """After a start, for those that it ran on: else it would be planned among this node alone."""
+        for _ in range(round(REJOIN_S / LOOK_S)):
+            if all(map(self._peers.is_online, run.awaits)):
+                return
+            await asyncio.sleep(LOOK_S)
 
     async def _wait_for_start(self, run: _Run) -> None:
         """While its policy knows a better time, and its start may wait."""
         while run.start_by is not None and time.time() < run.start_by:
             model = self._models.find(run.request.model)
-            run.waits = await self._chooser.deferral(run.request, model, run.start_by)
+            try:
+                run.waits = await self._chooser.deferral(run.request, model, run.start_by)
+            except PeerError:
+                if run.lost_at is None:  # else this daemon has just started
+                    raise
+                run.waits = None
             if run.waits is None:
                 break
             log.info("job waits", extra={"job_id": run.job_id, "until": rfc3339(run.waits.until)})
@@ -309,6 +335,8 @@ class Coordinator:
             try:
                 finished = await self._run_epoch(run)
             except EdgedError as error:
+                if len(run.tokens) >= run.request.n and run.group is not None:  # all but its end came
+                    return wire.Finished(run.job_id, run.epoch, "length")
                 if not self._goes_on(run, error):
                     raise
                 await self._recover(run, error)
@@ -321,7 +349,7 @@ class Coordinator:
         """Is this a loss that another plan can make good, or the want of one after a loss?"""
         if run.is_cancelled:
             return False
-        if run.group is not None and (run.group.lost is not None or isinstance(error, PeerError)):
+        if _is_loss(run, error):
             here = itertools.takewhile(lambda move: move.at_token == len(run.tokens), reversed(run.moves))
             return not run.request.strict and sum(move.is_loss for move in here) < VAIN_MOST
         is_wanting = run.group is None or not run.is_ordered
@@ -331,17 +359,17 @@ class Coordinator:
         """Leave a group that is lost; or wait for a moment, where nobody can hold the model now."""
         now, group = time.monotonic(), run.group
         run.lost_at = run.lost_at or now
-        is_loss = group is not None and (group.lost is not None or isinstance(error, PeerError))
-        if group is not None and is_loss:
+        if group is not None and _is_loss(run, error):
             if group.lost is None:
                 self._groups.lose(group, group.rank_0, str(error))
-            self._quarantine.add(group.lost_node, now)
             extra = {"job_id": run.job_id, "peer": group.lost_node[:8], "reason": str(error)}
             log.warning("job recovers", extra=extra)
             silent_s = now - group.heard_at if group.heard_at else 0.0
             await self._leave_group(run, _Move(group.lost_node, str(error), 0, now, silent_s, is_loss=True))
             return
-        if group is not None:  # it could not be loaded
+        if group is not None:  # it could not be loaded; the next plan is another, where there is one
+            if group.lost_node:
+                self._quarantine.add(group.lost_node, now)
             self._groups.release(group, run.job_id)
             run.group, run.used_before = None, None
         if run.waits is None or run.waits.reason != str(error):
@@ -352,7 +380,7 @@ class Coordinator:
     async def _leave_group(self, run: _Run, move: _Move) -> None:
         """Between two epochs: what was made stays, and goes through the next plan's model as history."""
         assert run.group is not None
-        move.at_token = len(run.tokens)
+        move.at_token, run.lost_at = len(run.tokens), run.lost_at or time.monotonic()
         run.moves.append(move)
         if move.is_loss:  # nobody is left who could say what it took
             made = len(run.tokens) - sum(earlier.tokens for earlier in run.spent_earlier)
@@ -384,7 +412,7 @@ class Coordinator:
             asked = self._chooser.asked(
                 _unbound(run.request), model.sha256, run.request.may_leave, run.adapter
             )
-            nodes = await self._viewer.views(measure=False)
+            nodes = await self._nodes(False, True)
             _, _, chosen, _ = await self._chooser.choose(model.sha256, nodes, asked.request)
         except EdgedError as error:
             log.warning("job not moved", extra={"job_id": run.job_id, "reason": str(error)})
@@ -439,6 +467,10 @@ class Coordinator:
         is_free = not request.nodes or bool(run.moves)  # else whoever asked for it names its nodes
         nodes = await self._nodes(request.strategy == "auto", is_free)
         wanted, candidates, chosen, _ = await self._chooser.choose(model.sha256, nodes, asked.request)
+        if chosen is None and is_free and run.lost_at is None and self._quarantine.any(time.monotonic()):
+            is_free = False  # better with one that was lost than not at all
+            nodes = await self._nodes(False, is_free)
+            wanted, candidates, chosen, _ = await self._chooser.choose(model.sha256, nodes, asked.request)
         if wanted != asked.request:  # it does not fit, or with less than it wants
             if serving := self._groups.still_serving(asked):
                 return serving
@@ -506,7 +538,8 @@ class Coordinator:
             request.ignore_eos,
             tuple(run.tokens),
             adapter,
-            request.recovery == "exact",
+            # an endpoint goes on after a text, whoever drew its tokens
+            request.recovery == "exact" and run.group.candidate.stated is None,
         )
 
     async def _until_finished(self, run: _Run) -> wire.Finished:
@@ -576,6 +609,8 @@ class Coordinator:
         return run if run.group.rank_0 == node_id else None
 
     def _group_lost(self, group: Group) -> None:
+        if not group.load.training and group.candidate.stated is None:
+            self._quarantine.add(group.lost_node, time.monotonic())
         for run in self._runs.values():
             if run.group is group and not run.finished.done() and group.lost is not None:
                 run.finished.set_exception(group.lost)
@@ -752,6 +787,18 @@ def _settled(run: _Run, task: asyncio.Task[dict[str, Any]]) -> None:
     run.news.set()
     if not task.cancelled():
         task.exception()
+
+
+def _is_loss(run: _Run, error: EdgedError) -> bool:
+    """Of a group that computes: what breaks an endpoint would break it again."""
+    if run.group is None or run.group.candidate.stated is not None:
+        return False
+    return run.group.lost is not None or isinstance(error, PeerError)
+
+
+def _seeded(request: GenerateRequest) -> GenerateRequest:
+    """With a seed: every epoch draws with the same, whoever coordinates it."""
+    return request if request.seed is not None else dataclasses.replace(request, seed=secrets.randbits(32))
 
 
 def _check_may_begin(run: _Run) -> None:

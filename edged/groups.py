@@ -98,7 +98,7 @@ class Group:
     idle_since: float = 0.0
     load_ms: float = 0.0
     lost: PeerError | None = None
-    lost_node: str = ""  # whose loss that was
+    lost_node: str = ""  # whose loss that was, or who took no role in it
     made: asyncio.Task[None] | None = None  # until it is loaded
     heard_at: float = 0.0  # when its last token came, of whichever job
     tokens: int = 0  # that came, of all jobs
@@ -455,7 +455,11 @@ class Groups:
         )
         size = load.manifest.size + (load.adapter.bytes if load.adapter else 0)
         timeout_s = OFFER_S + size / FETCH_BYTES_S
-        return wire.read_body(wire.Offered, await self._ask(role, "offer", offer, timeout_s))
+        try:
+            return wire.read_body(wire.Offered, await self._ask(role, "offer", offer, timeout_s))
+        except EdgedError:
+            group.lost_node = group.lost_node or role.node_id
+            raise
 
     async def _start(
         self,

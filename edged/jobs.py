@@ -196,12 +196,13 @@ class JobStore:
         """Newest first."""
         return [_job(row) for row in self._db.execute("SELECT * FROM jobs ORDER BY created_at DESC")]
 
-    def unfinished(self, kind: str) -> list[Job]:
+    def unfinished(self, kind: str) -> list[str]:
+        """Ids of those that are not over, the oldest first."""
         rows = self._db.execute(
-            "SELECT * FROM jobs WHERE kind = ? AND state IN ('queued', 'running') ORDER BY created_at",
+            "SELECT job_id FROM jobs WHERE kind = ? AND state IN ('queued', 'running') ORDER BY created_at",
             (kind,),
         )
-        return [_job(row) for row in rows]
+        return [row["job_id"] for row in rows]
 
     def steps(self, job_id: str) -> list[tuple[int, str, dict[str, float]]]:
         """Of a training: each step and evaluation, in order, as (step, kind, values)."""

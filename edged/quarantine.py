@@ -32,6 +32,10 @@ class Quarantine:
         wait_s = min(MOST_S, FIRST_S * 2.0 ** min(count - 1, 30)) if count else 0.0
         return max(0.0, last + wait_s - now)
 
+    def any(self, now: float) -> bool:
+        """Is there any node that may not?"""
+        return any(self.left_s(node_id, now) for node_id in self._lost)
+
     def seen(self, nodes: Sequence[NodeView], now: float) -> list[NodeView]:
         """The nodes, those in quarantine with that as the reason why they take no role."""
         return [self._seen(node, self.left_s(node.node_id, now)) for node in nodes]

@@ -260,10 +260,15 @@ class Roles:
                 f"{name}: its engine {entry.name!r} needs {entry.lacks}, which is not installed there",
                 remedy="install it there, or leave that node out",
             )
-        training = offer.training
-        if training is None or entry.blocks or entry.name == self._trainings[training.kind].engine:
+        if offer.training is None:
             return
-        raise EngineError(f"{name}: its engine {entry.name!r} has no part in a training {training.kind!r}")
+        training = self._trainings[offer.training.kind]
+        of = training.engine_of
+        named = of(offer.training.settings, offer.rank) if of is not None else training.engine
+        if entry.name != named:  # its memory is counted by what the settings name
+            raise EngineError(
+                f"{name}: expected engine {named!r} for its part of this training; {entry.name!r} was offered"
+            )
 
     def _check_training(self, coordinator: str, offered: wire.TrainingOffer) -> None:
         """It must be one that this node knows, sound by its own check, on data that its owner offers."""

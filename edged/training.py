@@ -102,14 +102,16 @@ class Trainings:
 
     def resume_unfinished(self) -> None:
         """Go on with what the daemon's end interrupted; called once, when peers can be reached."""
-        for job in self._store.unfinished(KIND):
-            if job.job_id in self._runs:  # asked for since the socket is open
+        for job_id in self._store.unfinished(KIND):
+            if job_id in self._runs:  # asked for since the socket is open
                 continue
             try:
-                self._begin(job.job_id, self._request_of(job), job)
+                job = self._store.get(job_id)
+                self._begin(job_id, self._request_of(job), job)
             except Exception as error:  # one that cannot be read must not keep the node from starting
-                log.exception("training not gone on with", extra={"job_id": job.job_id})
-                self._store.end(job.job_id, "failed", time.time(), error=_failure_of(error, False))
+                log.exception("training not gone on with", extra={"job_id": job_id})
+                with contextlib.suppress(EdgedError):  # a store that takes nothing
+                    self._store.end(job_id, "failed", time.time(), error=_failure_of(error, False))
 
     async def close(self) -> None:
         """Leave them as they are in the store: the next start goes on with them."""

@@ -731,6 +731,8 @@ class Training:
     load: "package.module:attribute", in a worker: load(spec: TrainingSpec, loaded, channel) -> Trainer, where
         `loaded` is what the rank's engine made of the model: `engine`'s own `load`, or another's `blocks`
     steps_key: of the file, what `steps` of the settings are counted by; a job that goes on may have more
+    engine_of(settings, rank) -> the engine that a plan's settings name for a rank, which an asked node holds
+        against what it is offered; None: `engine` for all
 
     A job's file has `model`, and a list `clients` of tables whose `node` is a member's name or id and whose
     `data` is a data set that its owner offers.
@@ -745,6 +747,7 @@ class Training:
     keys: Sequence[TrainingKey] = ()
     memory: Callable[[Mapping[str, Any], ModelDescription, Sequence[Role], int], int] | None = None
     steps_key: str = "steps"
+    engine_of: Callable[[Mapping[str, Any], int], str] | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -369,7 +369,10 @@ class Worker:
                 raise ConfigError("expected a prompt of at least one token; it is empty")
             if request.adapter and request.adapter not in self._adapters:
                 raise EngineError("expected an adapter that was loaded before", remedy="run it again")
-            if len(tokens) + len(request.history) >= self._context:
+            if request.history and len(tokens) + len(request.history) >= self._context:
+                self._event("finished", wire.Finished(request.job, request.epoch, "length"))
+                return
+            if len(tokens) >= self._context:
                 raise EngineError(
                     f"expected a prompt of fewer than {self._context} tokens; {len(tokens)} came"
                 )

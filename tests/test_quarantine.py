@@ -26,6 +26,8 @@ def test_it_is_the_reason_why_a_node_takes_no_role() -> None:
     assert quarantine.seen([ONE, OTHER], 0.0) == [ONE, OTHER]
     for node in ("one", "other"):
         quarantine.add(node, 0.0)
+    assert quarantine.any(0.0)
+    assert not quarantine.any(FIRST_S)
     first, second = quarantine.seen([ONE, OTHER], 0.0)
     assert "lost while it worked" in first.refuses
     assert second is OTHER

@@ -219,6 +219,49 @@ def test_an_engine_without_a_token_yet_is_asked_again_by_a_step_without_tokens(p
     assert engine.positions == {}
 
 
+class Counting(Lanes):
+    """Its token at a position is the position's number and 100; it remembers what it was given."""
+
+    def __init__(self) -> None:
+        super().__init__(1)
+        self.given: list[tuple[int, ...]] = []
+
+    def begin(self, steps: Sequence[Step]) -> None:
+        self.given += [tuple(step.tokens) for step in steps]
+        super().begin(steps)
+
+    def finish(self) -> list[int | None]:
+        steps = self.in_flight.popleft()
+        return [100 + s.position + len(s.tokens) if s.sampling else None for s in steps]
+
+
+@pytest.mark.parametrize("replays", [False, True])
+def test_a_job_goes_on_after_its_history_as_a_prompt_or_as_it_was_made(
+    pipe: socket.socket, replays: bool
+) -> None:
+    engine, told = Counting(), []
+    worker = worker_of(pipe, engine)
+    worker._event = lambda kind, body: told.append((kind, body))
+    history = (102, 103, 104)
+    worker._begin(dataclasses.replace(order("j", "pp", 6), history=history, replays=replays))
+    advance(worker, 8)
+    given = [(7, 7), (102,), (103,), (104,)] if replays else [(7, 7, 102, 103, 104)]
+    assert engine.given == [*given, (105,), (106,)]
+    tokens = [(body.index, body.tokens) for kind, body in told if kind == "tokens"]
+    assert tokens == [(3, (105,)), (4, (106,)), (5, (107,))]
+    assert [body.reason for kind, body in told if kind == "finished"] == ["length"]
+
+
+@pytest.mark.parametrize("replays", [False, True])
+def test_a_history_that_fills_the_context_is_all_of_the_answer(pipe: socket.socket, replays: bool) -> None:
+    worker, told = worker_of(pipe, Counting()), []
+    worker._context = 5
+    worker._event = lambda kind, body: told.append((kind, body))
+    worker._begin(dataclasses.replace(order("j", "pp"), history=(102, 103, 104), replays=replays))
+    [(kind, body)] = told
+    assert (kind, body.reason, body.error) == ("finished", "length", "")
+
+
 def finished(worker: Worker) -> list[str]:
     """Errors of the jobs that ended, as the daemon would hear them."""
     told: list[str] = []

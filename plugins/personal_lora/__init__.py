@@ -17,7 +17,7 @@ from edged import AggregatorEntry, Training, TrainingKey, Travels, hookimpl
 
 from . import _settings as key
 from ._job import TORCH, check_federated, keys
-from ._layout import cost, memory, plan
+from ._layout import cost, engine_of, memory, plan
 from ._weights import node_weight_most
 
 LOAD = "edged_plugins.personal_lora._trainer:load"
@@ -184,5 +184,6 @@ def edged_trainings(aggregators: Mapping[str, AggregatorEntry]) -> Sequence[Trai
             keys(aggregators),
             partial(memory, aggregators),
             "rounds",
+            engine_of,
         )
     ]

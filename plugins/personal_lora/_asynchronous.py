@@ -175,6 +175,8 @@ class PushedServer(Server):
         """A member that trains another model is not heard."""
         if error.code not in DIFFERS:
             return False
+        if len(self._unheard) + 1 == self.server:
+            return False  # nobody is left
         self._foreign[other] = ProtocolError(str(error))
         self.refuse(0, other, error)
         self._ignore(other, error)

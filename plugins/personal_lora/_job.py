@@ -61,6 +61,8 @@ class Job:
         "synchronous",
         "synchronous: a round waits for all that train in it; semi-synchronous: for those that come in time",
     )
+    server_engine: str = key("", 'what opens the model there; "": torch_blocks, or shard where that is not')
+    collector_engine: str = key("", "likewise at who asked for the job, where it has no other part")
     rounds: int = key(
         4, "times that clients train and the server aggregates; fedbuff, delayed-nesterov: revisions"
     )
@@ -160,6 +162,12 @@ class Job:
 
     def rate_of(self, rank: int) -> float:
         return self.clients[rank].learning_rate or self.learning_rate
+
+    def engine_of(self, rank: int) -> str:
+        """Of a client, of the server, or of who gets the adapter; "": not settled yet."""
+        if rank < len(self.clients):
+            return self.clients[rank].engine
+        return self.server_engine if rank == len(self.clients) else self.collector_engine
 
     def r_of(self, rank: int) -> int:
         return self.clients[rank].r or self.r
@@ -396,6 +404,8 @@ def _rules(job: Job) -> list[file.Rule]:
             all(client.engine in ("", TORCH, LOSSES_ALONE) for client in job.clients),
             f"engine of a client as {TORCH} or {LOSSES_ALONE}",
         ),
+        one_of("server_engine", ("", TORCH, LOSSES_ALONE)),
+        one_of("collector_engine", ("", TORCH, LOSSES_ALONE)),
         one_of("personal", ("", *PERSONAL)),
         (job.personal in ("", "dual") or job.method != "fdlora", "personal = dual with fdlora"),
         least("personal_steps", 1, 100_000),

@@ -32,6 +32,7 @@ from ._messages import bytes_sent
 ANSWER_PART = 0.5  # of the positions, before the rows are known
 SERVER_BYTES = 64 << 20
 LIGHT_BYTES = 96 << 20  # of a worker that has not loaded PyTorch
+CACHE_ROWS = 256  # a row's length, rounded up
 LOGITS_BYTES = 32 << 20  # of some rows' at a time, in F64
 MASKED_SERVER, MASKED_MEMBER = 32, 40  # bytes of a value: integers of 8, their sum or mask, and F64 beside
 
@@ -56,7 +57,7 @@ def plan(
     for node in chosen:
         if node.refuses:
             raise PolicyViolation(f"{node.name} takes no work now: {node.refuses}")
-    job, engines = _with_engines(aggregators, job, chosen)
+    job, engines = _with_engines(aggregators, job, model, chosen)
     roles = tuple(_role(aggregators, job, model, node, rank) for rank, node in enumerate(chosen))
     return TrainingPlan(
         to_table(job),
@@ -68,7 +69,7 @@ def plan(
         _round_s(job, model, chosen[:server]),
         shortage(roles, chosen),
         tuple(
-            f"{node.name} has no PyTorch: its engine {engine} evaluates losses"
+            f"{node.name} evaluates losses by its engine {engine}, without gradients"
             for node, engine in zip(chosen[:server], engines, strict=False)
             if engine == LOSSES_ALONE
         ),
@@ -79,27 +80,38 @@ def plan(
 
 
 def _with_engines(
-    aggregators: Mapping[str, AggregatorEntry], job: Job, chosen: Sequence[NodeView]
+    aggregators: Mapping[str, AggregatorEntry], job: Job, model: ModelDescription, chosen: Sequence[NodeView]
 ) -> tuple[Job, tuple[str, ...]]:
-    """The job with an engine for each client, and those of all ranks. PolicyViolation where a node has none
-    that can do its part."""
+    """The job with an engine for each rank, and those. PolicyViolation where a node has none that can do its
+    part."""
     engines = []
     for rank, node in enumerate(chosen):
-        wanted = job.clients[rank].engine if rank < len(job.clients) else ""
         lacks_torch = TORCH not in node.engines and LOSSES_ALONE in node.engines
-        engines.append(wanted or (LOSSES_ALONE if lacks_torch else TORCH))
+        engines.append(job.engine_of(rank) or (LOSSES_ALONE if lacks_torch else TORCH))
         why = ""
-        if engines[rank] == LOSSES_ALONE and rank < len(job.clients):
-            why = without_gradients(aggregators, job, rank)
-        elif engines[rank] == LOSSES_ALONE and job.is_whole:
-            why = 'in a job with parameters = "all"'
+        if engines[rank] == LOSSES_ALONE:
+            is_gguf = not model.tensors or any(tensor.name == "token_embd.weight" for tensor in model.tensors)
+            if not is_gguf:
+                why = "in a job of a model that is no GGUF"
+            elif rank < len(job.clients):
+                why = without_gradients(aggregators, job, rank)
+            elif job.is_whole:
+                why = 'in a job with parameters = "all"'
         if why:
             raise PolicyViolation(
-                f"{node.name} has no PyTorch, and takes no part {why}",
-                remedy="pip install edged[train] there, or leave that node out",
+                f"{node.name} has {LOSSES_ALONE} and not {TORCH}, and takes no part {why}",
+                remedy=f"have {TORCH} there (pip install edged[train], and its `plugins`), or leave it out",
             )
+    server = len(job.clients)
     clients = (replace(client, engine=engines[rank]) for rank, client in enumerate(job.clients))
-    return replace(job, clients=tuple(clients)), tuple(engines)
+    collector = engines[server + 1] if len(engines) > server + 1 else ""
+    settled = replace(job, clients=tuple(clients), server_engine=engines[server], collector_engine=collector)
+    return settled, tuple(engines)
+
+
+def engine_of(settings: Mapping[str, Any], rank: int) -> str:
+    """That a plan's settings name for a rank; of plans from before there was a choice, torch_blocks."""
+    return read(settings).engine_of(rank) or TORCH
 
 
 def _role(
@@ -153,14 +165,15 @@ def memory_bytes(
     entry = aggregators[job.method]
     height = job.rounds * (entry.travels(1, ranks).stack if entry.travels else 0)
     if rank >= len(job.clients):
+        worker = SERVER_BYTES + (LIGHT_BYTES if job.engine_of(rank) == LOSSES_ALONE else WORKER_BYTES)
         if rank > len(job.clients):
-            return WORKER_BYTES + SERVER_BYTES
+            return worker
         values = _values(job, model, job.r_most)
         kept = aggregators[job.method].bytes_kept
         more = kept(len(job.clients), values) if kept else 0
         more += F32 * _values(job, model, min(height, model.hidden))  # all stacks together
         more += MASKED_SERVER * values if job.masked else F32 * len(job.clients) * values  # the residual's
-        return round(WORKER_BYTES + SERVER_BYTES + 10 * F32 * values + more)
+        return round(worker + 10 * F32 * values + more)
     if job.clients[rank].engine == LOSSES_ALONE:
         return _losses_bytes(job, model, rank)
     positions = job.rows_most * job.max_length
@@ -185,9 +198,10 @@ def memory_bytes(
 def _losses_bytes(job: Job, model: ModelDescription, rank: int) -> int:
     """Of a client without gradients: weights in F32, one row at a time with its keys and values, logits where
     they are scored, and the adapter with what it is rebuilt from."""
-    length = job.max_length
+    length = -(-job.max_length // CACHE_ROWS) * CACHE_ROWS
     total = float(LIGHT_BYTES + F32 * (model.layers * block_values(model) + 2 * model.vocab * model.hidden))
     total += F32 * length * (saved_values(model) + 2 * model.layers * model.hidden)
+    total += F32 * length**2 * (model.heads + 2)  # scores of a layer's attention, and masks
     total += F32 * length * (ANSWER_PART if job.loss_on == "answer" else 1) * model.vocab + LOGITS_BYTES
     of_value = 8 * F32 + (MASKED_MEMBER if job.masked else 0)
     return round(total + of_value * _values(job, model, job.r_of(rank)))

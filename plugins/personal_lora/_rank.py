@@ -19,6 +19,7 @@ import numpy as np
 
 from edged import Channel, Computed, EdgedError, EngineError, PeerError, ProtocolError, TrainingSpec
 
+from .._tensors.starts import START
 from .._training.adapter_folder import write_lora
 from .._training.checkpoints import Checkpoints
 from .._training.link import Link, Stopped
@@ -103,7 +104,7 @@ class Rank(abc.ABC):
                 if is_stopped():
                     return
                 self.round(number, report)
-                self.checkpoints.save(number + 1, self.state(), {"step": number + 1})
+                self.checkpoints.save(number + 1, self.state(), {"step": number + 1, "start": START})
             self.finish(report)
         except Stopped:
             return
@@ -141,6 +142,8 @@ class Rank(abc.ABC):
         try:
             if words.get("step") != step:
                 raise ValueError(f"it is of round {words.get('step')}")
+            if words.get("start") != START:
+                raise ValueError("it goes on from a start that is drawn otherwise by now")
             self.set_state(state)
         except (KeyError, RuntimeError, ValueError) as error:
             raise EngineError(
@@ -168,8 +171,7 @@ class Rank(abc.ABC):
 
     def hello(self) -> dict[str, Any]:
         """What this rank trains, and by which words."""
-        settings = json.dumps(dict(self.spec.settings), sort_keys=True)
-        return _messages.hello(hashlib.sha256(settings.encode()).hexdigest(), self.spec.model_sha256)
+        return _messages.hello(job_sha256(self.spec.settings), self.spec.model_sha256)
 
     def _shake_hands(self) -> None:
         """Server and member must train the same model by the same words."""
@@ -280,6 +282,11 @@ class Rank(abc.ABC):
                     found[name][letter] = values[at : at + size].reshape(shape)
                     at += size
         return found
+
+
+def job_sha256(settings: Mapping[str, Any]) -> str:
+    """Of a plan's words, and of how an adapter's start is drawn."""
+    return hashlib.sha256(json.dumps([START, dict(settings)], sort_keys=True).encode()).hexdigest()
 
 
 def _shape(sizes: Any) -> list[int]:

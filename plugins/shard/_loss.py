@@ -26,6 +26,12 @@ class Loss:
         place, model = shard.place, shard.model
         if place.size != 1:
             raise EngineError(f"expected a rank that is alone; it is one of {place.size}")
+        if "position_embd" in model.architecture.embedding and tokens_max > model.context_tokens:
+            raise EngineError(
+                f"expected max_length of at most {model.context_tokens}, for which this model learned "
+                f"positions; got {tokens_max}",
+                remedy="lower max_length",
+            )
         row = shard.kv_heads * model.head_dim
         self._shard, self._vocab, self._most = shard, model.vocab, tokens_max
         self._cache = Cache(shard.lib, model.layers, row, 1, tokens_max, shard.cache_type)

@@ -7,8 +7,6 @@ it is.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import resource
 import sys
@@ -22,7 +20,7 @@ from typing import Any
 import numpy as np
 from _serve import serve
 from edged_plugins import personal_lora
-from edged_plugins.personal_lora import _job, _messages, _server
+from edged_plugins.personal_lora import _job, _messages, _rank, _server
 
 from edged import TrainingSpec
 from edged.channel import End, ZmqChannel
@@ -138,8 +136,7 @@ class Server:
             aggregators=loads,
         )
         self._trainer = _server.Server(spec, Blocks(), Shared(self._link, clients, clients + 1))
-        text = json.dumps(dict(spec.settings), sort_keys=True)
-        return [hashlib.sha256(text.encode()).hexdigest(), MODEL]
+        return [_rank.job_sha256(spec.settings), MODEL]
 
     def greet(self) -> None:
         self._trainer._shake_hands()

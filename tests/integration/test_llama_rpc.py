@@ -122,7 +122,7 @@ def duo(nodes: Nodes, smol: Path) -> list[Node]:
 
 @pytest.mark.parametrize("victim", [0, 1], ids=["rank 0", "a follower"])
 def test_killing_a_worker_ends_the_job_and_nothing_else(duo: list[Node], victim: int) -> None:
-    job = duo[0].job(TWO | {"n": 900}).until_token()
+    job = duo[0].job(TWO | {"n": 900, "strict": True}).until_token()
     [worker] = duo[victim].workers()
     worker.kill()
     assert duo[victim].name in str(job.error())

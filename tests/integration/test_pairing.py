@@ -369,7 +369,7 @@ def test_forgetting_ends_running_work(nodes: Nodes, smol: Path) -> None:
     wait_no_workers(laptop, jetson, phone)
 
 
-LONG = {"model": "smol", "prompt": "Hi", "n": 1500, "temperature": 0.0, "ignore_eos": True}
+LONG = {"model": "smol", "prompt": "Hi", "n": 1500, "temperature": 0.0, "ignore_eos": True, "strict": True}
 
 
 def test_rights_that_are_taken_away_hold_for_what_is_loaded(nodes: Nodes, echo_model: Path) -> None:

@@ -90,5 +90,7 @@ def test_a_node_without_pytorch_gets_an_adapter_that_it_asked_for(trio: list[Nod
 
 
 def test_gradients_on_a_node_without_pytorch_are_refused_by_its_name(trio: list[Node]) -> None:
-    with pytest.raises(EdgedError, match="phone has no PyTorch, and takes no part in a job of fedavg"):
+    with pytest.raises(
+        EdgedError, match="phone has shard and not torch_blocks, and takes no part in a job of fedavg"
+    ):
         rig.finetune(trio[0], job(method="fedavg"))

@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from edged_plugins.shard._loss import IGNORED, Loss
+from edged_plugins.shard._random import Shape, write_model
 from shard_rig import running, specs_of
 
 from edged import EngineError, Step
+
+
+def test_rows_beyond_learned_positions_are_refused(tmp_path: Path) -> None:
+    path = str(tmp_path / "gpt2.gguf")
+    write_model(path, Shape("gpt2", kv_heads=4, is_tied=True, has_fused_qkv=True), "F32", seed=2)
+    with running(specs_of(path, [(1,)], numerics="exact")) as (engine,):
+        most = engine._model.context_tokens
+        Loss(engine._shard, most).close()
+        with pytest.raises(EngineError, match=f"max_length of at most {most}"):
+            Loss(engine._shard, most + 1)
 
 
 def test_a_loss_is_the_sum_over_logits_of_single_steps(random_model: str) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 import math
 from collections.abc import Callable
@@ -19,6 +17,7 @@ from edged_plugins import personal_lora
 from edged_plugins._training.link import Link
 from edged_plugins.personal_lora import _messages
 from edged_plugins.personal_lora._inbox import HEARD_MOST, Inbox
+from edged_plugins.personal_lora._rank import job_sha256
 from edged_plugins.personal_lora._semi import AT_ONCE, Rounds
 from rig import Planned, finished, run_threads
 from rounds_rig import federated
@@ -63,8 +62,7 @@ BAD = {
 
 
 def job_hash(plan: Planned) -> str:
-    settings = json.dumps(dict(plan.specs[0].settings), sort_keys=True)
-    return hashlib.sha256(settings.encode()).hexdigest()
+    return job_sha256(plan.specs[0].settings)
 
 
 def reasons(caplog: pytest.LogCaptureFixture, message: str = "update refused") -> list[Any]:

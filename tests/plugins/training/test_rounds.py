@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ from edged_plugins import personal_lora
 from edged_plugins._tensors.adapters import pairs_of, read_peft
 from edged_plugins.personal_lora import _messages
 from edged_plugins.personal_lora._member import Member
+from edged_plugins.personal_lora._rank import job_sha256
 from rig import Outcome, Planned, finished, kept_by, raised, run_threads
 from rounds_rig import AGGREGATORS, breaks_before, federated
 
@@ -356,7 +355,7 @@ def stranger(plan: Planned, wrong: Callable[[int, dict[str, Any], bytearray], No
     def speak(channel: Any) -> None:
         server = len(job["clients"])
         words = _messages.hello(
-            hashlib.sha256(json.dumps(dict(plan.specs[0].settings), sort_keys=True).encode()).hexdigest(),
+            job_sha256(plan.specs[0].settings),
             plan.specs[0].model_sha256,
         )
         channel.send(server, words)

@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed (pip install edged[llama])")
 
+from edged_plugins.personal_lora import _rank
 from edged_plugins.personal_lora._trainer import load
 from edged_plugins.shard import _blocks
 from edged_plugins.shard._random import Shape, write_model
@@ -20,7 +21,7 @@ from rig import Planned, described, finished, raised, run_threads
 from rounds_rig import TRAINING, breaks_before, federated
 from test_rounds import adapter_of
 
-from edged import ConfigError, EngineSpec, NodeView, PolicyViolation
+from edged import ConfigError, EngineSpec, NodeView, PolicyViolation, TensorEntry
 
 SHAPE = Shape(hidden=64, layers=2, heads=4, kv_heads=2, ffn=128, vocab=160)
 WITHOUT = {"engine": "shard"}
@@ -151,10 +152,14 @@ def test_the_planner_takes_what_a_node_has(model: Path) -> None:
     plan = plan_of(model, *nodes)
     assert plan.engines == ("torch_blocks", "shard", "shard")
     assert [client["engine"] for client in plan.settings["clients"]] == ["torch_blocks", "shard"]
-    assert plan.explanation == ("two has no PyTorch: its engine shard evaluates losses",)
+    assert plan.explanation == ("two evaluates losses by its engine shard, without gradients",)
     assert TRAINING.check(plan.settings) == plan.settings  # as the asked nodes look at it
     counted = [TRAINING.memory(plan.settings, described(model), plan.roles, rank) for rank in range(2)]
     assert counted == [role.memory_bytes for role in plan.roles[:2]]
+    assert [TRAINING.engine_of(plan.settings, rank) for rank in range(3)] == list(plan.engines)
+    asked = plan_of(model, node("laptop", "shard"), *nodes)
+    assert asked.engines == (*plan.engines, "shard")
+    assert asked.roles[3].memory_bytes < plan_of(model, node("laptop"), *nodes).roles[3].memory_bytes
 
 
 @pytest.mark.parametrize(
@@ -172,7 +177,9 @@ def test_what_losses_alone_cannot_do_is_refused_before_it_starts(
     table: dict[str, Any], why: str, model: Path
 ) -> None:
     nodes = (node("server", "torch_blocks"), node("one", "torch_blocks"), node("two", "shard"))
-    with pytest.raises(PolicyViolation, match="two has no PyTorch, and takes no part " + re.escape(why)):
+    with pytest.raises(
+        PolicyViolation, match="two has shard and not torch_blocks, and takes no part " + re.escape(why)
+    ):
         plan_of(model, *nodes, **table)
     clients = [{"node": "one", "data": "rows"}, {"node": "two", "data": "rows", "engine": "shard"}]
     with pytest.raises(ConfigError, match="client 1; shard takes no part " + re.escape(why)):
@@ -183,6 +190,27 @@ def test_an_engine_that_is_none_is_refused(model: Path) -> None:
     clients = [{"node": "one", "data": "rows", "engine": "llama_cpp"}]
     with pytest.raises(ConfigError, match="engine of a client as torch_blocks or shard"):
         plan_of(model, node("server"), node("one"), clients=clients)
+
+
+def test_a_model_that_is_no_gguf_is_refused(model: Path) -> None:
+    packed = dataclasses.replace(
+        described(model), tensors=(TensorEntry("model.embed_tokens.weight", "F32", (1,), 0, 4),)
+    )
+    settings = plan_of(model, node("server"), node("one"), node("two")).settings
+    settings = {key: value for key, value in settings.items() if not key.endswith("_engine")}
+    clients = [{"node": name, "data": "rows"} for name in ("one", "two")]
+    nodes = [node("server", "shard"), node("one"), node("two")]
+    with pytest.raises(PolicyViolation, match=r"server has shard .* a model that is no GGUF"):
+        TRAINING.plan(TRAINING.check(settings | {"clients": clients}), packed, nodes)
+
+
+def test_a_checkpoint_of_another_start_is_not_gone_on_from(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = planned(model, tmp_path, ({}, WITHOUT), method="fedkseed", rounds=3, **SETTINGS["fedkseed"])
+    assert str(raised(run_threads(plan, changes={0: breaks_before(2)}))) == "it breaks here"
+    monkeypatch.setattr(_rank, "START", "another")
+    assert "a start that is drawn otherwise" in str(raised(run_threads(plan, 1)))
 
 
 def test_a_join_to_a_stack_is_refused(model: Path) -> None:
