@@ -417,7 +417,7 @@ def test_members_of_the_group_drive_the_daemon_and_others_are_refused(with_model
     assert "permission" in json.dumps(refused)
 
 
-def test_a_worker_out_of_memory_takes_neither_the_daemon_nor_later_answers_with_it(warm: Service) -> None:
+def test_a_worker_out_of_memory_takes_neither_the_daemon_nor_its_job_with_it(warm: Service) -> None:
     expected = warm.edged(*generation(24), user="alice")["tokens"]
     warm.stop()
     warm.start()  # no worker yet
@@ -425,16 +425,17 @@ def test_a_worker_out_of_memory_takes_neither_the_daemon_nor_later_answers_with_
     with memory_limit(1 << 30) as limit:
         # Workers are born into the daemon's cgroup.
         limit.hold(psutil.Process(warm.container.leader), main)
-        job_id = warm.submit(*generation(2000), "--ignore-eos")
+        job_id = warm.submit(*generation(600), "--ignore-eos")
         assert eventually(lambda: warm.job(job_id)["state"] == "running")
         limit.fill()
         assert eventually(lambda: limit.kills() > 0)
         limit.lift()
         assert eventually(lambda: warm.job(job_id)["state"] in ("done", "failed"), ANSWER_S)
     job = warm.job(job_id)
-    assert job["state"] == "failed"
-    assert "memory" in job["error"]["message"]
-    assert job["tokens"][:24] == expected[: len(job["tokens"])]  # given up with the reason; never lost
+    assert job["state"] == "done"  # with another worker, from its last token
+    assert len(job["tokens"]) == 600
+    assert job["tokens"][:24] == expected
+    assert "memory" in job["result"]["measured"]["recoveries"][0]["reason"]
     assert warm.main_pid() == main
     assert warm.show("ActiveState") == "active"
     assert warm.show("NRestarts") == "0"
@@ -461,8 +462,8 @@ def test_a_second_sigterm_ends_it_all_at_once(warm: Service) -> None:
     assert warm.show("Result") == "success", warm.log()
     assert warm.processes() == []
     warm.start()
-    job = warm.job(job_id)
-    assert job["state"] in ("failed", "cancelled")
+    assert warm.job(job_id)["state"] in ("queued", "running")  # it goes on
+    assert warm.edged("cancel", job_id, user="alice")["state"] == "cancelled"
 
 
 def generation(tokens: int) -> list[str]:
