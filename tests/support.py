@@ -291,6 +291,14 @@ def wait_online(nodes: Sequence[Node]) -> None:
         wait_until(f"{node.name} to be online to all", lambda n=node, o=others: n.sees_online(*o))
 
 
+def all_online(nodes: Sequence[Node]) -> None:
+    """As tests that share nodes find them and leave them: each is started, and online to the others."""
+    for node in nodes:
+        if node.process is None:
+            node.start().wait_ready()
+    wait_online(nodes)
+
+
 def wait_no_workers(*nodes: Node) -> None:
     for node in nodes:
         wait_until(f"{node.name} to have no worker left", lambda n=node: not n.workers())

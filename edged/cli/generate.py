@@ -48,11 +48,13 @@ def generate(
         str, typer.Option(metavar="fast|exact", help="exact: the same bits anywhere.")
     ] = "fast",
     recovery: Annotated[
-        str, typer.Option(metavar="fast|exact", help="How a lost part is made again.")
+        str, typer.Option(metavar="fast|exact", help="After a loss; exact: as it was made.")
     ] = "fast",
     private: PrivateOption = False,
     allow_guest: GuestOption = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Never another node or strategy.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Never another node or strategy; a loss ends it.")
+    ] = False,
     detach: Annotated[bool, typer.Option("--detach", help="Answer with the job's id at once.")] = False,
     deferrable: Annotated[
         str | None, typer.Option(metavar="6h", help="So long its start may wait, for a policy like carbon.")

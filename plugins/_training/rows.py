@@ -14,6 +14,8 @@ from .._tensors.rows import Batches, Encoded, Tokenizer, encode, read_rows
 from .pairs import batches_of
 from .rehearsal import Mixed, divided, split
 
+Batch = tuple[np.ndarray, np.ndarray]  # ids and labels (B, S)
+
 
 class Reading(Protocol):
     """What of a job says how its rows are read."""

@@ -10,10 +10,9 @@ import numpy as np
 from edged import EngineError
 
 from .._tensors.rows import IGNORED
+from .._training.rows import Batch
 from ._job import Job
 from ._rank import Arrays
-
-Batch = tuple[np.ndarray, np.ndarray]
 
 
 class LossModel:

@@ -17,7 +17,7 @@ import numpy as np
 from edged import DeviceState, Download, LocalPart, ProtocolError
 
 from .._training.link import Peeking
-from .._training.rows import Rows
+from .._training.rows import Batch, Rows
 from . import _messages, _seen
 from ._client_noise import cut_factors
 from ._cohort import rules_of
@@ -27,8 +27,6 @@ from ._masked import Left, MaskedMember, terms_of
 from ._rank import THIN_UP, Arrays, Rank, Report, own_words, resolve, write_adapter
 from ._semi import OwnDevice, asked
 from ._whole import Weights
-
-Batch = tuple[np.ndarray, np.ndarray]  # ids and labels (B, S)
 
 
 class Member(Rank):

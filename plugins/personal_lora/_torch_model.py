@@ -14,12 +14,11 @@ from edged import EngineError
 
 from .._training.loss import tensors_of
 from .._training.preference import objective_of
-from .._training.rows import seed_of
+from .._training.rows import Batch, seed_of
 from ._job import Job
 from ._rank import PREFIX, Arrays
 
 BETAS, EPSILON = (0.9, 0.999), 1e-8  # AdamW's own
-Batch = tuple[np.ndarray, np.ndarray]  # ids and labels (B, S)
 Correct = Callable[[Arrays], Arrays]
 
 

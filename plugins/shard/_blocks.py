@@ -21,7 +21,7 @@ from edged import Channel, EngineError, EngineSpec, Role
 from .._gguf import ggml_type
 from .._tensors import adapters
 from .._tensors.families import OF_ARCHITECTURE
-from .._tensors.starts import start_of
+from .._tensors.starts import adapter_start
 from .._tensors.vocabulary import LlamaTokenizer
 from . import _ggml
 from ._adapter import Adapter
@@ -79,10 +79,7 @@ class Blocks:
         self, *, r: int, targets: Sequence[str], seed: int
     ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """What an adapter on these layers begins with: A (r, in) and B (out, r), which is zero."""
-        return {
-            name: (start_of(seed, name, r, columns), np.zeros((rows, r), np.float32))
-            for name, (rows, columns) in self.linears(targets).items()
-        }
+        return adapter_start(self.linears(targets), r, seed)
 
     def losses(self, *, r: int, alpha: float, targets: Sequence[str], tokens_max: int) -> AdaptedLoss:
         """Of the whole model with an adapter, for rows of at most `tokens_max` tokens."""

@@ -12,7 +12,7 @@ import torch
 
 from edged import Channel, EngineSpec
 
-from .._tensors.starts import start_of
+from .._tensors.starts import adapter_start
 from ._config import sizes_of
 from ._gguf_model import GgufModel
 from ._safetensors_head import is_safetensors
@@ -79,10 +79,7 @@ class Blocks:
         self, *, r: int, targets: Sequence[str], seed: int
     ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """What `Span.add_lora` puts on the layers of `linears`: A (r, in) and B (out, r), which is zero."""
-        return {
-            name: (start_of(seed, name, r, columns), np.zeros((rows, r), np.float32))
-            for name, (rows, columns) in self.linears(targets).items()
-        }
+        return adapter_start(self.linears(targets), r, seed)
 
 
 def load(spec: EngineSpec, channel: Channel) -> Blocks:

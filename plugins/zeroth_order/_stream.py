@@ -25,6 +25,8 @@ from typing import Any
 
 import numpy as np
 
+from .._tensors.starts import even
+
 Key = int  # 128 bits, the lower 64 are Philox's first key word
 Array = Any  # of numpy
 
@@ -54,10 +56,9 @@ def normals(key: Key, first: int, count: int) -> Array:
 
 
 def uniforms(key: Key, first: int, count: int) -> Array:
-    """Numbers even over (-1, 1), (count,) F32: odd multiples of 2^-24, of each word's upper bits."""
-    odd = (words(key, first, count) >> np.uint64(40)).astype(np.int32)  # 0 .. 2^24 - 1
-    odd += odd + np.int32(1 - (1 << 24))  # 2 x + 1 - 2^24: exact in F32
-    return odd.astype(np.float32) * np.float32(2.0**-24)
+    """Numbers even over (-1, 1), (count,) F32, one of each word."""
+    found: Array = even(words(key, first, count))
+    return found
 
 
 def _ones_by_halves(words: Array) -> Array:

@@ -19,6 +19,7 @@ from support import (
     WORK,
     Node,
     Nodes,
+    all_online,
     pair_all,
     wait_no_workers,
     wait_online,
@@ -35,14 +36,6 @@ def trio(shared_nodes: Nodes, smol: Path) -> list[Node]:
     nodes = shared_nodes.group(*NAMES, plugins=WORK, jobs={"worker_idle": "1s"})
     nodes[0].add(smol, "smol")
     return nodes
-
-
-def all_online(trio: list[Node]) -> None:
-    """As the tests of the trio find it and leave it."""
-    for node in trio:
-        if node.process is None:
-            node.start().wait_ready()
-    wait_online(trio)
 
 
 # --- workers ----------------------------------------------------------------------------------------

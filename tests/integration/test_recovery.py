@@ -8,7 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import GUARD_S, WORK, Document, Node, Nodes, drain, pair_all, wait_no_workers, wait_online
+from support import (
+    GUARD_S,
+    WORK,
+    Document,
+    Node,
+    Nodes,
+    all_online,
+    drain,
+    pair_all,
+    wait_no_workers,
+    wait_online,
+)
 
 NAMES = ("laptop", "jetson", "phone")
 N = 120
@@ -36,13 +47,6 @@ def undisturbed(trio: list[Node]) -> Document:
     assert len(found["tokens"]) == N
     assert found["measured"]["recoveries"] == []
     return found
-
-
-def all_online(trio: list[Node]) -> None:
-    for node in trio:
-        if node.process is None:
-            node.start().wait_ready()
-    wait_online(trio)
 
 
 def check(document: Document, undisturbed: Document, lost: Node, losses: int = 1) -> None:
