@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any, TextIO
 
 from ..client import Client
-from ..errors import EdgedError, JobError
+from ..errors import EdgedError, JobError, NoDaemonError
 from . import output
 from .asking import ProgressLine
 from .output import Document, note
@@ -72,6 +72,10 @@ class Stream:
             except StopIteration as end:
                 document: Document = end.value
                 return document
+            except NoDaemonError as error:
+                if self._job is not None:  # it is stored
+                    error.remedy += f"; the job goes on then: edged jobs {self._job} --follow"
+                raise
             except KeyboardInterrupt as interrupt:
                 raise cancelled() if self._cancels else interrupt from None
             finally:

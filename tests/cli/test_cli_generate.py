@@ -173,7 +173,10 @@ def test_a_job_that_was_cancelled_elsewhere_is_exit_6_with_what_there_is(
 
 
 def test_a_daemon_that_dies_ends_the_stream_with_exit_7(home: Any, daemon: Any, edged: Any) -> None:
+    """The job goes on when it is back, and the error says how to see it."""
+
     def die(body: Any, emit: Any) -> Any:
+        emit({"event": "accepted", "job_id": "j1"})
         emit(TOKENS[0])
         raise HangUp
 
@@ -181,6 +184,7 @@ def test_a_daemon_that_dies_ends_the_stream_with_exit_7(home: Any, daemon: Any, 
     result = edged(*LINE, "--home", home.path, "--json")
     assert result.code == 7
     assert result.document["error"]["code"] == "daemon-gone"
+    assert result.document["error"]["remedy"].endswith("the job goes on then: edged jobs j1 --follow")
 
 
 def test_following_a_job_ends_in_its_document(home: Any, daemon: Any, edged: Any) -> None:
